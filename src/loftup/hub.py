@@ -1,0 +1,109 @@
+"""The Hub, with its errors turned into what to do about them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import LoftUpError
+
+__all__ = ["Repository", "upload"]
+
+OFFLINE_HELP = (
+    "Without a network: fetch the repository once where there is one, then either copy the Hub cache here and pass "
+    "local_files_only=True, or pass the path of the file or folder instead of the name"
+)
+
+
+class Repository:
+    """Files of one Hub repository, through the Hub's cache.
+
+    Args:
+        repo: repository id, "user/name".
+        revision: branch, tag or commit; None means the default branch.
+        cache_dir: where files are kept; None means the Hub's default cache.
+        local_files_only: never ask the network.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        cache_dir: "str | os.PathLike[str] | None" = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self.repo = repo
+        self.revision = revision
+        self.cache_dir = cache_dir
+        self.local_files_only = local_files_only
+        self.unreachable = False
+
+    def __str__(self) -> str:
+        return f"the Hub repository {self.repo!r}" + (f" at revision {self.revision!r}" if self.revision else "")
+
+    def fetch(self, file: str) -> Path | None:
+        """Path of a file in the cache, downloaded if need be; None if the repository has no such file.
+
+        Raises:
+            LoftUpError: the repository or revision does not exist, is private, the Hub is unreachable, or the
+                download broke off.
+        """
+        import huggingface_hub as hf
+        from huggingface_hub import errors
+
+        try:
+            path = hf.hf_hub_download(
+                self.repo,
+                file,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                # Once the client has given up after its retries, further files come from the cache alone.
+                local_files_only=self.local_files_only or self.unreachable,
+                library_name="loftup",
+                library_version=__version__,
+            )
+            return Path(path)
+        except errors.LocalEntryNotFoundError as error:
+            known = hf.try_to_load_from_cache(self.repo, file, cache_dir=self.cache_dir, revision=self.revision)
+            if known is hf._CACHED_NO_EXIST:
+                self.unreachable = True
+                return None
+            if self.local_files_only:
+                raise LoftUpError(f"{file!r} of {self} is not in the Hub cache, and local_files_only=True") from error
+            raise LoftUpError(f"the Hub cannot be reached for {file!r} of {self}. {OFFLINE_HELP}") from error
+        except errors.GatedRepoError as error:
+            raise LoftUpError(
+                f"{self} is gated: ask for access on its page, then log in with `hf auth login`"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise LoftUpError(
+                f"there is no Hub repository {self.repo!r}, or it is private (then log in with `hf auth login`); "
+                "`loftup list` shows the published weights"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise LoftUpError(f"the Hub repository {self.repo!r} has no revision {self.revision!r}") from error
+        except errors.EntryNotFoundError:
+            return None
+        except errors.HFValidationError as error:
+            raise LoftUpError(f"{self.repo!r} is not a valid Hub repository id: {error}") from error
+        except (errors.HfHubHTTPError, OSError) as error:
+            raise LoftUpError(
+                f"downloading {file!r} of {self} failed: {error}. Try again: what has arrived is kept. {OFFLINE_HELP}"
+            ) from error
+
+
+def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
+    """Create the repository where needed and commit all files of ``folder``; returns the commit's address."""
+    import huggingface_hub as hf
+    from huggingface_hub import errors
+
+    api = hf.HfApi(token=token, library_name="loftup", library_version=__version__)
+    try:
+        target = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        commit: Any = api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message)
+    except errors.LocalTokenNotFoundError as error:
+        raise LoftUpError("pushing needs a Hub token: log in with `hf auth login` or pass token=") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise LoftUpError(f"pushing to the Hub repository {repo!r} failed: {error}") from error
+    return str(commit.commit_url)

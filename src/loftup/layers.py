@@ -1,0 +1,210 @@
+"""Building blocks of the LoftUp network (paper section 3.1 and figure 3).
+
+Shapes: ``image (B, 3, H, W)``, ``features (B, C, h, w)``, tokens ``(B, n, D)``. Module and parameter names follow
+the published checkpoints, so that their state dicts load as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = [
+    "ChannelNorm",
+    "CrossAttention",
+    "CrossTransformer",
+    "FeedForward",
+    "FourierCode",
+    "LayerNorm2d",
+    "MinMaxScale",
+    "attend",
+    "axis_coordinates",
+    "grid_coordinates",
+]
+
+LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY = -2.0, 10.0
+
+
+def axis_coordinates(length: int, device: torch.device | None = None) -> Tensor:
+    """Coordinates of ``length`` rows or columns, (length,), float32 from -1 to 1 with both ends included."""
+    return torch.linspace(-1.0, 1.0, length, device=device, dtype=torch.float32)
+
+
+def grid_coordinates(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Row and column of every position of a grid, (1, 2, height, width), float32 in [-1, 1]."""
+    rows, columns = axis_coordinates(height, device), axis_coordinates(width, device)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).unsqueeze(0)
+
+
+class MinMaxScale(nn.Module):
+    """Scale every channel of every image to [-0.5, 0.5] by its own minimum and maximum.
+
+    The published code takes the extremes over the whole batch; here an image never depends on its batch-mates, and
+    at batch 1 the two agree. A channel whose range is below 1e-4 is divided by 1e-4.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (B, 3, H, W) of any affine range to float32 in [-0.5, 0.5]."""
+        image = image.float()
+        low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
+        return (image - low) / (high - low).clamp(min=1e-4) - 0.5
+
+
+class FourierCode(nn.Module):
+    """Sines and cosines of a few values per position, at exponentially spaced frequencies with learned phases.
+
+    ``values`` values become ``2 * frequencies * values`` channels: first all sines, then all cosines, frequency outer
+    and value inner. Frequencies run from e^-2 to e^10 = 22 026, where a half-precision angle would be noise, so the
+    angles are float32 whatever the module's dtype and autocast say.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, values: int, frequencies: int) -> None:
+        super().__init__()
+        self.count = frequencies
+        self.biases = nn.Parameter(torch.randn(2, values, frequencies))
+        self.register_buffer("frequencies", self._spectrum(), persistent=False)
+
+    def _spectrum(self) -> Tensor:
+        # On the CPU always: another device's exp differs in the last bit, which e^10 makes visible.
+        return torch.linspace(LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY, self.count, device="cpu").exp()
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # .half() and .bfloat16() must not reach the frequencies.
+        super()._apply(fn, recurse)
+        self.frequencies = self._spectrum().to(self.biases.device)
+        return self
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Map (B, values, H, W) float32 to (B, 2 * frequencies * values, H, W) float32."""
+        phases = self.biases.float()
+        angles = rearrange(self.frequencies[:, None, None, None] * values.unsqueeze(1), "b f v h w -> b (f v) h w")
+        # The published layout reads the (values, frequencies) phases by reshape, not by transposition.
+        return torch.cat(
+            [(angles + phases[0].reshape(1, -1, 1, 1)).sin(), (angles + phases[1].reshape(1, -1, 1, 1)).cos()], dim=1
+        )
+
+
+class ImageCode(FourierCode):
+    """Guidance of section 3.1: Fourier code of (row, column, r, g, b) at every pixel, with the colours appended."""
+
+    def __init__(self, frequencies: int) -> None:
+        super().__init__(5, frequencies)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map a scaled image (B, 3, H, W) to (B, 10 * frequencies + 3, H, W) float32."""
+        batch, _, height, width = image.shape
+        coordinates = grid_coordinates(height, width, image.device).expand(batch, -1, -1, -1)
+        return torch.cat([super().forward(torch.cat([coordinates, image], dim=1)), image], dim=1)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Apply ``norm`` over the last dimension in float32, or float64 where either side is float64."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, norm.weight.dtype), torch.float32)
+    return F.layer_norm(x.to(dtype), norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels at every position of (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) over C; a float32 code stays float32 when the module is half precision."""
+        return layer_norm(x.movedim(1, -1), self.norm).movedim(-1, 1)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over C of (B, C, H, W), eps 1e-6: the norm of the head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) over C."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention without a materialised score matrix: (B, heads, n, d) and (B, heads, t, d) to (B, heads, n, d).
+
+    On CUDA the memory-saving kernels want head widths in multiples of 8; LoftUp's are 101, 133, 197. Zero columns
+    change no score and are cut off again.
+    """
+    width = q.shape[-1]
+    scale = width**-0.5
+    if q.is_cuda and width % 8:
+        q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :width]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to tokens, with the parameter names of ``nn.MultiheadAttention``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Let ``queries`` (B, n, D) attend to ``tokens`` (B, t, D); returns (B, n, D)."""
+        width = queries.shape[-1]
+        q = F.linear(queries, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        kv = F.linear(tokens, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        q = rearrange(q, "b n (heads d) -> b heads n d", heads=self.heads)
+        k, v = rearrange(kv, "b t (two heads d) -> two b heads t d", two=2, heads=self.heads)
+        return self.out_proj(rearrange(attend(q, k, v), "b heads n d -> b n (heads d)"))  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Pre-normed attention of pixels to feature tokens, without the residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_q = nn.LayerNorm(width)
+        self.norm_kv = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """(B, n, D) and (B, t, D) to (B, n, D)."""
+        return self.attention(self.norm_q(queries), self.norm_kv(tokens))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, Linear D->C, exact GELU, Linear C->D, without the residual."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        # Index 3 is dropout in the published layout; nothing is dropped.
+        self.net = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, D) to (B, n, D)."""
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+class CrossTransformer(nn.Module):
+    """Blocks of cross-attention and feed-forward with residuals, and a final LayerNorm."""
+
+    def __init__(self, width: int, hidden: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList([CrossAttention(width, heads), FeedForward(width, hidden)]) for _ in range(blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Refine ``queries`` (B, n, D) by ``tokens`` (B, t, D)."""
+        for attention, feed_forward in self.layers:  # type: ignore[misc]
+            queries = queries + attention(queries, tokens)
+            queries = queries + feed_forward(queries)
+        return self.norm(queries)  # type: ignore[no-any-return]
