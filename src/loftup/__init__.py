@@ -7,7 +7,7 @@ from .errors import LoftUpError
 if TYPE_CHECKING:
     from .backbones import Backbone, Upsampled, load_backbone, wrap
     from .model import LoftUp, LoftUpConfig
-    from .weights import list_pretrained
+    from .published import list_pretrained
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _HOME = {
     "LoftUp": "model",
     "LoftUpConfig": "model",
     "Upsampled": "backbones",
-    "list_pretrained": "weights",
+    "list_pretrained": "published",
     "load_backbone": "backbones",
     "wrap": "backbones",
 }

@@ -11,7 +11,8 @@ __all__ = ["Repository", "upload"]
 
 OFFLINE_HELP = (
     "Without a network: fetch the repository once where there is one, then either copy the Hub cache here and pass "
-    "local_files_only=True, or pass the path of the file or folder instead of the name"
+    "local_files_only=True, or pass the path of the file or folder instead of the name (on the command "
+    "line: --weights PATH and --backbone-weights FILE)"
 )
 
 
@@ -35,7 +36,7 @@ class Repository:
     ) -> None:
         self.repo = repo
         self.revision = revision
-        self.cache_dir = cache_dir
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.local_files_only = local_files_only
         self.unreachable = False
 
@@ -87,7 +88,7 @@ class Repository:
             return None
         except errors.HFValidationError as error:
             raise LoftUpError(f"{self.repo!r} is not a valid Hub repository id: {error}") from error
-        except (errors.HfHubHTTPError, OSError) as error:
+        except Exception as error:  # requests, httpx, disk: which ones differs between versions of the client
             raise LoftUpError(
                 f"downloading {file!r} of {self} failed: {error}. Try again: what has arrived is kept. {OFFLINE_HELP}"
             ) from error
@@ -104,6 +105,6 @@ def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_m
         commit: Any = api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message)
     except errors.LocalTokenNotFoundError as error:
         raise LoftUpError("pushing needs a Hub token: log in with `hf auth login` or pass token=") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # as in fetch
         raise LoftUpError(f"pushing to the Hub repository {repo!r} failed: {error}") from error
     return str(commit.commit_url)

@@ -72,7 +72,7 @@ class FourierCode(nn.Module):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # .half() and .bfloat16() must not reach the frequencies.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.frequencies = self._spectrum().to(self.biases.device)
         return self
 
@@ -204,7 +204,8 @@ class CrossTransformer(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """Refine ``queries`` (B, n, D) by ``tokens`` (B, t, D)."""
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
+        for block in self.layers:
+            attention, feed_forward = block[0], block[1]  # type: ignore[index]
             queries = queries + attention(queries, tokens)
             queries = queries + feed_forward(queries)
         return self.norm(queries)  # type: ignore[no-any-return]

@@ -93,7 +93,7 @@ class Upsampler(nn.Module):
         channels, width = config.channels, config.width
         code_channels = 10 * config.image_frequencies + 3
         self.lr_size = config.lr_size
-        self.lr_pe: FourierCode | nn.Parameter
+        self.lr_pe: FourierCode | Tensor
         if config.position_code == "sine":
             self.lr_pe = FourierCode(2, config.feature_frequencies)
         else:
@@ -187,12 +187,7 @@ class LoftUp(nn.Module):
                 not checked inside ``torch.compile`` and ``torch.export``), or ``size`` is not positive.
             TypeError: an argument is not a float tensor.
         """
-        check_inputs(features, image, self.config)
-        if features.device != self.device or image.device != self.device:
-            raise ValueError(
-                f"features are on {features.device}, the image on {image.device}, the LoftUp weights on {self.device}; "
-                "move them to one device with .to()"
-            )
+        check_inputs(features, image, self)
         guidance = resize_guidance(image, output_size(size, image))
         normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
         return self.upsampler(normalised, guidance).to(features.dtype)  # type: ignore[no-any-return]
@@ -281,12 +276,12 @@ def output_size(size: Size, image: Tensor) -> tuple[int, int]:
     """Resolve ``size`` (None, int or pair) to (H', W'); ValueError unless both are positive integers."""
     if size is None:
         return image.shape[-2], image.shape[-1]
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair):
         raise ValueError(f"size must be an int or a pair (height, width) of ints, got {size!r}")
     if min(pair) < 1:
         raise ValueError(f"size must be positive, got {size!r}")
-    return pair  # type: ignore[return-value]
+    return pair[0], pair[1]
 
 
 def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -296,8 +291,9 @@ def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image.float(), size, mode="bilinear", align_corners=False)
 
 
-def check_inputs(features: Tensor, image: Tensor, config: LoftUpConfig) -> None:
+def check_inputs(features: Tensor, image: Tensor, up: LoftUp) -> None:
     """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights."""
+    config = up.config
     for name, tensor in (("features", features), ("image", image)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -328,6 +324,11 @@ def check_inputs(features: Tensor, image: Tensor, config: LoftUpConfig) -> None:
         )
     if 0 in features.shape[-2:] or 0 in image.shape[-2:]:
         raise ValueError(f"features {tuple(features.shape)} and image {tuple(image.shape)} must not be empty")
+    if features.device != up.device or image.device != up.device:
+        raise ValueError(
+            f"features are on {features.device}, the image on {image.device}, the LoftUp weights on {up.device}; "
+            "move them to one device with .to()"
+        )
     if not torch.compiler.is_compiling():
         for name, tensor in (("features", features), ("image", image)):
             if not bool(tensor.isfinite().all()):

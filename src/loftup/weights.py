@@ -71,7 +71,7 @@ def load_pretrained(
 def _name_of(backbone: nn.Module) -> str:
     from .backbones import identify
 
-    name = identify(backbone)
+    name: str | None = identify(backbone)
     if name is None or find_checkpoint(name) is None:
         found = f"named {name!r}" if name else f"a {type(backbone).__name__} without a recognised name"
         raise LoftUpError(
@@ -140,8 +140,8 @@ def _first_complete(
     if channel_norm == "identity":
         raise LoftUpError(f'{", ".join(refused)} has a channel norm; leave channel_norm="identity" out')
     raise LoftUpError(
-        f"{', '.join(refused)} lacks the channel norm (channelnorm.norm.weight and .bias): it holds the inner module alone, "
-        f"and loading it would give wrong features without an error. Use the repository's {PICKLE}; or, if your "
+        f"{', '.join(refused)} lacks the channel norm (channelnorm.norm.weight and .bias): it holds the inner module "
+        f"alone, and loading it would give wrong features without an error. Use the repository's {PICKLE}; or, if your "
         'features are normalised already, say channel_norm="identity"'
     )
 
@@ -330,7 +330,9 @@ Upsamples features of {backbone} (C = {config.channels}) to any resolution, guid
 from loftup import LoftUp
 
 up = LoftUp.from_pretrained("{repo}")
-features = up(low_resolution, image, size=(H, W))  # (B, {config.channels}, h, w), (B, 3, H, W) -> (B, {config.channels}, H, W)
+
+# (B, {config.channels}, h, w) and (B, 3, H, W) to (B, {config.channels}, H, W)
+features = up(low_resolution, image, size=(H, W))
 ```
 
 Architecture: {json.dumps(config.to_dict())}

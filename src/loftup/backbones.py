@@ -1,0 +1,370 @@
+"""Any vision model as a module from a normalised image (B, 3, H, W) to features (B, C, h, w)."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbones_layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
+from .backbones_load import build, resolve
+from .backbones_maps import hub_dino, timm_features, timm_stages, transformers_backbone
+from .backbones_vit import IMAGENET, Triple
+from .errors import LoftUpError
+from .published import PUBLISHED
+
+__all__ = ["Backbone", "Upsampled", "identify", "load_backbone", "wrap"]
+
+Size = int | tuple[int, int]
+
+FAMILIES = (
+    timm_features,
+    timm_vit,
+    timm_stages,
+    open_clip_timm,
+    clip_object,
+    hub_dino,
+    transformers_backbone,
+    transformers_vit,
+)
+
+
+class Backbone(nn.Module):
+    """A vision model as a function from a normalised image to a feature map.
+
+    Made by :func:`wrap` and :func:`load_backbone`. For a model that they do not know, give a function of your own:
+    ``Backbone(model, function, channels=768, patch_size=16)``.
+
+    Args:
+        model: the user's model. It is kept as a submodule and never changed.
+        features: image (B, 3, H, W), H and W multiples of ``patch_size``, to features (B, C, h, w).
+        channels: C.
+        patch_size: stride of the feature grid in pixels.
+        name: the model's name, "" if unknown.
+        mean: per-channel mean that :meth:`preprocess` subtracts from images in [0, 1].
+        std: per-channel standard deviation that it divides by.
+        layer: index of the layer that the features come from; None for the model's own features.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        features: Callable[[Tensor], Tensor],
+        *,
+        channels: int,
+        patch_size: int,
+        name: str = "",
+        mean: Sequence[float] = IMAGENET[0],
+        std: Sequence[float] = IMAGENET[1],
+        layer: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+        self.features = features
+        self.channels = channels
+        self.patch_size = patch_size
+        self.name = name
+        self.mean = _triple("mean", mean)
+        self.std = _triple("std", std)
+        self.layer = layer
+        self._layers = 0
+        self._standard = layer is None
+
+    def extra_repr(self) -> str:
+        """Name, channels, patch size and layer."""
+        return f"name={self.name!r}, channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}"
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Extract features.
+
+        Args:
+            image: (B, 3, H, W), float, already normalised (see :meth:`preprocess`). Where H or W is not a multiple of
+                ``patch_size``, the image is resized bilinearly to the nearest multiple (at least one patch), so that
+                the grid covers the whole picture.
+
+        Returns:
+            (B, C, h, w), h = round(H / patch_size), w likewise, in the dtype of the model's weights (under autocast: as
+            autocast has it).
+
+        Raises:
+            TypeError: not a float tensor.
+            ValueError: not (B, 3, H, W), or empty.
+            LoftUpError: the model does not take images of this size, or gave something else than features (B, C, h, w).
+        """
+        _check_image(image)
+        height, width = (
+            max(1, (n + self.patch_size // 2) // self.patch_size) * self.patch_size for n in image.shape[2:]
+        )
+        if (height, width) != tuple(image.shape[2:]):
+            image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
+        features = self.features(image)
+        if features.ndim != 4 or features.shape[:2] != (len(image), self.channels):
+            raise LoftUpError(
+                f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, expected "
+                f"({len(image)}, {self.channels}, h, w)"
+            )
+        return features
+
+    def preprocess(self, source: Any, size: Size | None = None) -> Tensor:
+        """Turn a picture into the normalised image that :meth:`forward` and the upsampler take.
+
+        Args:
+            source: a PIL image or the path of a picture (EXIF orientation is applied, any mode is converted to RGB), or
+                a uint8 tensor (3, H, W) or (B, 3, H, W).
+            size: (H', W') to resize to, or an int for a square; bicubic, antialiased. None keeps the size.
+
+        Returns:
+            (B, 3, H', W') float32, normalised with ``mean`` and ``std``; B = 1 for a single picture. On the tensor's
+            device; pictures come on the CPU.
+
+        Raises:
+            TypeError: another kind of source.
+            ValueError: a tensor of another shape, or a size that is not positive.
+            OSError: the path cannot be read as a picture.
+        """
+        image = _read_picture(source).float() / 255
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            if height < 1 or width < 1:
+                raise ValueError(f"size must be positive, got {size}")
+            resized = F.interpolate(image, (height, width), mode="bicubic", align_corners=False, antialias=True)
+            image = resized.clamp(0, 1)  # bicubic weights overshoot at edges
+        mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (image - mean) / std
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    layer: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Backbone:
+    """Turn a model object into a :class:`Backbone`; the object itself stays as it is.
+
+    Args:
+        model: one of
+
+            - a timm model, also one made with ``features_only=True``;
+            - torch.hub's DINOv2 or DINOv3;
+            - a CLIP of open_clip or OpenAI's ``clip``, or its ``.visual``; an open_clip SigLIP;
+            - a transformers ``Dinov2Model``, ``Dinov2WithRegistersModel``, ``DINOv3ViTModel``, a CLIP or SigLIP model
+              with or without its text tower, or what ``AutoBackbone`` makes;
+            - a :class:`Backbone`, which is returned.
+        layer: which layer's features to give, negative from the end. In a ViT: a block, whose output gets the final
+            norm. In other timm models: a stage, an index into ``feature_info``. In ``AutoBackbone``: an index into
+            ``feature_maps``. None: the last one; for CLIP the dense value path, ``out_proj(v_proj(ln_1(x)))`` of the
+            last block, then ``ln_post`` and the projection to the space of the text, all as LoftUp was trained on
+            ("MaskCLIP", paper.md section 1). A CLIP without its projection (``num_classes=0``, ``CLIPVisionModel``)
+            keeps its width after ``ln_post``; one with ``layer`` gives plain tokens without the projection, and so do
+            timm's CLIPs that were fine-tuned as classifiers (tag ``_ft_``).
+        mean: of the images for :meth:`Backbone.preprocess`; None for what the model was trained with.
+        std: likewise.
+
+    Returns:
+        The backbone, in the training mode that the model is in.
+
+    Raises:
+        LoftUpError: the model is not supported, or has no such layer.
+        TypeError: not a module.
+
+    >>> import timm, torch
+    >>> backbone = wrap(timm.create_model("vit_tiny_patch16_224").eval())
+    >>> backbone(torch.rand(1, 3, 160, 240)).shape
+    torch.Size([1, 192, 10, 15])
+    """
+    if isinstance(model, Backbone):
+        return _rewrap(model, layer, mean, std)
+    if not isinstance(model, nn.Module):
+        hint = "; for a model by its name: load_backbone(name)" if isinstance(model, str) else ""
+        raise TypeError(f"wrap takes a model object (torch.nn.Module), got {type(model).__name__}{hint}")
+    for family in FAMILIES:
+        if (source := family(model, layer)) is not None:
+            break
+    else:
+        raise LoftUpError(_unsupported(model))
+    backbone = Backbone(
+        model,
+        source.features,
+        channels=source.channels,
+        patch_size=source.patch_size,
+        name=source.name,
+        mean=source.scaling[0] if mean is None else mean,
+        std=source.scaling[1] if std is None else std,
+        layer=source.layer,
+    )
+    backbone._layers = source.layers
+    backbone._standard = source.standard
+    return backbone
+
+
+def identify(model: nn.Module) -> str | None:
+    """The name of a backbone object, for looking up the upsampler published for it.
+
+    Args:
+        model: a :class:`Backbone`, or anything that :func:`wrap` takes.
+
+    Returns:
+        timm's, torch.hub's or transformers' name. None where it cannot be known (open_clip's objects), the model is not
+        supported, or the features are not those that upsamplers are trained on: another ``layer``, a CLIP without its
+        projection, ``features_only``.
+    """
+    try:
+        backbone = wrap(model)
+    except (LoftUpError, TypeError):
+        return None
+    return (backbone.name or None) if backbone._standard else None
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: "str | os.PathLike[str] | Literal[False] | None" = None,
+    layer: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **timm_options: Any,
+) -> Backbone:
+    """Build a backbone by name.
+
+    Args:
+        name: loftup's name for a backbone with a published upsampler (``dinov2_vits14``, ``clip_vitb16``, ...), another
+            package's name for the same, or any timm name. Under timm's names images are normalised with the model's own
+            mean and std, under the others with ImageNet's, as in the upsamplers' training.
+        weights: None downloads timm's weights from the Hub; a path reads a local file instead, in timm's layout or the
+            official DINOv2 or OpenAI CLIP one (safetensors, or a pickle of tensors only); False leaves them random.
+        layer: see :func:`wrap`.
+        mean: see :func:`wrap`.
+        std: see :func:`wrap`.
+        timm_options: for ``timm.create_model``, such as ``pad_type="same"`` or ``output_stride=16``. What timm needs in
+            order to take images of any size is added where it can be.
+
+    Returns:
+        The backbone in evaluation mode, on the CPU.
+
+    Raises:
+        LoftUpError: unknown name, unreachable Hub, missing or wrong file, an option that timm refuses, no such layer.
+
+    >>> backbone = load_backbone("resnet18", weights=False, layer=3)
+    >>> backbone.name, backbone.channels, backbone.patch_size
+    ('resnet18.a1_in1k', 256, 16)
+    """
+    timm_name, checkpoint = resolve(name)
+    model = build(timm_name, weights, timm_options)
+    if checkpoint:
+        mean = checkpoint.mean if mean is None else mean
+        std = checkpoint.std if std is None else std
+    backbone = wrap(model, layer=layer, mean=mean, std=std)
+    if checkpoint:
+        backbone.name = checkpoint.name
+    return backbone.eval()
+
+
+class Upsampled(nn.Module):
+    """A backbone and its upsampler in one: image to features at the image's resolution, or any other.
+
+    Args:
+        backbone: a :class:`Backbone`, or anything that :func:`wrap` takes.
+        up: the upsampler, called as ``up(features, image, size=size)``.
+
+    Raises:
+        LoftUpError: the upsampler expects another number of channels.
+    """
+
+    def __init__(self, backbone: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.backbone = wrap(backbone)
+        self.up = up
+        expected = getattr(getattr(up, "config", None), "channels", None)
+        if expected is not None and expected != self.backbone.channels:
+            fitting = [c.name for c in PUBLISHED.values() if c.channels == self.backbone.channels]
+            raise LoftUpError(
+                f"the backbone {self.backbone.name or type(self.backbone.model).__name__!r} gives "
+                f"{self.backbone.channels} channels, the upsampler expects {expected}"
+                + (f"; for {self.backbone.channels} channels: {', '.join(map(repr, fitting))}" if fitting else "")
+            )
+
+    def forward(self, image: Tensor, size: Size | None = None) -> Tensor:
+        """Extract features and upsample them.
+
+        Args:
+            image: (B, 3, H, W), normalised for the backbone; also the upsampler's guidance.
+            size: (H', W') of the result, None for (H, W).
+
+        Returns:
+            (B, C, H', W').
+        """
+        return cast(Tensor, self.up(self.backbone(image), image, size=size))
+
+
+def _triple(name: str, values: Sequence[float]) -> Triple:
+    numbers = [float(value) for value in values]
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+        raise ValueError(f"{name} must be three finite numbers{', above 0' if name == 'std' else ''}, got {values!r}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; backbone.preprocess makes one"
+        )
+    if not image.is_floating_point():
+        raise TypeError(f"image must be a normalised float tensor, got {image.dtype}; backbone.preprocess makes one")
+    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
+        raise ValueError(f"image must be (B, 3, H, W), got {tuple(image.shape)}")
+
+
+def _read_picture(source: Any) -> Tensor:
+    if isinstance(source, Tensor):
+        if source.dtype != torch.uint8:
+            raise TypeError(
+                f"a tensor to preprocess must be uint8 in 0..255, got {source.dtype}; normalise it yourself"
+            )
+        if source.ndim not in (3, 4) or source.shape[-3] != 3:
+            raise ValueError(f"a tensor to preprocess must be (3, H, W) or (B, 3, H, W), got {tuple(source.shape)}")
+        return source if source.ndim == 4 else source[None]
+    from PIL import Image, ImageOps
+
+    if isinstance(source, str | os.PathLike):
+        with Image.open(source) as opened:
+            return _read_picture(opened)
+    if not isinstance(source, Image.Image):
+        raise TypeError(f"a picture must be a PIL image, a path or a uint8 tensor, got {type(source).__name__}")
+    picture = ImageOps.exif_transpose(source).convert("RGB")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
+
+
+def _rewrap(
+    backbone: Backbone, layer: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Backbone:
+    same_layer = layer is None or (
+        backbone.layer is not None and layer in (backbone.layer, backbone.layer - backbone._layers)
+    )
+    same_scaling = all(
+        values is None or tuple(values) == own for values, own in ((mean, backbone.mean), (std, backbone.std))
+    )
+    if not (same_layer and same_scaling):
+        raise LoftUpError(
+            f"this is a Backbone already, with layer={backbone.layer}, mean={backbone.mean} and std={backbone.std}; "
+            "for others wrap its .model"
+        )
+    return backbone
+
+
+def _unsupported(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    described = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
+    return (
+        f"cannot tell how to get a feature map out of {described}. Looked for: a timm model (feature_info and "
+        "forward_intermediates, or built with features_only=True), torch.hub's DINOv2 or DINOv3 (forward_features and "
+        "get_intermediate_layers), a CLIP or SigLIP of open_clip or clip (.visual), a transformers DINOv2, DINOv3, "
+        "CLIP or SigLIP, or an AutoBackbone (feature_maps). If it holds one of these, wrap that part; else write a "
+        "function from image (B, 3, H, W) to features (B, C, h, w) and give "
+        "Backbone(model, function, channels=C, patch_size=p)"
+    )

@@ -1,0 +1,177 @@
+"""Building a timm model by name, with weights from the Hub, from a local file, or none."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from .backbones_maps import FLEXIBLE
+from .errors import LoftUpError
+from .published import PUBLISHED, Checkpoint, find_checkpoint, known_names
+
+__all__ = ["build", "resolve"]
+
+Weights = str | os.PathLike[str] | Literal[False] | None
+
+
+def resolve(name: str) -> tuple[str, Checkpoint | None]:
+    """The timm name of a backbone, and the published checkpoint whose scaling applies.
+
+    A name is loftup's, or timm's, or another package's for a backbone with a published upsampler; it is never guessed.
+
+    Raises:
+        LoftUpError: none of these; names the near misses.
+    """
+    import timm
+
+    if name in PUBLISHED:
+        return PUBLISHED[name].timm, PUBLISHED[name]
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return name, None  # timm reads the model's kind from the repository
+    pretrained = timm.list_pretrained()
+    if name in pretrained or name in timm.list_models():
+        return name, None
+    if checkpoint := find_checkpoint(name):
+        return checkpoint.timm, checkpoint
+    known = [*known_names(), *pretrained, *timm.list_models()]
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+    raise LoftUpError(
+        f"unknown backbone {name!r}; {meant}Known are {', '.join(PUBLISHED)} and the names in timm.list_models() and "
+        "timm.list_pretrained()"
+    )
+
+
+def build(name: str, weights: Weights, options: dict[str, Any]) -> nn.Module:
+    """Build a timm model that takes images of any size where timm can make it so.
+
+    Raises:
+        LoftUpError: see :func:`loftup.backbones.load_backbone`.
+    """
+    if weights is None or weights is False:
+        overlay = {}
+    elif isinstance(weights, str | os.PathLike):
+        # As a state dict, not as a file: older timm reads pickles with weights_only=False.
+        overlay = {"state_dict": _read_weights(Path(weights).expanduser()), "source": ""}
+    else:
+        raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
+    given = f"{name!r} with the options {options}" if options else repr(name)
+    try:
+        with _missing_keys() as missing:
+            try:
+                model = _create(name, options, pretrained=weights is not False, overlay=overlay)
+            except RuntimeError as error:
+                if not overlay or "num_classes" in options or not _differs_in_classifier(name, str(error)):
+                    raise
+                # A backbone needs no classifier: the file may have none, or one for other classes.
+                model = _create(name, {**options, "num_classes": 0}, pretrained=True, overlay=overlay)
+    except Exception as error:  # the Hub's client, its transport and timm each have exceptions of their own
+        refused = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
+        if refused or weights is False:
+            raise LoftUpError(f"timm cannot build {given}: {_shorten(error)}") from error
+        if overlay:
+            keys = sorted(overlay["state_dict"], key=lambda key: key.count("."))
+            raise LoftUpError(
+                f"{weights} does not hold weights for {given}: {_shorten(error)}. Keys of the file: "
+                f"{_shorten(', '.join(keys), 200)}"
+            ) from error
+        raise LoftUpError(
+            f"could not load timm's weights for {given} from the Hub ({_shorten(error)}). Without the Hub, give a "
+            "local file, load_backbone(name, weights=path), or weights=False for random ones"
+        ) from error
+    # timm keeps the configuration, and with it a second copy of all weights.
+    getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
+    if overlay and (lost := [key for key in missing if not key.startswith(_classifiers(name))]):
+        raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(lost))}")
+    return model
+
+
+def _create(name: str, options: dict[str, Any], *, pretrained: bool, overlay: dict[str, Any]) -> nn.Module:
+    import timm
+
+    for flexible in FLEXIBLE:
+        settings = {**flexible, **options}
+        try:
+            model: nn.Module = timm.create_model(
+                name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **settings
+            )
+        except TypeError as error:
+            # Most models know neither option; what the user asked for has to be known.
+            if "unexpected keyword argument" not in str(error) or not set(flexible) - set(options):
+                raise
+        else:
+            return model
+    raise AssertionError("the last choice has no options of its own")
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise LoftUpError(f"no such weights file: {path}")
+    try:
+        state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own
+        hint = (
+            "; if it is a TorchScript archive, as OpenAI's CLIP files are, save its weights alone: "
+            "torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt')"
+        )
+        raise LoftUpError(
+            f"cannot read {path}: {_shorten(error)}. Expected safetensors, or a pickle of tensors only"
+            + (hint if "TorchScript" in str(error) else "")
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise LoftUpError(f"{path} holds a {type(state).__name__}, expected a non-empty dict of tensors")
+    return state
+
+
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """Collect the keys that timm notes as missing: it loads loosely where the number of classes differs, and logs."""
+    keys: list[str] = []
+    logger = logging.getLogger("timm.models._builder")
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message.startswith("Missing keys ("):
+                keys.extend(message.removeprefix("Missing keys (").split(")")[0].split(", "))
+
+    collector, level, propagate = Collector(), logger.level, logger.propagate
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield keys
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _differs_in_classifier(name: str, message: str) -> bool:
+    """Whether the keys that torch's strict loading complains of are all the classifier's."""
+    keys = ["".join(key) for key in re.findall(r'"([\w.]+)"|size mismatch for ([\w.]+):', message)]
+    if "_clip_" in name:
+        return False  # timm calls CLIP's projection a classifier, but here it is needed
+    return bool(keys) and all(key.startswith(_classifiers(name)) for key in keys)
+
+
+def _classifiers(name: str) -> tuple[str, ...]:
+    """What the keys of a timm model's classifiers start with."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    names = (config.classifier if config else None) or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _shorten(error: object, limit: int = 600) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} ..."

@@ -1,0 +1,308 @@
+"""Plain vision transformers of every packaging as one structure: embed, blocks, norm, drop the prefix tokens.
+
+timm, open_clip, OpenAI's clip and transformers hold the same network under different attribute names. A
+:class:`Layout` says where the parts are; :class:`PlainViT` runs them. Parts are looked up at each call, never copied,
+so that the user's model stays as it is and adapters put into it later take effect.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import LoftUpError
+
+__all__ = [
+    "ANTIALIASED",
+    "IMAGENET",
+    "WITH_OFFSET",
+    "Layout",
+    "PlainViT",
+    "Source",
+    "Triple",
+    "part",
+    "pick_layer",
+    "plain_source",
+]
+
+Triple = tuple[float, float, float]
+IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass
+class Source:
+    """What a family knows about a model that it recognised.
+
+    Args:
+        features: image (B, 3, H, W), H and W multiples of ``patch_size``, to features (B, C, h, w).
+        channels: C.
+        patch_size: stride of the feature grid in pixels.
+        layers: how many layers there are to choose from.
+        layer: index of the chosen one, None for the family's own features.
+        name: the model's name where it can be known.
+        scaling: mean and std of the images that the model was trained on.
+        standard: these are the features that upsamplers published for ``name`` were trained on.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    channels: int
+    patch_size: int
+    layers: int
+    layer: int | None
+    name: str = ""
+    scaling: tuple[Triple, Triple] = IMAGENET
+    standard: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dotted attribute paths of the parts of a plain ViT; "" where the family has no such part.
+
+    Args:
+        patch: the patch convolution.
+        blocks: the transformer blocks.
+        norm: the final norm.
+        tokens: prefix tokens (class, registers) in the order in which they are prepended; a None one is skipped.
+        position: position table, (1, n, D) or (n, D).
+        patch_norm: norm of the patch tokens before positions are added.
+        pre_norm: norm of all tokens before the first block.
+        rope: module that makes rotary position embeddings for an image, handed to every block.
+        block_norm: first norm inside a block.
+        attention: attention inside a block.
+    """
+
+    patch: str
+    blocks: str
+    norm: str
+    tokens: tuple[str, ...] = ()
+    position: str = ""
+    patch_norm: str = ""
+    pre_norm: str = ""
+    rope: str = ""
+    block_norm: str = "norm1"
+    attention: str = "attn"
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How a family fits its position table to another grid: bicubic, antialiased or not, by size or by scale."""
+
+    antialias: bool
+    offset: float
+
+
+# DINOv2's hub code for the models without registers, and MaskCLIP's: the offset goes into the scale factor.
+WITH_OFFSET = Resampling(antialias=False, offset=0.1)
+# timm for all models, and DINOv2's hub code for the models with registers.
+ANTIALIASED = Resampling(antialias=True, offset=0.0)
+
+
+def part(model: Any, path: str) -> Any:
+    """The attribute at a dotted path; None where the path is empty or leads nowhere."""
+    if not path:
+        return None
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
+
+
+def pick_layer(layer: int | None, count: int, name: str) -> int:
+    """Resolve ``layer`` (None: the last, negative: from the end) among ``count`` layers.
+
+    Raises:
+        TypeError: not an integer.
+        LoftUpError: out of range.
+    """
+    if layer is None:
+        return count - 1
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"layer must be an integer, got {layer!r}")
+    if not -count <= layer < count:
+        raise LoftUpError(f"layer {layer} is out of range: {name} has {count} layers, so {-count} to {count - 1}")
+    return layer % count
+
+
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], how: Resampling) -> Tensor:
+    """Resample position embeddings to another grid, in float32 at least.
+
+    Args:
+        table: (1, M * N, D), one row per cell of the ``old`` grid, in reading order.
+        old: (M, N).
+        new: (h, w).
+        how: antialiasing and offset.
+
+    Returns:
+        (1, h * w, D) in the dtype of ``table``; the same values where the grids agree.
+    """
+    if old == new:
+        return table
+    cells = table.to(torch.promote_types(table.dtype, torch.float32)).reshape(1, *old, -1).permute(0, 3, 1, 2)
+    if how.offset:
+        # The scale factor itself enters the sampling positions, so that this is not the same as giving the size.
+        scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
+        cells = F.interpolate(cells, scale_factor=scale, mode="bicubic", antialias=how.antialias)
+    else:
+        cells = F.interpolate(cells, size=new, mode="bicubic", antialias=how.antialias)
+    assert cells.shape[-2:] == new, (cells.shape, new)
+    return cells.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def table_grid(model: Any, count: int) -> tuple[int, int]:
+    """The (rows, columns) of a position table with ``count`` entries: as the model says, else a square."""
+    stated = [part(model, "patch_embed.grid_size"), part(model, "grid_size")]
+    if (config := getattr(model, "config", None)) is not None and hasattr(config, "image_size"):
+        sizes = (pair(config.image_size), pair(config.patch_size))
+        stated.append(tuple(side // patch for side, patch in zip(*sizes, strict=True)))
+    side = math.isqrt(count)
+    for rows, columns in [*(grid for grid in stated if grid), (side, side)]:
+        if rows * columns == count:
+            return int(rows), int(columns)
+    raise LoftUpError(
+        f"the position table of this {type(model).__name__} has {count} entries, which form no known grid"
+    )
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """An int as a square pair; a pair as it is."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+@dataclass
+class PlainViT:
+    """A plain ViT as a function from an image (B, 3, H, W) to features (B, C, H / patch, W / patch).
+
+    Args:
+        trunk: the object that ``layout``'s paths start from.
+        layout: where its parts are.
+        resampling: how its position table is fitted to the grid.
+        last: index of the block whose output is taken.
+        positioned: how many prefix tokens have an entry of their own at the front of the position table.
+        value_path: take the last block's value path (see :func:`value_path`) instead of its output.
+        projection: owner and path of the projection behind the final norm: a module, or a matrix (D, C).
+    """
+
+    trunk: Any
+    layout: Layout
+    resampling: Resampling
+    last: int
+    positioned: int
+    value_path: bool = False
+    projection: tuple[Any, str] | None = None
+
+    def __post_init__(self) -> None:
+        # Blocks of transformers want masks by position: two in CLIP of version 4, one in version 5; others want none.
+        parameters = list(inspect.signature(self._part("blocks")[0].forward).parameters.values())[1:]
+        self.masks = [None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        # Weights decide the precision; under autocast the residual stream stays as wide as they are.
+        image = image.to(self.patch.weight.dtype)
+        tokens, (h, w) = self.embed(image)
+        prefix = tokens.shape[1] - h * w
+        tokens = self.encode(tokens, image)
+        if tokens.shape[1] - prefix != h * w:
+            raise LoftUpError(
+                f"{type(self.trunk).__name__} gave {tokens.shape[1]} tokens, expected {h} x {w} patches + {prefix} "
+                "prefix tokens; do its blocks drop or merge tokens?"
+            )
+        features: Tensor = self._part("norm")(tokens[:, prefix:])
+        if self.projection:
+            project = part(*self.projection)
+            features = project(features) if isinstance(project, nn.Module) else features @ project
+        return features.transpose(1, 2).reshape(len(features), -1, h, w).contiguous()
+
+    @property
+    def patch(self) -> Any:
+        """The patch convolution."""
+        return self._part("patch")
+
+    def _part(self, name: str) -> Any:
+        return part(self.trunk, getattr(self.layout, name))
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image to the tokens before the first block, (B, prefix + h * w, D), and the grid (h, w).
+
+        Dropout of positions or patches is left out: features are the same in training mode.
+        """
+        patches = self.patch(image).to(image.dtype)
+        grid = (patches.shape[2], patches.shape[3])
+        patches = patches.flatten(2).transpose(1, 2)
+        if (patch_norm := self._part("patch_norm")) is not None:
+            patches = patch_norm(patches)
+        found = [token for path in self.layout.tokens if (token := part(self.trunk, path)) is not None]
+        prefix = torch.cat([token.reshape(1, -1, patches.shape[-1]) for token in found], 1) if found else None
+        if (table := self._part("position")) is not None:
+            table = table.reshape(1, -1, table.shape[-1])
+            own, table = table[:, : self.positioned], table[:, self.positioned :]
+            if prefix is not None:
+                prefix = torch.cat([prefix[:, : self.positioned] + own, prefix[:, self.positioned :]], 1)
+            table = resample_positions(table, table_grid(self.trunk, table.shape[1]), grid, self.resampling)
+            patches = patches + table.to(patches.dtype)
+        if prefix is not None:
+            patches = torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], 1)
+        if (pre_norm := self._part("pre_norm")) is not None:
+            patches = pre_norm(patches)
+        return patches, grid
+
+    def encode(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Run the blocks up to the last one wanted, (B, n, D) to (B, n, D)."""
+        rope = self._part("rope")
+        extra = {} if rope is None else {"position_embeddings": rope(image)}
+        blocks = list(self._part("blocks"))[: self.last + 1]
+        attention = getattr(blocks[0], self.layout.attention, None)
+        # OpenAI's package and open_clip before 2.24 run tokens first, (n, B, D).
+        tokens_first = getattr(attention, "batch_first", None) is False
+        if tokens_first:
+            tokens = tokens.transpose(0, 1)
+        for block in blocks[:-1] if self.value_path else blocks:
+            output = block(tokens, *self.masks, **extra)
+            tokens = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
+        if self.value_path:
+            tokens = value_path(blocks[-1], self.layout, tokens)
+        return tokens.transpose(0, 1) if tokens_first else tokens
+
+
+def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
+    """out_proj(v_proj(norm(x))) for every token: no attention, no residual, no MLP ("MaskCLIP")."""
+    tokens = getattr(block, layout.block_norm)(tokens)
+    values: Tensor
+    attention: Any = getattr(block, layout.attention)
+    if isinstance(attention, nn.MultiheadAttention):
+        assert attention.in_proj_weight is not None
+        weight = attention.in_proj_weight.chunk(3)[2]
+        bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
+        values = attention.out_proj(F.linear(tokens, weight, bias))
+    elif hasattr(attention, "v_proj"):
+        values = attention.out_proj(attention.v_proj(tokens))
+    else:
+        values = attention.proj(attention.qkv(tokens).chunk(3, dim=-1)[2])
+    return values
+
+
+def plain_source(
+    vit: PlainViT, layer: int | None, count: int, name: str, scaling: tuple[Triple, Triple], clip: bool = False
+) -> Source:
+    """Sizes of a plain ViT, read off its parts."""
+    stride = vit.patch.stride
+    if stride[0] != stride[1]:
+        raise LoftUpError(f"{name or type(vit.trunk).__name__} has patches of {stride}, only square ones are supported")
+    channels = vit.patch.out_channels
+    if vit.projection:
+        project = part(*vit.projection)
+        channels = project.out_features if isinstance(project, nn.Module) else project.shape[1]
+    return Source(
+        features=vit,
+        channels=channels,
+        patch_size=stride[0],
+        layers=count,
+        layer=None if layer is None else vit.last,
+        name=name,
+        scaling=scaling,
+        # Upsamplers for CLIP were trained on the projected value path alone; for the others, on the last block.
+        standard=vit.projection is not None if clip else vit.last == count - 1,
+    )

@@ -1,0 +1,325 @@
+"""The command ``loftup``: demo, features, list."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from .backbones import Backbone
+    from .model import LoftUp
+
+__all__ = ["main"]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 some images failed, 2 nothing could be done)."""
+    from .errors import LoftUpError
+
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (LoftUpError, ValueError, OSError) as error:
+        print(f"loftup {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nloftup {arguments.command}: interrupted; files already written are whole", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="loftup", description="Pixel-dense features from any vision backbone.")
+    parser.add_argument("--version", action="version", version=f"loftup {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="picture of an image's features: low-res, bilinear, LoftUp")
+    demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="photograph; a drawn scene if left out")
+    _add_model_options(demo)
+    demo.add_argument("-o", "--output", type=Path, default=Path("loftup_demo.png"), metavar="FILE")
+    demo.set_defaults(run=_demo)
+
+    features = commands.add_parser("features", help="write upsampled features of images as float16 safetensors")
+    features.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
+    _add_model_options(features)
+    features.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    features.add_argument("--overwrite", action="store_true", help="write files anew that are there already")
+    features.set_defaults(run=_features)
+
+    listing = commands.add_parser("list", help="published weights")
+    listing.add_argument("--json", action="store_true", help="as JSON, with all fields")
+    listing.set_defaults(run=_list)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--backbone", default="dinov2_vits14", metavar="NAME", help="loftup's or timm's name (default: %(default)s)")
+    add("--backbone-weights", metavar="FILE", help="local weights of the backbone; default: from the Hub")
+    add(
+        "--weights", metavar="NAME|PATH", help="LoftUp weights: name, repository, folder or file; default: --backbone's"
+    )
+    add("--layer", type=int, metavar="K", help="stage or block of the backbone to take; default: its last")
+    add("--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="passed to timm, repeatable")
+    add("--mean", nargs=3, type=float, metavar=("R", "G", "B"), help="image mean of the backbone; default: its own")
+    add("--std", nargs=3, type=float, metavar=("R", "G", "B"), help="image deviation of the backbone; default: its own")
+    add("--size", nargs=2, type=int, metavar=("H", "W"), help="of the result; default: the image's, at most 512 long")
+    add("--input", type=int, default=224, metavar="N", help="short side of the backbone's input (default: %(default)s)")
+    add("--device", default="cpu", help="torch device (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the LoftUp network (default: %(default)s)")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE; the value as JSON where it is JSON (16, true, [1,2]), else as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
+    """Backbone and upsampler that the options name, on the device, checked against each other."""
+    import torch
+
+    from .backbones import Upsampled, load_backbone
+    from .model import LoftUp
+
+    up = LoftUp.from_pretrained(
+        arguments.weights or arguments.backbone, device=arguments.device, dtype=getattr(torch, arguments.dtype)
+    )
+    backbone = load_backbone(
+        arguments.backbone,
+        weights=arguments.backbone_weights,
+        layer=arguments.layer,
+        mean=tuple(arguments.mean) if arguments.mean else None,
+        std=tuple(arguments.std) if arguments.std else None,
+        **dict(arguments.option),
+    )
+    Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
+    return backbone.eval().to(arguments.device), up
+
+
+def _run(arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", image: Any) -> "tuple[Tensor, Tensor]":
+    """Low-resolution and upsampled features, (1, C, h, w) and (1, C, H, W), of a PIL image or path."""
+    import torch
+
+    large = backbone.preprocess(image)
+    height, width = large.shape[-2:]
+    size = tuple(arguments.size) if arguments.size else _within(height, width, 512)
+    scale = arguments.input / min(height, width)
+    small = backbone.preprocess(image, size=(max(1, round(height * scale)), max(1, round(width * scale))))
+    with torch.inference_mode():
+        features = backbone(small.to(arguments.device))
+        return features, up(features, large.to(arguments.device), size=size)
+
+
+def _within(height: int, width: int, longest: int) -> tuple[int, int]:
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    import torch.nn.functional as F
+
+    from .viz import compare, require_pillow
+
+    pil = require_pillow()
+    picture = drawn_scene() if arguments.image is None else _open(arguments.image)
+    backbone, up = _models(arguments)
+    start = time.perf_counter()
+    low, high = _run(arguments, backbone, up, picture)
+    seconds = time.perf_counter() - start
+    size = (int(high.shape[-2]), int(high.shape[-1]))
+    maps = {
+        f"{backbone.name or arguments.backbone} {low.shape[-2]}x{low.shape[-1]}": low,
+        "bilinear": F.interpolate(low.float(), size, mode="bilinear", align_corners=False),
+        "LoftUp": high,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    shown = picture.resize((size[1], size[0]), pil.Resampling.BICUBIC)
+    compare(shown, maps).save(arguments.output)
+    print(
+        f"{arguments.backbone}: {tuple(low.shape[1:])} -> {tuple(high.shape[1:])} in {seconds:.1f} s; "
+        f"wrote {arguments.output}"
+    )
+    return 0
+
+
+def _open(path: Path) -> "Image.Image":
+    from .viz import require_pillow
+
+    pil = require_pillow()
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(pil.open(path)).convert("RGB")  # type: ignore[no-any-return]
+    except OSError as error:
+        raise OSError(f"cannot read the image {path}: {error}") from error
+
+
+def drawn_scene(height: int = 336, width: int = 448) -> "Image.Image":
+    """A drawn landscape with sharp outlines, for trying things without a photograph."""
+    from .viz import require_pillow
+
+    pil = require_pillow()
+    from PIL import ImageDraw
+
+    scene = pil.new("RGB", (width, height), (150, 190, 235))
+    draw = ImageDraw.Draw(scene)
+    horizon = height * 3 // 5
+    draw.rectangle((0, horizon, width, height), fill=(95, 140, 70))
+    draw.polygon([(0, horizon), (width // 4, height // 4), (width // 2, horizon)], fill=(120, 110, 115))
+    draw.polygon([(width // 4, horizon), (width // 2, height // 3), (width * 4 // 5, horizon)], fill=(95, 88, 98))
+    draw.ellipse((width * 3 // 4, height // 10, width * 3 // 4 + height // 6, height // 10 + height // 6), fill="gold")
+    draw.rectangle((width * 11 // 16, height // 2, width * 13 // 16, height * 3 // 4), fill=(180, 70, 60))
+    draw.polygon(
+        [(width * 21 // 32, height // 2), (width * 3 // 4, height * 3 // 8), (width * 27 // 32, height // 2)],
+        fill=(110, 50, 40),
+    )
+    for left in range(width // 16, width // 2, width // 9):
+        draw.rectangle((left - 3, height * 7 // 10, left + 3, height * 17 // 20), fill=(90, 65, 45))
+        draw.ellipse((left - 18, height // 2, left + 18, height * 3 // 4), fill=(40, 95, 45))
+    return scene  # type: ignore[no-any-return]
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    images = list(_expand(arguments.images))
+    targets = _targets(images, arguments.output)
+    settings = _settings(arguments)
+    waiting = [image for image in images if arguments.overwrite or not _finished(targets[image], settings)]
+    if skipped := len(images) - len(waiting):
+        print(f"{skipped} of {len(images)} images are finished already", file=sys.stderr)
+    if not waiting:
+        return 0
+    backbone, up = _models(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
+        try:
+            _write_features(arguments, backbone, up, image, targets[image], settings)
+        except (ValueError, OSError) as error:
+            failed += 1
+            tqdm.write(f"loftup features: {image}: {error}", file=sys.stderr)
+    print(f"wrote {len(waiting) - failed} of {len(waiting)} files to {arguments.output}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _write_features(
+    arguments: argparse.Namespace,
+    backbone: "Backbone",
+    up: "LoftUp",
+    image: Path,
+    target: Path,
+    settings: dict[str, str],
+) -> None:
+    import torch
+    from safetensors.torch import save
+
+    from .weights import write_atomically
+
+    _, high = _run(arguments, backbone, up, _open(image))
+    half = high[0].to(torch.float16)
+    if not bool(half.isfinite().all()):
+        raise ValueError(f"features reach {high.abs().max():.3g}, beyond what float16 holds")
+    size = {"size": f"{half.shape[-2]}x{half.shape[-1]}", "image": image.name}
+    write_atomically(target, save({"features": half.cpu().contiguous()}, metadata={**settings, **size}))
+
+
+def _expand(paths: Sequence[Path]) -> Iterator[Path]:
+    """Files as given, folders as the images directly in them; an empty folder is an error."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise ValueError(f"no images in the folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+        yield from found
+
+
+def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    targets = {image: folder / f"{image.name}.safetensors" for image in images}
+    sources: dict[Path, Path] = {}
+    for image, target in targets.items():
+        if target in sources:
+            raise ValueError(
+                f"{sources[target]} and {image} would both be written to {target}; run them to two folders"
+            )
+        sources[target] = image
+    return targets
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """What decides the content of a features file, as safetensors metadata."""
+    return {
+        "backbone": arguments.backbone,
+        "backbone_weights": os.path.basename(arguments.backbone_weights or ""),
+        "weights": os.path.basename(arguments.weights or arguments.backbone),
+        "layer": "last" if arguments.layer is None else str(arguments.layer),
+        "options": json.dumps(dict(arguments.option), sort_keys=True),
+        "scaling": json.dumps([arguments.mean, arguments.std]),
+        "asked_size": "x".join(map(str, arguments.size)) if arguments.size else "image",
+        "input": str(arguments.input),
+        "dtype": arguments.dtype,
+        "loftup_version": __version__,
+    }
+
+
+def _finished(target: Path, settings: dict[str, str]) -> bool:
+    """Whether the file is there with the same settings; ValueError if it is there with others."""
+    if not target.exists():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(target, framework="pt") as handle:
+            made_with = handle.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{target} exists but is no safetensors file ({error}); remove it or pass --overwrite"
+        ) from error
+    other = [
+        f"{key} {made_with.get(key)!r}, now {value!r}" for key, value in settings.items() if made_with.get(key) != value
+    ]
+    if other:
+        raise ValueError(
+            f"{target} was written with other settings ({'; '.join(other)}); pass --overwrite or another folder"
+        )
+    return True
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from .published import list_pretrained
+
+    checkpoints = list_pretrained()
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(checkpoint) for checkpoint in checkpoints], indent=2))
+        return 0
+    rows = [("NAME", "C", "PATCH", "HUB REPOSITORY", "LICENCE", "BACKBONE (timm)")]
+    rows += [(c.name, str(c.channels), str(c.patch_size), c.repo, c.licence, c.timm) for c in checkpoints]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

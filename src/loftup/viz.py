@@ -1,0 +1,151 @@
+"""Pictures of feature maps: principal components as colours, and maps side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import LoftUpError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["compare", "pca_image"]
+
+SAMPLES_PER_MAP = 16_384
+
+
+def pca_image(
+    features: Tensor | Sequence[Tensor], *, shared: bool = True, shared_range: bool = True, quantile: float = 0.01
+) -> Tensor | list[Tensor]:
+    """Colour feature maps by their first three principal components.
+
+    >>> pca_image(torch.rand(2, 384, 16, 16)).shape
+    torch.Size([2, 3, 16, 16])
+    >>> low, high = pca_image([torch.rand(8, 16, 16), torch.rand(8, 64, 64)])  # same colours mean same features
+
+    Args:
+        features: one map or a sequence of maps, each (B, C, H, W) or (C, H, W), any float dtype; sizes may differ,
+            C may not unless ``shared`` is False.
+        shared: fit one PCA to all maps and images, each map weighing the same, so that colours can be compared; False
+            fits every map by itself.
+        shared_range: use one colour range for all maps of a shared PCA; False gives each map its own, which keeps the
+            hues and shows maps of different spread or offset equally bright.
+        quantile: this share of the values at either end of a component is clipped, so that a few outliers do not
+            grey out the rest; in [0, 0.5).
+
+    Returns:
+        For each map a float32 tensor (B, 3, H, W) or (3, H, W) in [0, 1], on the CPU; a single tensor for a single map.
+
+    Raises:
+        ValueError: a shape or ``quantile`` is out of range, C differs, or values are not finite.
+    """
+    if not 0 <= quantile < 0.5:
+        raise ValueError(f"quantile must be in [0, 0.5), got {quantile}")
+    maps = [features] if isinstance(features, Tensor) else list(features)
+    if not maps:
+        raise ValueError("no feature maps given")
+    rows = []  # one (pixels, C) matrix a map
+    for index, features_ in enumerate(maps):
+        if features_.ndim not in (3, 4) or features_.numel() == 0:
+            raise ValueError(
+                f"map {index} must be (B, C, H, W) or (C, H, W) and not empty, got {tuple(features_.shape)}"
+            )
+        if not bool(features_.isfinite().all()):
+            raise ValueError(f"map {index} holds values that are not finite")
+        rows.append(features_.detach().cpu().float().movedim(-3, -1).flatten(0, -2))
+    if shared and len(counts := {matrix.shape[1] for matrix in rows}) > 1:
+        raise ValueError(f"maps have different channel counts {sorted(counts)}; use shared=False")
+    groups = [rows] if shared else [[matrix] for matrix in rows]
+    coloured = [image for group in groups for image in _colour(group, shared_range, quantile)]
+    images = [
+        colours.reshape(*features_.shape[:-3], *features_.shape[-2:], 3).movedim(-1, -3)
+        for colours, features_ in zip(coloured, maps, strict=True)
+    ]
+    return images[0] if isinstance(features, Tensor) else images
+
+
+def _colour(rows: list[Tensor], shared_range: bool, quantile: float) -> list[Tensor]:
+    """Project matrices (pixels, C) to (pixels, 3) in [0, 1] by the components of an evenly drawn sample."""
+    samples = [matrix[torch.linspace(0, len(matrix) - 1, min(len(matrix), SAMPLES_PER_MAP)).long()] for matrix in rows]
+    mean = torch.stack([sample.mean(0) for sample in samples]).mean(0)
+    covariance = torch.stack([(sample - mean).mT @ (sample - mean) / len(sample) for sample in samples]).mean(0)
+    basis = torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1)[:, :3].float()
+    # An eigenvector's sign is arbitrary: let its largest entry be positive, so that colours repeat between runs.
+    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    basis = F.pad(basis, (0, 3 - basis.shape[1]))
+    projected = [(sample - mean) @ basis for sample in samples]
+    ranges = [torch.cat(projected)] * len(rows) if shared_range else projected
+    coloured = []
+    for matrix, values in zip(rows, ranges, strict=True):
+        low, high = values.quantile(quantile, dim=0), values.quantile(1 - quantile, dim=0)
+        coloured.append((((matrix - mean) @ basis - low) / (high - low).clamp(min=1e-6)).clamp(0, 1))
+    return coloured
+
+
+def compare(
+    image: "Image.Image | Tensor",
+    maps: Mapping[str, Tensor],
+    *,
+    shared: bool = True,
+    shared_range: bool = False,
+    height: int | None = None,
+) -> "Image.Image":
+    """Put an image and its feature maps side by side, coloured by :func:`pca_image`, with captions.
+
+    Args:
+        image: PIL image, or a tensor (3, H, W) or (1, 3, H, W) of any scaling (shown from its minimum to its maximum).
+        maps: caption to map, (C, h, w) or (1, C, h, w); each is enlarged to the panel without smoothing.
+        shared: one PCA for all maps, see :func:`pca_image`.
+        shared_range: one colour range for all maps, see :func:`pca_image`.
+        height: of the panels in pixels; None means the largest of image and maps.
+
+    Returns:
+        A PIL image.
+
+    Raises:
+        LoftUpError: Pillow is missing (extra ``viz``).
+        ValueError: see :func:`pca_image`; or more than one image in a batch.
+    """
+    pil = require_pillow()
+    from PIL import ImageDraw, ImageFont
+
+    for name, features in maps.items():
+        if features.ndim == 4 and features.shape[0] != 1:
+            raise ValueError(f"compare shows one image, map {name!r} has a batch of {features.shape[0]}")
+    picture = _to_pil(pil, image) if isinstance(image, Tensor) else image.convert("RGB")
+    height = height or max([picture.height, *(features.shape[-2] for features in maps.values())])
+    width = round(height * picture.width / picture.height)
+    panels = {"image": picture.resize((width, height), pil.Resampling.BICUBIC)}
+    for name, colours in zip(
+        maps, pca_image(list(maps.values()), shared=shared, shared_range=shared_range) if maps else [], strict=True
+    ):
+        panels[name] = _to_pil(pil, colours, scale=False).resize((width, height), pil.Resampling.NEAREST)
+    gap, size = max(4, height // 60), max(12, height // 18)
+    font = ImageFont.load_default(size)
+    sheet = pil.new("RGB", (len(panels) * (width + gap) - gap, height + 2 * size), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (name, panel) in enumerate(panels.items()):
+        left = index * (width + gap)
+        draw.text((left + width // 2, size), name, fill="black", font=font, anchor="mm")
+        sheet.paste(panel, (left, 2 * size))
+    return sheet  # type: ignore[no-any-return]
+
+
+def _to_pil(pil: Any, image: Tensor, scale: bool = True) -> Any:
+    image = image.detach().cpu().float()
+    image = image[0] if image.ndim == 4 else image
+    if scale:
+        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+    return pil.fromarray((image * 255).round().to(torch.uint8).movedim(0, -1).numpy())
+
+
+def require_pillow() -> Any:
+    """The module ``PIL.Image``, or a LoftUpError that names the extra."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise LoftUpError('pictures need Pillow: pip install "loftup[viz]"') from error
+    return Image

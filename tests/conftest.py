@@ -1,0 +1,48 @@
+"""Fixtures shared by all tests; nothing here may touch the network."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from hub_server import HubServer
+
+# Before anything imports huggingface_hub, which reads these once: the tests' Hub is a local server.
+HUB = HubServer()
+HF_HOME = tempfile.TemporaryDirectory()
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="0")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def shared(path: str) -> Path:
+    """A file of the material beside the repository, or a skip with the reason."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {path} of the shared material beside the repository")
+    return SHARED / path
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The local Hub, empty, with an empty cache and no waiting between the client's retries."""
+    import huggingface_hub.constants
+    import huggingface_hub.utils._http
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    HUB.open()
+    yield HUB
+    HUB.close()
+
+
+@pytest.fixture
+def photo() -> Path:
+    return shared("data/photos/n01440764_tench.jpg")

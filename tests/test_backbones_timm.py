@@ -1,0 +1,411 @@
+"""timm's other families, and building by name: options, local files, the Hub."""
+
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import shared
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+from loftup import LoftUpError
+from loftup.backbones import identify, load_backbone, wrap
+from loftup.published import PUBLISHED
+
+SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+SMALL_VIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+
+
+def randomised(model):
+    """Norms that are not the identity."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.normal_(1.0 if name.endswith(("weight", "var")) else 0.0, 0.2).abs_()
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("test_resnet", {}, (64, 96)),
+        ("test_resnet", {"output_stride": 16}, (64, 96)),
+        ("test_efficientnet", {"pad_type": "same"}, (64, 96)),
+        ("test_convnext", {}, (64, 96)),
+        ("test_nfnet", {}, (64, 96)),
+        ("test_byobnet", {}, (64, 96)),
+        ("mobilenetv3_small_050", {}, (64, 96)),
+        ("swin_tiny_patch4_window7_224", SWIN, (224, 224)),
+        ("swinv2_tiny_window8_256", {**SWIN, "strict_img_size": False}, (96, 64)),
+    ],
+)
+def test_stages_are_those_of_features_only(name, options, size):
+    model = randomised(timm.create_model(name, **options))
+    image = torch.randn(2, 3, *size)
+    features_only = timm.create_model(name, features_only=True, **options).eval()
+    given = list(features_only.feature_info.out_indices)
+    if hasattr(features_only, "model"):
+        features_only.model.load_state_dict(model.state_dict(), strict=False)
+    else:
+        wanted = features_only.state_dict().keys()  # FeatureListNet joins the first two levels of some names
+        state = {(joined if (joined := key.replace(".", "_", 1)) in wanted else key): value
+                 for key, value in model.state_dict().items()}  # fmt: skip
+        missing, _ = features_only.load_state_dict(state, strict=False)
+        assert not missing
+    with torch.no_grad():
+        stages = features_only(image)
+        for index, stage in zip(given, stages, strict=True):
+            if getattr(features_only, "output_fmt", "NCHW") == "NHWC":
+                stage = stage.permute(0, 3, 1, 2)
+            plain, wrapped = wrap(model, layer=index), wrap(features_only, layer=index)
+            assert plain.channels == wrapped.channels == stage.shape[1]
+            assert plain.patch_size == wrapped.patch_size == size[0] // stage.shape[2]
+            torch.testing.assert_close(plain(image), stage)
+            torch.testing.assert_close(wrapped(image), stage)
+        last = len(model.feature_info) - 1
+        torch.testing.assert_close(wrap(model)(image), wrap(model, layer=last)(image))
+        torch.testing.assert_close(wrap(features_only)(image), wrap(features_only, layer=given[-1])(image))
+
+
+def test_a_cnn_covers_the_whole_picture_at_any_size():
+    model = timm.create_model("test_resnet").eval()
+    image = torch.randn(1, 3, 75, 20)
+    backbone = wrap(model, layer=2)
+    assert backbone.patch_size == 8
+    expected = backbone(F.interpolate(image, (72, 24), mode="bilinear"))
+    assert expected.shape[2:] == (9, 3)
+    torch.testing.assert_close(backbone(image), expected)
+
+
+def test_layers_of_features_only_are_numbers_of_stages():
+    model = timm.create_model("test_resnet", features_only=True, out_indices=(1, -2)).eval()
+    stages = model(torch.ones(1, 3, 64, 64))
+    for layer, stage in ((1, stages[0]), (-2, stages[1]), (3, stages[1]), (None, stages[1])):
+        torch.testing.assert_close(wrap(model, layer=layer)(torch.ones(1, 3, 64, 64)), stage)
+    with pytest.raises(LoftUpError, match=r"layer 2 of test_resnet.r160_in1k is not among .* out_indices=\[1, 3\]"):
+        wrap(model, layer=2)
+    with pytest.raises(LoftUpError, match="layer 5 is out of range: test_resnet.r160_in1k has 5 layers, so -5 to 4"):
+        wrap(model, layer=5)
+    assert identify(model) is None
+
+
+def test_features_only_as_a_dictionary_and_of_a_vit():
+    model = timm.create_model("test_resnet", features_only=True, feature_cls="dict", out_indices=(0, 2)).eval()
+    image = torch.randn(1, 3, 160, 160)
+    torch.testing.assert_close(wrap(model, layer=0)(image), next(iter(model(image).values())))
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), img_size=160, **SMALL_VIT
+    ).eval()
+    backbone = wrap(vit)
+    torch.testing.assert_close(backbone(image), vit(image)[-1])
+    assert identify(backbone) is None  # its maps lack the final norm
+    with pytest.raises(
+        LoftUpError, match=r"images of 160x160 and does not take 64x160; build it with .*dynamic_img_size=True\)"
+    ):
+        backbone(image[..., :64, :])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "prefix"),
+    [
+        ("eva02_tiny_patch14_224", SMALL_VIT, 1),
+        ("vit_small_patch16_dinov3", SMALL_VIT, 5),
+        ("beit_base_patch16_224", SMALL_VIT, 1),
+        ("vit_relpos_small_patch16_224", SMALL_VIT, 0),
+    ],
+)
+def test_other_transformers_give_their_normed_tokens(name, options, prefix):
+    model = randomised(timm.create_model(name, num_classes=0, **options))
+    assert model.num_prefix_tokens == prefix
+    image = torch.randn(1, 3, *model.pretrained_cfg["input_size"][1:])
+    tokens = model.forward_features(image)[:, prefix:]
+    backbone = wrap(model)
+    features = backbone(image)
+    side = image.shape[2] // backbone.patch_size
+    torch.testing.assert_close(features, tokens.transpose(1, 2).reshape(1, -1, side, side))
+    first = model.forward_intermediates(image, indices=[0], norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(wrap(model, layer=-2)(image), first)
+
+
+def test_rotary_positions_take_any_size():
+    backbone = load_backbone("vit_small_patch16_dinov3", weights=False, **SMALL_VIT)
+    image = torch.randn(1, 3, 48, 80)
+    tokens = backbone.model.forward_features(image)[:, 5:]
+    torch.testing.assert_close(backbone(image), tokens.transpose(1, 2).reshape(1, 48, 3, 5))
+
+
+def test_a_neck_behind_the_norm_counts():
+    backbone = load_backbone("samvit_base_patch16", weights=False, **SMALL_VIT, img_size=64)
+    assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, backbone.channels, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "remedy"),
+    [
+        (
+            "eva02_tiny_patch14_224",
+            SMALL_VIT,
+            r"'eva02_tiny_patch14_224', dynamic_img_size=True\), or with load_backbone",
+        ),
+        ("swinv2_tiny_window8_256", SWIN, r"strict_img_size=False\), or with load_backbone"),
+        ("beit_base_patch16_224", SMALL_VIT, r"'beit_base_patch16_224', img_size=\(H, W\)\)$"),
+        ("test_maxvit", {}, r"'test_maxvit', img_size=\(H, W\)\)$"),
+        ("vit_relpos_small_patch16_224", SMALL_VIT, r"img_size=\(H, W\)\)$"),
+    ],
+)
+def test_models_of_fixed_size_name_the_option(name, options, remedy):
+    model = timm.create_model(name, **options).eval()
+    side = model.pretrained_cfg["input_size"][1]
+    image = torch.rand(1, 3, side, side)
+    wrap(model)(image)
+    with pytest.raises(
+        LoftUpError, match=rf"was built for images of {side}x{side} and does not .*build it with .*{remedy}"
+    ):
+        wrap(model)(torch.rand(1, 3, 112, 128))
+
+
+def test_failures_that_are_not_of_the_size_pass_through():
+    model = timm.create_model("test_maxvit").eval()
+    model.stem.norm1 = nn.BatchNorm2d(7)
+    with pytest.raises(RuntimeError, match="running_mean should contain"):
+        wrap(model)(torch.rand(1, 3, 160, 160))
+
+    def out_of_memory(*args, **options):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    model.forward_intermediates = out_of_memory
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        wrap(model)(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "channels", "patch_size"),
+    [
+        ("test_vit", {}, 64, 16),
+        ("swin_tiny_patch4_window7_224", SWIN, 192, 32),
+        ("swinv2_tiny_window8_256", SWIN, 192, 32),
+        ("eva02_tiny_patch14_224", SMALL_VIT, 48, 14),
+        ("test_convnext", {"layer": 1}, 32, 8),
+    ],
+)
+def test_load_backbone_makes_models_take_any_size(name, options, channels, patch_size):
+    backbone = load_backbone(name, weights=False, **options)
+    assert not any(module.training for module in backbone.modules())
+    assert (backbone.channels, backbone.patch_size) == (channels, patch_size)
+    image = torch.rand(1, 3, 3 * patch_size, 2 * patch_size)
+    assert backbone(image).shape == (1, channels, 3, 2)
+
+
+def test_precision():
+    backbone = load_backbone("test_resnet", weights=False)
+    image = torch.randn(1, 3, 64, 64)
+    expected = backbone(image)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        torch.testing.assert_close(backbone(image).float(), expected, atol=0.2, rtol=0.1)
+    features = backbone.bfloat16()(image.to(memory_format=torch.channels_last))
+    assert features.dtype == torch.bfloat16
+    torch.testing.assert_close(features.float(), expected, atol=0.2, rtol=0.1)
+
+
+def test_loftups_names_scale_images_as_the_upsamplers_training_did():
+    ours = load_backbone("siglip_vitb16", weights=False, embed_dim=48, depth=1, num_heads=2)
+    assert (ours.name, ours.mean, ours.std) == ("siglip_vitb16", PUBLISHED["siglip_vitb16"].mean, (0.229, 0.224, 0.225))
+    assert ours.model.pretrained_cfg["tag"] == "webli"
+    alias = load_backbone("google/siglip-base-patch16-224", weights=False, embed_dim=48, depth=1, num_heads=2)
+    assert (alias.name, alias.mean) == ("siglip_vitb16", ours.mean)
+    timms = load_backbone("vit_base_patch16_siglip_224.webli", weights=False, embed_dim=48, depth=1, num_heads=2)
+    assert (timms.name, timms.mean) == ("vit_base_patch16_siglip_224.webli", (0.5, 0.5, 0.5))
+    given = load_backbone("siglip_vitb16", weights=False, depth=1, mean=(0, 0, 0), std=(1, 1, 1))
+    assert (given.mean, given.std) == ((0, 0, 0), (1, 1, 1))
+    assert identify(ours) == "siglip_vitb16"
+    assert identify(load_backbone("siglip_vitb16", weights=False, depth=2, layer=0)) is None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_backbone_is_known_to_timm(name):
+    checkpoint = PUBLISHED[name]
+    assert timm.is_model_pretrained(checkpoint.timm) if hasattr(timm, "is_model_pretrained") else True
+    with torch.device("meta"):
+        backbone = wrap(timm.create_model(checkpoint.timm))
+    assert (backbone.channels, backbone.patch_size) == (checkpoint.channels, checkpoint.patch_size)
+    assert identify(backbone) == checkpoint.timm
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("dino_vits14", "dinov2_vits14"), ("resnet_18", "resnet18"), ("resnet18.a1_in2k", "resnet18.a1_in1k")],
+)
+def test_unknown_names_are_refused_with_the_near_misses(name, near):
+    with pytest.raises(
+        LoftUpError, match=f"unknown backbone '{name}'; did you mean .*'{near}'.*Known are dinov2_vits14,"
+    ):
+        load_backbone(name, weights=False)
+    with pytest.raises(LoftUpError, match="unknown backbone '%%%'; Known are"):
+        load_backbone("%%%", weights=False)
+
+
+def test_options_that_timm_refuses():
+    with pytest.raises(LoftUpError, match=r"cannot build 'test_resnet' with the options {'colour': 3}: .*'colour'"):
+        load_backbone("test_resnet", weights=False, colour=3)
+    with pytest.raises(LoftUpError, match=r"cannot build 'test_resnet' with the options {'output_stride': 7}"):
+        load_backbone("test_resnet", weights=False, output_stride=7)
+    with pytest.raises(LoftUpError, match=r"with the options {'pos_embed': 'odd'}"):
+        load_backbone("test_vit", weights=False, pos_embed="odd")
+    assert load_backbone("test_vit", weights=False, dynamic_img_size=False).model.dynamic_img_size is False
+
+
+def test_real_weights():
+    path = shared("weights/mobilenetv2_100.safetensors")
+    half = (0.5, 0.5, 0.5)
+    backbone = load_backbone("mobilenetv2_100", weights=path, layer=3, pad_type="same", mean=half, std=half)
+    image = backbone.preprocess(shared("data/photos/n01440764_tench.jpg"), size=(224, 288))
+    with torch.inference_mode():
+        features = backbone(image)
+        assert features.shape == (1, 96, 14, 18)
+        model = timm.create_model("mobilenetv2_100", pad_type="same", features_only=True, out_indices=(3,)).eval()
+        missing, _ = model.load_state_dict(load_file(path), strict=False)
+        assert not missing
+        torch.testing.assert_close(features, model(image)[0])
+        whole = load_backbone("mobilenetv2_100", weights=path, pad_type="same", mean=half, std=half)
+        # Class 0 of ImageNet is the tench.
+        assert whole.model(whole.preprocess(shared("data/photos/n01440764_tench.jpg"), size=224)).argmax() == 0
+
+
+@pytest.fixture
+def resnet():
+    return randomised(timm.create_model("test_resnet"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("safetensors", "same"),
+        ("pickle", "none"),
+        ("nested", "other"),
+        ("distributed", "same"),
+        ("safetensors", "other"),
+    ],
+)
+def test_local_files(resnet, tmp_path, kind, heads):
+    state = resnet.state_dict()
+    if heads == "none":
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    elif heads == "other":
+        state["fc.weight"], state["fc.bias"] = torch.zeros(7, 96), torch.zeros(7)
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "distributed":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    else:
+        torch.save({"model": state} if kind == "nested" else state, path)
+    image = torch.randn(1, 3, 64, 64)
+    for weights in (path, str(path)):
+        backbone = load_backbone("test_resnet", weights=weights)
+        torch.testing.assert_close(backbone(image), wrap(resnet)(image))
+    assert "state_dict" not in backbone.model.pretrained_cfg
+    without = load_backbone("test_resnet", weights=path, num_classes=0)
+    torch.testing.assert_close(without(image), wrap(resnet)(image))
+    maps = load_backbone("test_resnet", weights=path, features_only=True, out_indices=(2,))
+    torch.testing.assert_close(maps(image), wrap(resnet, layer=2)(image))
+
+
+def test_the_official_dinov2_file():
+    path = shared("golden/dinov2_vit_d48/official_state_dict.safetensors")
+    options = {"embed_dim": 48, "depth": 3, "num_heads": 2}
+    cases = load_file(path.parent / "cases.safetensors")
+    backbone = load_backbone("dinov2_vits14", weights=path, **options)
+    error = (backbone(cases["1.image"]) - cases["1.features"]).abs()
+    assert error.max() <= 2e-4
+    assert backbone.mean == (0.485, 0.456, 0.406)
+    path = shared("golden/dinov2_reg_vit_d48/official_state_dict.safetensors")
+    cases = load_file(path.parent / "cases.safetensors")
+    error = (load_backbone("dinov2_vits14_reg", weights=path, **options)(cases["1.image"]) - cases["1.features"]).abs()
+    assert error.max() <= 2e-4
+    with pytest.raises(
+        LoftUpError, match=r"official_state_dict.safetensors does not hold weights for .*register_tokens"
+    ):
+        load_backbone("dinov2_vits14", weights=path, **options)
+
+
+def test_wrong_files_are_refused(resnet, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(LoftUpError, match=r"no such weights file: .*weights.safetensors"):
+        load_backbone("test_resnet", weights=path)
+    with pytest.raises(LoftUpError, match="no such weights file"):
+        load_backbone("test_resnet", weights=tmp_path)
+    with pytest.raises(TypeError, match="weights must be a path, None .*got True"):
+        load_backbone("test_resnet", weights=True)
+    save_file({key: value for key, value in resnet.state_dict().items() if "layer2" not in key}, path)
+    for options in ({}, {"num_classes": 0}, {"features_only": True}):
+        with pytest.raises(
+            LoftUpError, match=r"weights.safetensors does not hold weights for 'test_resnet': .*layer2\.0\."
+        ):
+            load_backbone("test_resnet", weights=path, **options)
+    save_file({"something": torch.zeros(2)}, path)
+    with pytest.raises(LoftUpError, match=r"does not hold weights for .*siglip_gap_224.*missing pos_embed"):
+        load_backbone("vit_base_patch16_siglip_gap_224", weights=path, embed_dim=48, depth=1, num_heads=2)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(LoftUpError, match=r"cannot read .*weights.safetensors: .*Expected safetensors, or a pickle of"):
+        load_backbone("test_resnet", weights=path)
+    other = tmp_path / "weights.pth"
+    for content in ([torch.zeros(1)], {}):
+        torch.save(content, other)
+        with pytest.raises(
+            LoftUpError, match=r"weights.pth holds a (list|dict), expected a non-empty dict|cannot read"
+        ):
+            load_backbone("test_resnet", weights=other)
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_pickles_are_never_run(tmp_path):
+    path = tmp_path / "weights.pth"
+    for write in (lambda: torch.save({"conv1.weight": Trap()}, path), lambda: path.write_bytes(pickle.dumps(Trap()))):
+        write()
+        with pytest.raises(LoftUpError, match=r"cannot read .*weights.pth"):
+            load_backbone("test_resnet", weights=path)
+
+
+def test_torchscript_archives_name_the_conversion(tmp_path):
+    path = tmp_path / "archive.pt"
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    with pytest.raises(LoftUpError, match=r"cannot read .*archive.pt.*torch.jit.load\(path, 'cpu'\).state_dict\(\)"):
+        load_backbone("test_resnet", weights=path)
+
+
+def test_weights_from_the_hub(hub, resnet):
+    hub.add("timm/test_resnet.r160_in1k", {"model.safetensors": save(resnet.state_dict())})
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(load_backbone("test_resnet.r160_in1k")(image), wrap(resnet)(image))
+
+
+def test_hub_without_the_weights_and_no_hub(hub):
+    text = r"could not load timm's weights for 'test_resnet' from the Hub .*load_backbone\(name, weights=path\), or wei"
+    with pytest.raises(LoftUpError, match=text):
+        load_backbone("test_resnet")
+    hub.close()
+    with pytest.raises(LoftUpError, match=text):
+        load_backbone("test_resnet")
+    with pytest.raises(LoftUpError, match="could not load timm's weights for 'mobilenetv2_035' from the Hub"):
+        load_backbone("mobilenetv2_035")  # timm has none
+
+
+def test_hub_repositories_of_timm_models(hub, resnet):
+    config = (
+        b'{"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": {"tag": "mine", "num_classes": 1000}}'
+    )
+    hub.add("me/resnet", {"model.safetensors": save(resnet.state_dict()), "config.json": config})
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(load_backbone("hf-hub:me/resnet")(image), wrap(resnet)(image))
+
+
+def test_state_dicts_in_memory_files_are_not_paths():
+    with pytest.raises(TypeError, match="weights must be a path"):
+        load_backbone("test_resnet", weights=io.BytesIO())

@@ -1,0 +1,302 @@
+"""The network: published outputs, an independent float64 implementation, properties, dtypes, errors."""
+
+import json
+
+import plain
+import pytest
+import torch
+from conftest import shared
+from safetensors.torch import load_file
+
+from loftup import LoftUp, LoftUpConfig
+from loftup.layers import FourierCode, attend
+
+SINE, LEARNABLE = LoftUpConfig(24), LoftUpConfig(24, position_code="learnable", lr_size=8)
+
+
+def randomised(config: LoftUpConfig) -> LoftUp:
+    """A module whose norms and running statistics are not the identity."""
+    up = LoftUp(config).eval()
+    with torch.no_grad():
+        for name, tensor in up.state_dict().items():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.normal_(1.0 if name.endswith(("weight", "running_var")) else 0.0, 0.2).abs_()
+    return up
+
+
+def inputs(batch=1, grid=(5, 7), size=(33, 46), channels=24):
+    return torch.randn(batch, channels, *grid), torch.rand(batch, 3, *size)
+
+
+@pytest.fixture(params=["loftup_sine_d24", "loftup_learnable_d24"])
+def golden(request):
+    folder = shared(f"golden/{request.param}")
+    config = LoftUpConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    up = LoftUp(config).eval()
+    up.load_state_dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
+    return up, load_file(folder / "cases.safetensors")
+
+
+@pytest.mark.parametrize("case", ["0", "1", "2", "3", "4", "5", "6"])
+def test_agrees_with_the_published_implementation(golden, case):
+    up, cases = golden
+    expected = cases[f"{case}.output"]
+    guidance = cases.get(f"{case}.guidance", cases[f"{case}.image"])
+    with torch.inference_mode():
+        error = (up(cases[f"{case}.features"], guidance) - expected).abs()
+        assert error.max() <= 2e-4
+        assert error.mean() <= 1e-5
+        resized = (up(cases[f"{case}.features"], cases[f"{case}.image"], size=expected.shape[-2:]) - expected).abs()
+    assert resized.max() <= 3e-2
+    assert resized.mean() <= 2e-3
+
+
+def test_a_batch_equals_the_published_implementation_at_batch_one(golden):
+    up, cases = golden
+    with torch.inference_mode():
+        error = (up(cases["batch.features"], cases["batch.image"]) - cases["batch.output"]).abs()
+    assert error.max() <= 2e-4
+    assert error.mean() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SINE,
+        LEARNABLE,
+        LoftUpConfig(10, heads=3, blocks=1, image_frequencies=6, feature_frequencies=2),
+        LoftUpConfig(7, heads=1, blocks=3, position_code="learnable", lr_size=5),
+    ],
+    ids=["sine", "learnable", "other-sine", "other-learnable"],
+)
+@pytest.mark.parametrize(("grid", "size"), [((5, 7), (33, 46)), ((1, 1), (9, 1)), ((8, 8), (16, 16))])
+def test_agrees_with_a_float64_implementation_of_the_paper(config, grid, size):
+    up = randomised(config)
+    features, image = inputs(grid=grid, size=size, channels=config.channels)
+    expected = plain.loftup(up.state_dict(), features[0], image[0], heads=config.heads)
+    with torch.inference_mode():
+        assert (up(features, image)[0] - expected).abs().max() < 2e-5
+        assert (up.double()(features, image)[0] - expected).abs().max() < 2e-5
+
+
+def test_parameter_count_of_the_paper():
+    assert sum(parameter.numel() for parameter in LoftUp(384).parameters()) == 4_303_894
+
+
+@pytest.mark.parametrize("config", [SINE, LEARNABLE])
+def test_results_do_not_depend_on_batch_mates(config):
+    up = randomised(config)
+    features, image = inputs(batch=3)
+    image[1] *= 255
+    with torch.inference_mode():
+        together = up(features, image)
+        for index in range(3):
+            alone = up(features[index : index + 1], image[index : index + 1])
+            torch.testing.assert_close(together[index], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_affine_scaling_of_each_guidance_channel_changes_nothing():
+    up = randomised(SINE)
+    features, image = inputs()
+    # Powers of two keep the scaled guidance the same to the last bit, which e^10 would otherwise make visible.
+    scaled = image * torch.tensor([0.25, 64.0, 2.0]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        assert torch.equal(up(features, image), up(features, scaled))
+        usual = (image - 0.45) / 0.225
+        assert (up(features, image) - up(features, usual)).abs().mean() < 1e-2
+
+
+def test_a_constant_guidance_channel_is_finite():
+    up = randomised(SINE)
+    features, image = inputs()
+    image[:, 1] = 0.3
+    assert up(features, image).isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "shape"), [(None, (33, 46)), (12, (12, 12)), ((1, 50), (1, 50)), ([8, 9], (8, 9))])
+def test_output_size(size, shape):
+    features, image = inputs()
+    with torch.inference_mode():
+        assert randomised(SINE)(features, image, size=size).shape == (1, 24, *shape)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    features, image = inputs()
+    assert randomised(SINE)(features[:0], image[:0]).shape == (0, 24, 33, 46)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_error_is_at_most_twice_that_of_plain_pytorch(dtype):
+    """Plain PyTorch: the same weights and convolutions in that dtype, with nothing but nn modules behind the code."""
+    up = randomised(SINE)
+    features, image = inputs(batch=2)
+    half = randomised(SINE)
+    half.load_state_dict(up.state_dict())
+    half = half.to(dtype)
+    exact = LoftUp(SINE).eval()
+    exact.load_state_dict(half.state_dict())  # the rounding of the weights is not the arithmetic's error
+    with torch.inference_mode():
+        expected = torch.stack([plain.loftup(exact.state_dict(), f, i) for f, i in zip(features, image, strict=True)])
+        ours = half(features.to(dtype), image)
+        assert ours.dtype == dtype
+        naive = naive_half(half, features.to(dtype), image)
+    error, allowed = (ours.double() - expected).abs(), (naive.double() - expected).abs()
+    assert error.mean() <= 2 * allowed.mean()
+    assert error.max() <= 2 * allowed.max()
+
+
+def naive_half(up: LoftUp, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    net = up.upsampler
+    norm, *convolutions = net.first_conv
+    x = torch.nn.Sequential(*convolutions)(norm(net.fourier_feat(image)).to(up.dtype))
+    height, width = x.shape[-2:]
+    x, tokens = x.flatten(2).mT, net.tokens(up.channelnorm(features).to(up.dtype))
+    for attention, feed_forward in net.ca_transformer.layers:
+        mha = torch.nn.MultiheadAttention(x.shape[-1], 4, batch_first=True).to(up.dtype)
+        mha.load_state_dict(attention.attention.state_dict())
+        kv = attention.norm_kv(tokens)
+        x = x + mha(attention.norm_q(x), kv, kv)[0]
+        x = x + feed_forward(x)
+    return net.final_conv(net.ca_transformer.norm(x).mT.reshape(len(x), -1, height, width))
+
+
+@pytest.mark.parametrize("module", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_dtype_of_the_features(module, given):
+    features, image = inputs()
+    out = randomised(SINE).to(module)(features.to(given), image.to(given))
+    assert out.dtype == given
+    assert out.isfinite().all()
+
+
+def test_the_fourier_code_is_float32_in_a_half_precision_module_and_under_autocast():
+    code = FourierCode(2, 5)
+    values = torch.rand(1, 2, 3, 4)
+    expected = code(values)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(code(values), expected)
+    half = code.half()
+    assert half.frequencies.dtype == torch.float32
+    assert half.frequencies[-1] > 22026
+    assert half(values).dtype == torch.float32
+
+
+def test_autocast_stays_close_to_float32():
+    up = randomised(SINE)
+    features, image = inputs()
+    with torch.inference_mode():
+        expected = up(features, image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = up(features, image)
+    assert out.dtype == torch.float32
+    assert 0 < (out - expected).abs().max() < 0.2
+
+
+def test_memory_layout_of_the_inputs_does_not_matter():
+    up = randomised(SINE)
+    features, image = inputs(batch=2)
+    strided = torch.empty(2, 24, 5, 14)[..., ::2].copy_(features)
+    with torch.inference_mode():
+        expected = up(features, image)
+        last = up(features.to(memory_format=torch.channels_last), image.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(up(strided, image.mT.contiguous().mT), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [LoftUpConfig(8, heads=2, image_frequencies=3, feature_frequencies=1), LEARNABLE])
+def test_gradients_reach_features_and_parameters(config):
+    up = randomised(config)
+    features, image = inputs(grid=(2, 3), size=(5, 6), channels=config.channels)
+    features.requires_grad_()
+    image.requires_grad_()
+    up(features, image).square().sum().backward()
+    assert features.grad.abs().sum() > 0
+    assert image.grad.isfinite().all()
+    assert image.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in up.parameters())
+
+
+def test_gradient_through_the_features_is_the_derivative():
+    config = LoftUpConfig(8, heads=2, image_frequencies=3, feature_frequencies=1)
+    up = randomised(config).double()
+    features, image = inputs(grid=(2, 2), size=(3, 4), channels=8)
+    assert torch.autograd.gradcheck(lambda f: up(f, image), features.double().requires_grad_(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_results_agree():
+    up = randomised(SINE)
+    features, image = inputs()
+    with torch.inference_mode():
+        expected = up(features, image)
+        compiled = torch.compile(up, fullgraph=True)(features, image)
+    # The compiler may fuse multiply and add, which moves an angle of 22 026 by its last bit.
+    assert (compiled - expected).abs().mean() < 1e-3
+    assert (compiled - expected).abs().max() < 3e-2
+
+
+@pytest.mark.parametrize("width", [8, 11, 101])
+def test_attention_matches_its_definition_and_keeps_no_score_matrix(width):
+    q, k, v = torch.randn(2, 4, 50, width), torch.randn(2, 4, 9, width), torch.randn(2, 4, 9, width)
+    expected = torch.softmax(q.double() @ k.double().mT / width**0.5, -1) @ v.double()
+    assert (attend(q, k, v) - expected).abs().max() < 1e-5
+    pixels, tokens = 20_000, 1_000
+    q, k = torch.randn(1, 1, pixels, width), torch.randn(1, 1, tokens, width)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        attend(q, k, k)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < pixels * tokens * 4 / 4
+
+
+FEATURES, IMAGE = inputs()
+
+
+@pytest.mark.parametrize(
+    ("features", "image", "size", "error", "text"),
+    [
+        (IMAGE, FEATURES, None, ValueError, "look swapped.*call up\\(features, image\\)"),
+        (FEATURES[0], IMAGE, None, ValueError, r"features must have 4 dim.*got shape \(24, 5, 7\).*features\[None\]"),
+        (FEATURES, IMAGE[0], None, ValueError, r"image must have 4 dimensions.*image\[None\]"),
+        (FEATURES, IMAGE[:, :1], None, ValueError, r"image has 1 channels, expected 3.*image.expand"),
+        (torch.rand(1, 384, 5, 7), IMAGE, None, ValueError, "384 channels, .* expect 24.*'dinov2_vits14'"),
+        (torch.rand(2, 24, 5, 7), IMAGE, None, ValueError, "batch size 2, the image 1"),
+        (FEATURES, (IMAGE * 255).byte(), None, TypeError, r"got torch.uint8; convert with image.float\(\)"),
+        (FEATURES.numpy(), IMAGE, None, TypeError, "features must be a tensor, got ndarray"),
+        (FEATURES[:, :, :0], IMAGE, None, ValueError, "must not be empty"),
+        (FEATURES / 0, IMAGE, None, ValueError, "features hold 840 values that are not finite"),
+        (FEATURES.half() / 0, IMAGE, None, ValueError, "float16 overflows past 65504"),
+        (FEATURES, IMAGE * float("nan"), None, ValueError, "image hold .* not finite"),
+        (FEATURES, IMAGE, 0, ValueError, "size must be positive, got 0"),
+        (FEATURES, IMAGE, (3, 4, 5), ValueError, r"pair \(height, width\) of ints, got \(3, 4, 5\)"),
+        (FEATURES, IMAGE, 1.5, ValueError, "got 1.5"),
+        (FEATURES.to("meta"), IMAGE, None, ValueError, "features are on meta, the image on cpu"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(features, image, size, error, text):
+    with pytest.raises(error, match=text):
+        randomised(SINE)(features, image, size=size)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"channels": 0}, "channels must be a positive integer, got 0"),
+        ({"channels": 24, "position_code": "cosine"}, r"one of \('sine', 'learnable'\), got 'cosine'"),
+        ({"channels": 25}, r"a width of 45, which 4 heads do not divide; heads that do: \[1, 3, 5, 9, 15\]"),
+        ({"dim": 24, "lr_pe_typ": "sine"}, r"unknown keys \['lr_pe_typ'\]"),
+        ({"lr_size": 16}, "needs 'channels'"),
+    ],
+)
+def test_bad_configs(fields, text):
+    with pytest.raises(ValueError, match=text):
+        LoftUpConfig.from_dict(fields)
+
+
+def test_the_backbone_is_named_in_the_error_of_a_wrong_channel_count():
+    up = LoftUp(LoftUpConfig(24, backbone="mine"))
+    with pytest.raises(ValueError, match="the weights 'mine' expect 24"):
+        up(torch.rand(1, 20, 2, 2), torch.rand(1, 3, 8, 8))
+
+
+def test_repr_names_the_essentials():
+    assert "channels=24, width=44, backbone=''" in repr(LoftUp(24))

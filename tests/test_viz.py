@@ -1,0 +1,88 @@
+"""Colours of feature maps."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from loftup import LoftUpError
+from loftup.viz import compare, pca_image
+
+
+def test_components_match_a_singular_value_decomposition():
+    features = torch.randn(1, 6, 20, 30) * torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1]).view(1, 6, 1, 1)
+    coloured = pca_image(features, quantile=0.0)[0].flatten(1)
+    rows = features[0].flatten(1).T
+    rows = rows - rows.mean(0)
+    scores = (rows @ torch.linalg.svd(rows, full_matrices=False).Vh[:3].T).T
+    scaled = (scores - scores.amin(1, keepdim=True)) / (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True))
+    for ours, theirs in zip(coloured, scaled, strict=True):
+        assert min((ours - theirs).abs().max(), (ours - (1 - theirs)).abs().max()) < 1e-3
+
+
+def test_shapes_range_and_determinism():
+    maps = [torch.randn(2, 8, 4, 5), torch.randn(8, 16, 20).half()]
+    first, second = pca_image(maps)
+    assert first.shape == (2, 3, 4, 5)
+    assert second.shape == (3, 16, 20)
+    assert first.dtype == second.dtype == torch.float32
+    assert min(first.min(), second.min()) >= 0
+    assert max(first.max(), second.max()) <= 1
+    assert torch.equal(pca_image(maps)[1], second)
+    assert pca_image(maps[1]).shape == (3, 16, 20)
+
+
+def test_a_shared_pca_gives_equal_features_equal_colours():
+    small = torch.randn(8, 4, 4)
+    large = small.repeat_interleave(5, -1).repeat_interleave(5, -2)
+    first, second = pca_image([small, large])
+    torch.testing.assert_close(first.repeat_interleave(5, -1).repeat_interleave(5, -2), second)
+    alone = pca_image([small, 10 * torch.randn(5, 4, 4)], shared=False)
+    assert len(alone) == 2
+
+
+def test_outliers_do_not_grey_out_the_rest():
+    features = torch.randn(4, 64, 64)
+    features[:, 0, 0] = 1e4
+    coloured = pca_image(features, quantile=0.01)
+    assert coloured[:, 1:].std() > 0.15
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_fewer_than_three_channels(channels):
+    assert pca_image(torch.randn(channels, 5, 5)).shape == (3, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "text"),
+    [
+        (torch.rand(4, 4), {}, r"must be \(B, C, H, W\) or \(C, H, W\).*got \(4, 4\)"),
+        (torch.rand(3, 4, 4) / 0, {}, "map 0 holds values that are not finite"),
+        ([torch.rand(3, 4, 4), torch.rand(5, 4, 4)], {}, r"different channel counts \[3, 5\]; use shared=False"),
+        ([], {}, "no feature maps"),
+        (torch.rand(3, 4, 4), {"quantile": 0.5}, r"quantile must be in \[0, 0.5\), got 0.5"),
+    ],
+)
+def test_bad_arguments(features, options, text):
+    with pytest.raises(ValueError, match=text):
+        pca_image(features, **options)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (40, 30), "red"), torch.rand(3, 30, 40), torch.rand(1, 3, 30, 40)])
+def test_compare_puts_panels_side_by_side(image):
+    sheet = compare(image, {"low": torch.rand(1, 8, 3, 4), "high": torch.rand(8, 60, 80)}, height=60)
+    assert sheet.height == 60 + 2 * 12
+    assert sheet.width == 3 * 80 + 2 * 4
+    assert sheet.getpixel((82, 50)) == (255, 255, 255)
+
+
+def test_compare_shows_one_image_only():
+    with pytest.raises(ValueError, match="map 'x' has a batch of 2"):
+        compare(torch.rand(3, 8, 8), {"x": torch.rand(2, 8, 3, 4)})
+
+
+def test_without_pillow_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(LoftUpError, match=r'pip install "loftup\[viz\]"'):
+        compare(torch.rand(3, 8, 8), {})

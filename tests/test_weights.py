@@ -1,0 +1,247 @@
+"""Names, local files in every layout, strictness, saving."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import shared
+from safetensors.torch import save_file
+
+from loftup import LoftUp, LoftUpConfig, LoftUpError, list_pretrained
+from loftup.published import PUBLISHED, find_checkpoint
+from loftup.weights import write_atomically
+
+
+@pytest.fixture
+def up():
+    return LoftUp(24).eval()
+
+
+def same(first: LoftUp, second: LoftUp) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("variant", ["loftup_sine_d24", "loftup_learnable_d24"])
+@pytest.mark.parametrize("file", ["", "/pytorch_model.bin"])
+def test_published_layouts_load_from_a_folder_or_file(variant, file):
+    folder = shared(f"golden/{variant}")
+    loaded = LoftUp.from_pretrained(f"{folder}{file}")
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+def test_the_hubs_safetensors_without_channel_norm_is_refused():
+    file = shared("golden/loftup_sine_d24/model.safetensors")
+    with pytest.raises(LoftUpError, match=r"model.safetensors lacks the channel norm.*wrong features"):
+        LoftUp.from_pretrained(file)
+    assert LoftUp.from_pretrained(file, channel_norm="identity").config.channel_norm == "identity"
+
+
+def test_identity_norm_is_refused_for_complete_files(up, tmp_path):
+    up.save_pretrained(tmp_path)
+    with pytest.raises(LoftUpError, match='has a channel norm; leave channel_norm="identity" out'):
+        LoftUp.from_pretrained(tmp_path, channel_norm="identity")
+    with pytest.raises(ValueError, match=r"channel_norm must be None or .identity., got 'none'"):
+        LoftUp.from_pretrained(tmp_path, channel_norm="none")
+
+
+def test_identity_norm_survives_saving(tmp_path):
+    LoftUp(LoftUpConfig(24, channel_norm="identity")).save_pretrained(tmp_path)
+    assert LoftUp.from_pretrained(tmp_path).config.channel_norm == "identity"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoftUpConfig(24, backbone="mine"),
+        LoftUpConfig(21, "learnable", lr_size=5, heads=3, blocks=1, image_frequencies=7),
+    ],
+)
+def test_saving_and_loading_is_bit_exact(config, dtype, tmp_path):
+    up = LoftUp(config).to(dtype).eval()
+    up.save_pretrained(tmp_path / "new" / "folder")
+    for source in (tmp_path / "new" / "folder", tmp_path / "new" / "folder" / "model.safetensors"):
+        loaded = LoftUp.from_pretrained(source)
+        assert loaded.config == config
+        assert loaded.dtype == dtype
+        assert same(loaded, up)
+    features, image = torch.randn(1, config.channels, 3, 4).to(dtype), torch.rand(1, 3, 9, 8)
+    with torch.inference_mode():
+        assert torch.equal(loaded(features, image), up(features, image))
+
+
+def test_dtype_and_training_mode(up, tmp_path):
+    up.train().save_pretrained(tmp_path)
+    loaded = LoftUp.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(ValueError, match="floating dtype"):
+        LoftUp.from_pretrained(tmp_path, dtype=torch.int8)
+
+
+def test_a_save_that_fails_leaves_the_old_file(up, tmp_path, monkeypatch):
+    up.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def broken(source, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="No space left"):
+        LoftUp(24).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    import os
+
+    old = os.umask(0o022)
+    try:
+        write_atomically(tmp_path / "file", b"x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def training_checkpoint(up: LoftUp) -> dict:
+    renamed = {key.replace("channelnorm.", "model.1."): value for key, value in up.state_dict().items()}
+    return {"epoch": 1, "state_dict": {**renamed, "model.0.patch_embed.weight": torch.zeros(3)}}
+
+
+def test_training_checkpoints_load(up, tmp_path):
+    torch.save(training_checkpoint(up), tmp_path / "last.ckpt")
+    assert same(LoftUp.from_pretrained(tmp_path / "last.ckpt"), up)
+    torch.save({"state_dict": {"model.0.x": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(LoftUpError, match="without upsampler.* entries; its keys begin model.0.x"):
+        LoftUp.from_pretrained(tmp_path / "other.ckpt")
+
+
+class Danger:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_pickles_are_never_executed(tmp_path, capsys):
+    with open(tmp_path / "pytorch_model.bin", "wb") as stream:
+        pickle.dump({"upsampler.x": Danger()}, stream)
+    with pytest.raises(LoftUpError, match="never unpickles arbitrary objects"):
+        LoftUp.from_pretrained(tmp_path)
+    torch.save({"upsampler.x": Danger()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoftUpError, match="never unpickles arbitrary objects"):
+        LoftUp.from_pretrained(tmp_path)
+    assert "never run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_files_are_named(up, tmp_path, kind, keep):
+    file = tmp_path / kind
+    if kind.endswith("bin"):
+        torch.save(up.state_dict(), file)
+    else:
+        save_file(up.state_dict(), file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(LoftUpError, match=rf"{kind} .*bytes\).* truncated"):
+        LoftUp.from_pretrained(file)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_listed(up, tmp_path):
+    state = up.state_dict()
+    bias = state.pop("upsampler.first_conv.1.bias")
+    state["upsampler.extra"] = bias
+    state["upsampler.final_conv.0.bias"] = torch.zeros(7)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoftUpError) as caught:
+        LoftUp.from_pretrained(tmp_path)
+    text = str(caught.value)
+    assert "missing: upsampler.first_conv.1.bias" in text
+    assert "unexpected: upsampler.extra" in text
+    assert "upsampler.final_conv.0.bias has shape (7,), expected (24,)" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"conv.weight": torch.zeros(2), "channelnorm.norm.weight": torch.zeros(2)}, "does not hold a LoftUp network"),
+        ({"upsampler.x": 3, "channelnorm.y": "z"}, "is not a state dict of tensors: upsampler.x, channelnorm.y"),
+        ([1, 2], "holds a list, expected a state dict"),
+        ({}, "lacks the channel norm"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, text):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(LoftUpError, match=text):
+        LoftUp.from_pretrained(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list, expected a JSON object"),
+        ('{"dim": 24, "depth": 3}', r"does not describe a LoftUp network: unknown keys \['depth'\]"),
+        ('{"architecture": "resnet50"}', "holds a 'resnet50' model, not LoftUp weights"),
+        ('{"dim": 28}', r"does not fit this LoftUp network: .*has shape \(24,\), expected \(28,\)"),
+    ],
+)
+def test_bad_config_files(up, tmp_path, config, text):
+    torch.save(up.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(LoftUpError, match=text):
+        LoftUp.from_pretrained(tmp_path)
+
+
+def test_a_bad_header_is_refused(up, tmp_path):
+    save_file(up.state_dict(), tmp_path / "model.safetensors", {"loftup_config": json.dumps({"channels": 24, "a": 1})})
+    with pytest.raises(LoftUpError, match=r"the header of .* unknown keys \['a'\]"):
+        LoftUp.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dinov2_vits15", "unknown LoftUp weights 'dinov2_vits15'; did you mean 'dinov2_vits14'"),
+        ("DINOv2_ViTS14", "did you mean 'dinov2_vits14'"),
+        ("ViT-B-16", "'ViT-B-16/openai'"),
+        ("entirely-different", "Published: dinov2_vits14.*'user/repo'.*'./folder'"),
+        ("./nowhere", "no such file or folder: ./nowhere"),
+        ("nowhere.bin", "no such file or folder: nowhere.bin"),
+        ("a/b/c", "no such file or folder: a/b/c"),
+    ],
+)
+def test_unknown_names(name, text):
+    with pytest.raises(LoftUpError, match=text):
+        LoftUp.from_pretrained(name)
+
+
+def test_the_table_is_consistent():
+    checkpoints = list_pretrained()
+    assert [c.name for c in checkpoints] == list(PUBLISHED)
+    assert len(checkpoints) == 7
+    for checkpoint in checkpoints:
+        for alias in (
+            checkpoint.name,
+            checkpoint.repo,
+            checkpoint.timm,
+            f"timm/{checkpoint.timm}",
+            *checkpoint.backbones,
+        ):
+            assert find_checkpoint(alias) is checkpoint
+    assert find_checkpoint("vit_large_patch14_dinov2.lvd142m") is None
+
+
+def test_the_table_agrees_with_timm():
+    import timm
+
+    for checkpoint in list_pretrained():
+        model = timm.create_model(checkpoint.timm.partition(".")[0], pretrained=False, num_classes=0, depth=1)
+        assert checkpoint.timm in timm.list_pretrained()
+        assert model.patch_embed.patch_size == (checkpoint.patch_size,) * 2
+        assert checkpoint.channels in (model.num_features, 512)
