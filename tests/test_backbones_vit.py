@@ -14,7 +14,7 @@ from torch import nn
 
 from loftup import LoftUpError
 from loftup.backbones import identify, wrap
-from loftup.backbones_vit import ANTIALIASED, WITH_OFFSET, resample_positions
+from loftup.backbones.vit import ANTIALIASED, WITH_OFFSET, resample_positions
 
 
 @pytest.mark.parametrize(

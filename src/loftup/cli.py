@@ -166,7 +166,7 @@ def _open(path: Path) -> "Image.Image":
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(pil.open(path)).convert("RGB")  # type: ignore[no-any-return]
+        return ImageOps.exif_transpose(pil.open(path)).convert("RGB")
     except OSError as error:
         raise OSError(f"cannot read the image {path}: {error}") from error
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones_vit import IMAGENET, Source, Triple, pair, pick_layer
-from .errors import LoftUpError
+from ..errors import LoftUpError
+from .vit import IMAGENET, Source, Triple, pair, pick_layer
 
 __all__ = ["hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
 
-# Options by which timm builds a model for any image size. Swin has the first, and in older versions swallowed the other.
+# Options by which timm builds a model for any image size. Swin knows the first; older ones swallow the second unused.
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
@@ -80,10 +80,13 @@ class FixedSize:
 
 @dataclass
 class TimmStages:
-    """A stage of any timm model by ``forward_intermediates``, stopping early."""
+    """A stage of any timm model by ``forward_intermediates``, stopping early.
+
+    The stage is counted from the end: older timm counts a stem, which ``feature_info`` leaves out, as the first.
+    """
 
     model: Any
-    layer: int
+    stage: int
     norm: bool
     fixed: FixedSize
 
@@ -93,7 +96,7 @@ class TimmStages:
     def _stage(self, image: Tensor) -> Tensor:
         (stage,) = self.model.forward_intermediates(
             image,
-            indices=[self.layer],  # from the end: where timm counts a stem that feature_info leaves out, it is the first
+            indices=[self.stage],
             norm=self.norm,
             stop_early=True,
             output_fmt="NCHW",

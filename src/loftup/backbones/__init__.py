@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones_layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
-from .backbones_load import build, resolve
-from .backbones_maps import hub_dino, timm_features, timm_stages, transformers_backbone
-from .backbones_vit import IMAGENET, Triple
-from .errors import LoftUpError
-from .published import PUBLISHED
+from ..errors import LoftUpError
+from ..published import PUBLISHED
+from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
+from .load import build, resolve
+from .maps import hub_dino, timm_features, timm_stages, transformers_backbone
+from .vit import IMAGENET, Triple
 
 __all__ = ["Backbone", "Upsampled", "identify", "load_backbone", "wrap"]
 
@@ -159,7 +159,7 @@ def wrap(
             norm. In other timm models: a stage, an index into ``feature_info``. In ``AutoBackbone``: an index into
             ``feature_maps``. None: the last one; for CLIP the dense value path, ``out_proj(v_proj(ln_1(x)))`` of the
             last block, then ``ln_post`` and the projection to the space of the text, all as LoftUp was trained on
-            ("MaskCLIP", paper.md section 1). A CLIP without its projection (``num_classes=0``, ``CLIPVisionModel``)
+            ("MaskCLIP"). A CLIP without its projection (``num_classes=0``, ``CLIPVisionModel``)
             keeps its width after ``ln_post``; one with ``layer`` gives plain tokens without the projection, and so do
             timm's CLIPs that were fine-tuned as classifiers (tag ``_ft_``).
         mean: of the images for :meth:`Backbone.preprocess`; None for what the model was trained with.

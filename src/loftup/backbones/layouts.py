@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .backbones_maps import dinov2_name, timm_config, timm_stages
-from .backbones_vit import (
+from ..errors import LoftUpError
+from ..published import find_checkpoint
+from .maps import dinov2_name, timm_config, timm_stages
+from .vit import (
     ANTIALIASED,
     IMAGENET,
     WITH_OFFSET,
@@ -20,8 +22,6 @@ from .backbones_vit import (
     pick_layer,
     plain_source,
 )
-from .errors import LoftUpError
-from .published import find_checkpoint
 
 __all__ = ["clip_object", "open_clip_timm", "timm_vit", "transformers_vit"]
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .backbones_maps import FLEXIBLE
-from .errors import LoftUpError
-from .published import PUBLISHED, Checkpoint, find_checkpoint, known_names
+from ..errors import LoftUpError
+from ..published import PUBLISHED, Checkpoint, find_checkpoint, known_names
+from .maps import FLEXIBLE
 
 __all__ = ["build", "resolve"]
 
