@@ -9,7 +9,8 @@ from conftest import shared
 from safetensors.torch import load_file
 
 from loftup import LoftUp, LoftUpConfig
-from loftup.layers import FourierCode, attend
+from loftup.layers import FourierCode
+from loftup.ops.eager import cross_attention
 
 SINE, LEARNABLE = LoftUpConfig(24), LoftUpConfig(24, position_code="learnable", lr_size=8)
 
@@ -239,11 +240,11 @@ def test_compiled_results_agree():
 def test_attention_matches_its_definition_and_keeps_no_score_matrix(width):
     q, k, v = torch.randn(2, 4, 50, width), torch.randn(2, 4, 9, width), torch.randn(2, 4, 9, width)
     expected = torch.softmax(q.double() @ k.double().mT / width**0.5, -1) @ v.double()
-    assert (attend(q, k, v) - expected).abs().max() < 1e-5
+    assert (cross_attention(q, k, v, width**-0.5) - expected).abs().max() < 1e-5
     pixels, tokens = 20_000, 1_000
     q, k = torch.randn(1, 1, pixels, width), torch.randn(1, 1, tokens, width)
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
-        attend(q, k, k)
+        cross_attention(q, k, k, width**-0.5)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < pixels * tokens * 4 / 4
 

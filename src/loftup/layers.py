@@ -4,10 +4,16 @@ Shapes: ``image (B, 3, H, W)``, ``features (B, C, h, w)``, tokens ``(B, n, D)``.
 the published checkpoints, so that their state dicts load as they are.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .ops.eager import cross_attention
 
 __all__ = [
     "ChannelNorm",
@@ -17,9 +23,9 @@ __all__ = [
     "FourierCode",
     "LayerNorm2d",
     "MinMaxScale",
-    "attend",
     "axis_coordinates",
     "grid_coordinates",
+    "run",
 ]
 
 LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY = -2.0, 10.0
@@ -128,17 +134,11 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention without a materialised score matrix: (B, heads, n, d) and (B, heads, t, d) to (B, heads, n, d).
-
-    On CUDA the memory-saving kernels want head widths in multiples of 8; LoftUp's are 101, 133, 197. Zero columns
-    change no score and are cut off again.
-    """
-    width = q.shape[-1]
-    scale = width**-0.5
-    if q.is_cuda and width % 8:
-        q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :width]
+def run(checkpointing: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function, with activation checkpointing if asked for."""
+    if checkpointing:
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
 
 
 class Attention(nn.Module):
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         kv = F.linear(tokens, self.in_proj_weight[width:], self.in_proj_bias[width:])
         q = rearrange(q, "b n (heads d) -> b heads n d", heads=self.heads)
         k, v = rearrange(kv, "b t (two heads d) -> two b heads t d", two=2, heads=self.heads)
-        return self.out_proj(rearrange(attend(q, k, v), "b heads n d -> b n (heads d)"))  # type: ignore[no-any-return]
+        return self.out_proj(rearrange(cross_attention(q, k, v, q.shape[-1] ** -0.5), "b heads n d -> b n (heads d)"))  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):
@@ -202,10 +202,10 @@ class CrossTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, tokens: Tensor, checkpointing: bool = False) -> Tensor:
         """Refine ``queries`` (B, n, D) by ``tokens`` (B, t, D)."""
         for block in self.layers:
             attention, feed_forward = block[0], block[1]  # type: ignore[index]
-            queries = queries + attention(queries, tokens)
-            queries = queries + feed_forward(queries)
+            queries = queries + run(checkpointing, attention, queries, tokens)
+            queries = queries + run(checkpointing, feed_forward, queries)
         return self.norm(queries)  # type: ignore[no-any-return]

@@ -10,11 +10,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import ChannelNorm, CrossTransformer, FourierCode, ImageCode, LayerNorm2d, MinMaxScale, grid_coordinates
+from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
+from .layers import (
+    ChannelNorm,
+    CrossTransformer,
+    FourierCode,
+    ImageCode,
+    LayerNorm2d,
+    MinMaxScale,
+    grid_coordinates,
+    run,
+)
+from .prepare import forget
+from .streaming import Head, apply_head, features_at, upsample
 
-__all__ = ["LoftUp", "LoftUpConfig", "output_size"]
-
-Size = int | tuple[int, int] | None
+__all__ = ["LoftUp", "LoftUpConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +138,23 @@ class Upsampler(nn.Module):
             grid = features + table.to(features.dtype)
         return rearrange(grid, "b d h w -> b (h w) d")
 
-    def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """Normalised features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W)."""
+    def queries(self, guidance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Guidance code and stem: an image (B, 3, H, W) to (B, H*W, D)."""
         norm, *convolutions = self.first_conv
-        code = norm(self.fourier_feat(guidance))  # float32 up to here, whatever the module's dtype
-        queries = code.to(features.dtype)
+        # Code and norm are float32 whatever the module's dtype.
+        x = norm(self.fourier_feat(guidance)).to(dtype)
         for layer in convolutions:
-            queries = layer(queries)
-        height, width = queries.shape[-2:]
-        queries = rearrange(queries, "b d h w -> b (h w) d")
-        queries = self.ca_transformer(queries, self.tokens(features))
+            x = layer(x)
+        return rearrange(x, "b d h w -> b (h w) d")  # type: ignore[no-any-return]
+
+    def forward(self, features: Tensor, guidance: Tensor, checkpointing: bool = False) -> Tensor:
+        """Normalised features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W).
+
+        With ``checkpointing`` the stem's and each block's activations are computed again in the backward pass.
+        """
+        height, width = guidance.shape[-2:]
+        queries = run(checkpointing, self.queries, guidance, features.dtype)
+        queries = self.ca_transformer(queries, self.tokens(features), checkpointing)
         return self.final_conv(rearrange(queries, "b (h w) d -> b d h w", h=height, w=width))  # type: ignore[no-any-return]
 
 
@@ -158,6 +175,7 @@ class LoftUp(nn.Module):
         self.config = config if isinstance(config, LoftUpConfig) else LoftUpConfig(config)
         self.upsampler = Upsampler(self.config)
         self.channelnorm = ChannelNorm(self.config.channels) if self.config.channel_norm == "layer" else nn.Identity()
+        self.activation_checkpointing = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,8 +187,24 @@ class LoftUp(nn.Module):
         """Device of the parameters."""
         return self.upsampler.ca_transformer.norm.weight.device
 
-    def forward(self, features: Tensor, image: Tensor, size: Size = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        image: Tensor,
+        size: Size = None,
+        *,
+        head: Head | None = None,
+        out: Tensor | None = None,
+        memory: int | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
         """Upsample backbone features to any output size.
+
+        In inference (``eval()``, and no gradient wanted: inside ``torch.inference_mode()`` or ``torch.no_grad()``, or
+        nothing requires one) the result is made in bands of rows, so that memory is the result plus a constant. When a
+        gradient is wanted, in training mode and inside ``torch.compile`` the whole image is computed at once; set
+        ``up.activation_checkpointing = True`` to save memory there by computing activations twice. Forward hooks on
+        inner modules run only then.
 
         Args:
             features: (B, C, h, w), straight from the backbone, any float dtype.
@@ -178,19 +212,82 @@ class LoftUp(nn.Module):
                 0..255, any float dtype. Each image is scaled by its own extremes: batch-mates never matter.
             size: (H', W') of the result in pixels, or one int for a square; None means (H, W). Another size than the
                 image's resizes the guidance bilinearly first.
+            head: a pointwise function of features, applied band by band, so that the (B, C, H', W') map never exists:
+                an ``nn.Linear`` over C, or anything that maps (1, C, n, m) to (1, K, n, m) or (1, n, m) position by
+                position (1x1 convolution, linear probe, similarity to texts, argmax). It sees the dtype of
+                ``features``.
+            out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
+                one too).
+            memory: budget of working memory in bytes for inference; None means 160 MiB on the CPU and 384 MiB on CUDA.
+            backend: "cpu", "torch" or None for the fastest that can run; see :func:`loftup.engines.explain`.
 
         Returns:
-            (B, C, H', W') in the dtype of ``features``.
+            (B, C, H', W') in the dtype of ``features``; with ``head`` (B, K, H', W') or (B, H', W') in the head's
+            dtype; ``out`` where it is given.
 
         Raises:
             ValueError: C is not what these weights expect, or an argument is not a finite 4-d tensor (finiteness is
-                not checked inside ``torch.compile`` and ``torch.export``), or ``size`` is not positive.
+                not checked inside ``torch.compile`` and ``torch.export``); ``size`` is not positive; the head is not
+                pointwise; ``out`` has another shape; ``memory`` does not hold the smallest band; or ``out``, ``memory``
+                or ``backend`` are given where a gradient is wanted.
             TypeError: an argument is not a float tensor.
+            LoftUpError: ``backend`` cannot run here.
         """
         check_inputs(features, image, self)
         guidance = resize_guidance(image, output_size(size, image))
+        if not self._whole_at_once(features, image):
+            return upsample(self, features, guidance, head=head, out=out, memory=memory, backend=backend)
+        for name, value in (("out", out), ("memory", memory), ("backend", backend)):
+            if value is not None:
+                raise ValueError(f"{name}= is for inference: call up.eval() and use torch.inference_mode()")
         normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
-        return self.upsampler(normalised, guidance).to(features.dtype)  # type: ignore[no-any-return]
+        dense = self.upsampler(normalised, guidance, self.activation_checkpointing).to(features.dtype)
+        return dense if head is None else apply_head(head, dense)
+
+    def at(
+        self, features: Tensor, image: Tensor, points: Tensor, size: Size = None, *, backend: str | None = None
+    ) -> Tensor:
+        """Upsampled features at points alone; the cost grows with their number, not with the image.
+
+        At pixel centres these are the vectors of ``up(features, image, size)``; between them they are interpolated
+        bilinearly, as ``grid_sample`` would from the full map. Inference only.
+
+        Args:
+            features: as for :meth:`forward`.
+            image: as for :meth:`forward`.
+            points: (B, N, 2), any float or integer dtype: (x, y) in pixels of the ``size`` grid, so that (0, 0) is the
+                centre of the top left pixel and (W' - 1, H' - 1) that of the bottom right one.
+            size: as for :meth:`forward`.
+            backend: as for :meth:`forward`.
+
+        Returns:
+            (B, N, C) in the dtype of ``features``.
+
+        Raises:
+            ValueError: as for :meth:`forward`; points have another shape or lie outside the grid; or a gradient is
+                wanted.
+            TypeError: as for :meth:`forward`.
+            LoftUpError: ``backend`` cannot run here.
+        """
+        check_inputs(features, image, self)
+        height, width = output_size(size, image)
+        check_points(points, len(features), height, width)
+        if self._whole_at_once(features, image):
+            raise ValueError(
+                "up.at is for inference: call up.eval() and use torch.inference_mode(). With gradients, sample the "
+                "map: up(features, image, size)[..., y, x]"
+            )
+        return features_at(self, features, resize_guidance(image, (height, width)), points, backend=backend)
+
+    def refresh(self) -> None:
+        """Forget the weights prepared for inference; needed only after writing through ``parameter.data``."""
+        forget(self)
+
+    def _whole_at_once(self, features: Tensor, image: Tensor) -> bool:
+        if self.training or torch.compiler.is_compiling():
+            return True
+        wanted = features.requires_grad or image.requires_grad or any(p.requires_grad for p in self.parameters())
+        return torch.is_grad_enabled() and wanted
 
     @classmethod
     def from_pretrained(
@@ -270,80 +367,3 @@ class LoftUp(nn.Module):
     def extra_repr(self) -> str:
         """Channels, width and backbone, for ``print(up)``."""
         return f"channels={self.config.channels}, width={self.config.width}, backbone={self.config.backbone!r}"
-
-
-def output_size(size: Size, image: Tensor) -> tuple[int, int]:
-    """Resolve ``size`` (None, int or pair) to (H', W'); ValueError unless both are positive integers."""
-    if size is None:
-        return image.shape[-2], image.shape[-1]
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair):
-        raise ValueError(f"size must be an int or a pair (height, width) of ints, got {size!r}")
-    if min(pair) < 1:
-        raise ValueError(f"size must be positive, got {size!r}")
-    return pair[0], pair[1]
-
-
-def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring the image to the output size as the paper does: bilinear, align_corners=False, no antialias, float32."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return F.interpolate(image.float(), size, mode="bilinear", align_corners=False)
-
-
-def check_inputs(features: Tensor, image: Tensor, up: LoftUp) -> None:
-    """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights."""
-    config = up.config
-    for name, tensor in (("features", features), ("image", image)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}; convert with {name}.float()")
-        if tensor.ndim != 4:
-            remedy = f"; for a single one: {name}[None]" if tensor.ndim == 3 else ""
-            tokens = "; for tokens (B, h*w, C): features.mT.reshape(B, C, h, w)" if name == "features" else ""
-            raise ValueError(
-                f"{name} must have 4 dimensions ({'B, C, h, w' if name == 'features' else 'B, 3, H, W'}), "
-                f"got shape {tuple(tensor.shape)}{remedy}{tokens if tensor.ndim == 3 else ''}"
-            )
-    channels = features.shape[1]
-    if channels == 3 != config.channels and image.shape[1] == config.channels:
-        raise ValueError(
-            f"features and image look swapped: got shapes {tuple(features.shape)} and {tuple(image.shape)}; "
-            "call up(features, image)"
-        )
-    if image.shape[1] != 3:
-        remedy = "; for a grey image: image.expand(-1, 3, -1, -1)" if image.shape[1] == 1 else ""
-        raise ValueError(f"the image has {image.shape[1]} channels, expected 3 (B, 3, H, W){remedy}")
-    if channels != config.channels:
-        raise ValueError(channel_mismatch(channels, config))
-    if features.shape[0] != image.shape[0]:
-        raise ValueError(
-            f"features have batch size {features.shape[0]}, the image {image.shape[0]}; "
-            "repeat the smaller one with .expand(B, -1, -1, -1)"
-        )
-    if 0 in features.shape[-2:] or 0 in image.shape[-2:]:
-        raise ValueError(f"features {tuple(features.shape)} and image {tuple(image.shape)} must not be empty")
-    if features.device != up.device or image.device != up.device:
-        raise ValueError(
-            f"features are on {features.device}, the image on {image.device}, the LoftUp weights on {up.device}; "
-            "move them to one device with .to()"
-        )
-    if not torch.compiler.is_compiling():
-        for name, tensor in (("features", features), ("image", image)):
-            if not bool(tensor.isfinite().all()):
-                bad = int((~tensor.isfinite()).sum())
-                half = "; float16 overflows past 65504: run the backbone in bfloat16 or float32"
-                raise ValueError(
-                    f"{name} hold {bad} values that are not finite{half if tensor.dtype == torch.float16 else ''}"
-                )
-
-
-def channel_mismatch(channels: int, config: LoftUpConfig) -> str:
-    """Explain features of the wrong channel count, naming the published weights that would fit."""
-    from .weights import PUBLISHED
-
-    weights = f"the weights {config.backbone!r} expect" if config.backbone else "these weights expect"
-    fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == channels]
-    remedy = f"; for {channels} channels: {', '.join(fitting)}" if fitting else ""
-    return f"features have {channels} channels, {weights} {config.channels}{remedy}"

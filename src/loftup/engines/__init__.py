@@ -1,0 +1,105 @@
+"""Engines: how the folded network is computed in inference, one for each kind of device.
+
+An engine turns guidance into queries (``stem``) and queries into features (``pixels``); :mod:`loftup.streaming` decides
+which rows when.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import LoftUpError
+from ..ops import can_run_cpu, can_run_triton
+from ..prepare import Weights, cached
+from .cpu import CpuEngine
+from .eager import EagerEngine
+
+if TYPE_CHECKING:
+    from ..model import LoftUp
+
+__all__ = ["BACKENDS", "CpuEngine", "EagerEngine", "can_run", "choose", "engine_for", "explain", "inference_dtype"]
+
+BACKENDS = ("cpu", "torch", "triton")
+
+
+def can_run(backend: str, device: torch.device, dtype: torch.dtype, head_width: int | None = None) -> str | None:
+    """None if a backend can run on a device in a dtype, else the reason why not.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return None
+    check = can_run_cpu if backend == "cpu" else can_run_triton
+    return check(torch.empty(0, device=device, dtype=dtype), head_width=head_width)
+
+
+def choose(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> str:
+    """The backend asked for, or else "cpu" where it can run and "torch" where not; "triton" only if asked for.
+
+    The Triton kernels wait to be chosen by themselves until their tests have passed on a GPU.
+
+    Raises:
+        LoftUpError: the backend asked for cannot run; nothing is put in its place.
+    """
+    if backend is None:
+        return "cpu" if can_run("cpu", up.device, dtype) is None else "torch"
+    if reason := can_run(backend, up.device, dtype, up.config.width // up.config.heads):
+        raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
+    return backend
+
+
+def engine_for(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> EagerEngine:
+    """The engine for a module's weights, made once and kept until they change."""
+    name = choose(up, dtype, backend)
+
+    def make(weights: Weights) -> EagerEngine:
+        if name == "triton":
+            from .triton import TritonEngine
+
+            return TritonEngine(weights, dtype)
+        return (CpuEngine if name == "cpu" else EagerEngine)(weights, dtype)
+
+    return cached(up, (name, dtype), make)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What :func:`explain` found; prints as a sentence a line."""
+
+    backend: str
+    reasons: dict[str, str | None]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"runs on backend {self.backend!r}"]
+        lines += [f"{name}: {reason or 'can run'}" for name, reason in self.reasons.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+def explain(up: "LoftUp", backend: str | None = None) -> Choice:
+    """What inference with a module would run on, and why not on the others.
+
+    >>> from loftup import LoftUp
+    >>> print(explain(LoftUp(384).double()))
+    runs on backend 'torch'
+    cpu: it computes in float32 and bfloat16, not float64
+    torch: can run
+    triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)
+    """
+    dtype = inference_dtype(up)
+    depth = up.config.width // up.config.heads
+    reasons = {name: can_run(name, up.device, dtype, depth) for name in BACKENDS}
+    notes = []
+    if up.device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
+    return Choice(choose(up, dtype, backend), reasons, tuple(notes))
+
+
+def inference_dtype(up: "LoftUp") -> torch.dtype:
+    """The dtype that inference computes in: autocast's where it is on, else the module's."""
+    kind = up.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else up.dtype

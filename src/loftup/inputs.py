@@ -1,0 +1,107 @@
+"""What may be passed to a LoftUp, and the errors that say so: got, expected, remedy."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .model import LoftUp, LoftUpConfig
+
+__all__ = ["Size", "check_inputs", "check_points", "output_size", "resize_guidance"]
+
+Size = int | tuple[int, int] | None
+
+
+def output_size(size: Size, image: Tensor) -> tuple[int, int]:
+    """Resolve ``size`` (None, int or pair) to (H', W'); ValueError unless both are positive integers."""
+    if size is None:
+        return image.shape[-2], image.shape[-1]
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair):
+        raise ValueError(f"size must be an int or a pair (height, width) of ints, got {size!r}")
+    if min(pair) < 1:
+        raise ValueError(f"size must be positive, got {size!r}")
+    return pair[0], pair[1]
+
+
+def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring the image to the output size as the paper does: bilinear, align_corners=False, no antialias, float32."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.interpolate(image.float(), size, mode="bilinear", align_corners=False)
+
+
+def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
+    """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights."""
+    config = up.config
+    for name, tensor in (("features", features), ("image", image)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}; convert with {name}.float()")
+        if tensor.ndim != 4:
+            remedy = f"; for a single one: {name}[None]" if tensor.ndim == 3 else ""
+            tokens = "; for tokens (B, h*w, C): features.mT.reshape(B, C, h, w)" if name == "features" else ""
+            raise ValueError(
+                f"{name} must have 4 dimensions ({'B, C, h, w' if name == 'features' else 'B, 3, H, W'}), "
+                f"got shape {tuple(tensor.shape)}{remedy}{tokens if tensor.ndim == 3 else ''}"
+            )
+    channels = features.shape[1]
+    if channels == 3 != config.channels and image.shape[1] == config.channels:
+        raise ValueError(
+            f"features and image look swapped: got shapes {tuple(features.shape)} and {tuple(image.shape)}; "
+            "call up(features, image)"
+        )
+    if image.shape[1] != 3:
+        remedy = "; for a grey image: image.expand(-1, 3, -1, -1)" if image.shape[1] == 1 else ""
+        raise ValueError(f"the image has {image.shape[1]} channels, expected 3 (B, 3, H, W){remedy}")
+    if channels != config.channels:
+        raise ValueError(channel_mismatch(channels, config))
+    if features.shape[0] != image.shape[0]:
+        raise ValueError(
+            f"features have batch size {features.shape[0]}, the image {image.shape[0]}; "
+            "repeat the smaller one with .expand(B, -1, -1, -1)"
+        )
+    if 0 in features.shape[-2:] or 0 in image.shape[-2:]:
+        raise ValueError(f"features {tuple(features.shape)} and image {tuple(image.shape)} must not be empty")
+    if features.device != up.device or image.device != up.device:
+        raise ValueError(
+            f"features are on {features.device}, the image on {image.device}, the LoftUp weights on {up.device}; "
+            "move them to one device with .to()"
+        )
+    if not torch.compiler.is_compiling():
+        for name, tensor in (("features", features), ("image", image)):
+            if not bool(tensor.isfinite().all()):
+                bad = int((~tensor.isfinite()).sum())
+                half = "; float16 overflows past 65504: run the backbone in bfloat16 or float32"
+                raise ValueError(
+                    f"{name} hold {bad} values that are not finite{half if tensor.dtype == torch.float16 else ''}"
+                )
+
+
+def channel_mismatch(channels: int, config: "LoftUpConfig") -> str:
+    """Explain features of the wrong channel count, naming the published weights that would fit."""
+    from .weights import PUBLISHED
+
+    weights = f"the weights {config.backbone!r} expect" if config.backbone else "these weights expect"
+    fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == channels]
+    remedy = f"; for {channels} channels: {', '.join(fitting)}" if fitting else ""
+    return f"features have {channels} channels, {weights} {config.channels}{remedy}"
+
+
+def check_points(points: Tensor, batch: int, height: int, width: int) -> None:
+    """Raise ValueError or TypeError unless points are (B, N, 2) inside the grid."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points must be a tensor (B, N, 2), got {type(points).__name__}")
+    if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2:
+        raise ValueError(f"points must be (B, N, 2) with B = {batch}, got {tuple(points.shape)}")
+    x, y = points[..., 0], points[..., 1]
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    if not bool(inside.all()):
+        where = tuple(points[~inside][0].tolist())
+        raise ValueError(
+            f"{int((~inside).sum())} points lie outside the grid, the first at (x, y) = {where}; x must be in "
+            f"[0, {width - 1}] and y in [0, {height - 1}] (pixel centres are whole numbers)"
+        )
