@@ -1,0 +1,263 @@
+"""Time and memory of loftup against the published way, scaled_dot_product_attention and bilinear interpolation.
+
+    python benchmarks/run.py [--device cpu|cuda] [--quick] [--cases NAME...] [-o results.csv]
+
+All contenders of a case run in one process, in turn, round after round; the CSV gives the 20th, 50th and 80th
+percentile of the rounds. Before anything is timed, every contender's result is compared with the published way's, and a
+difference ends the run. Memory is measured in a process of its own for each contender: the peak above inputs, weights
+and prepared weights, without the result; on the CPU from the kernel's high-water mark (Linux).
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES, Case
+from published import Bilinear, Published
+from torch import Tensor, nn
+
+import loftup
+from loftup import LoftUp
+
+Run = Callable[[Tensor, Tensor], Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make(case: Case, device: str) -> tuple[LoftUp, Tensor, Tensor]:
+    """Random weights away from their defaults, features and image."""
+    torch.manual_seed(0)
+    up = LoftUp(case.channels).eval().requires_grad_(False)
+    for module in up.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 1.2)
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            module.weight.data.normal_(1, 0.2)
+            module.bias.data.normal_(0, 0.2)
+    features = torch.randn(case.batch, case.channels, case.grid, case.grid)
+    image = torch.rand(case.batch, 3, case.size, case.size)
+    return up.to(device), features.to(device), image.to(device)
+
+
+def contender_names(case: Case, device: str) -> list[str]:
+    """Contenders of a case: published ways, then ours as ``loftup:backend:dtype``, then bilinear."""
+    backends = ["cpu"] if device == "cpu" else ["torch", "triton"]
+    dtypes = ["float32", "bfloat16"]
+    ours = [f"loftup:{backend}:{dtype}" for backend in backends for dtype in dtypes]
+    if case.ours_only or case.head or case.points:
+        return ours
+    published = ["published:float32", "published_sdpa:float32"]
+    if device == "cuda":
+        published.append("published_autocast:bfloat16")
+    return [*published, *ours, "bilinear:float32"]
+
+
+def contender(name: str, up: LoftUp, case: Case) -> Run:
+    """A function of features and image that is called once for each measurement."""
+    kind, *rest = name.split(":")
+    dtype = DTYPES[rest[-1]]
+    if kind == "bilinear":
+        return Bilinear()
+    if kind.startswith("published"):
+        published = Published(up, sdpa=kind == "published_sdpa").to(up.device)
+        if kind != "published_autocast":
+            return published
+
+        def autocast(features: Tensor, image: Tensor) -> Tensor:
+            with torch.autocast(image.device.type, dtype):
+                return published(features, image)
+
+        return autocast
+    ours = LoftUp(up.config).eval().requires_grad_(False).to(up.device)
+    ours.load_state_dict(up.state_dict())
+    ours.to(dtype)
+    head = nn.Conv2d(case.channels, case.head, 1).to(up.device, dtype) if case.head else None
+
+    def run(features: Tensor, image: Tensor) -> Tensor:
+        if case.points:
+            points = torch.rand(case.batch, case.points, 2, device=image.device) * (image.shape[-1] - 1)
+            return ours.at(features.to(dtype), image, points.round(), backend=rest[0])
+        return ours(features.to(dtype), image, head=head, backend=rest[0])
+
+    return run
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product, the best of five."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best / 1e9
+
+
+def check(case: Case, runs: dict[str, Run], features: Tensor, image: Tensor) -> None:
+    """End the run if a contender's result differs from the published way's."""
+    if "published:float32" not in runs:
+        return
+    truth = runs["published:float32"](features, image)
+    for name, run in runs.items():
+        if name == "bilinear:float32":
+            continue
+        error = (run(features, image) - truth).abs()
+        limit = 2e-4 if name.endswith("float32") and case.size <= 448 else 0.5
+        if not error.max() <= limit:
+            sys.exit(f"{case.name}: {name} differs from the published way by {error.max():.3g}; nothing was measured")
+
+
+def measure_time(case: Case, device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call of every contender, in turn, round after round."""
+    up, features, image = make(case, device)
+    names = contender_names(case, device)
+    with torch.inference_mode():
+        runs = {name: contender(name, up, case) for name in names}
+        check(case, runs, features, image)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                synchronise(device)
+                start = time.perf_counter()
+                runs[name](features, image)
+                synchronise(device)
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def status(field: str) -> int:
+    """A field of this process's memory status in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def measure_memory(case: Case, name: str, device: str) -> dict[str, int]:
+    """Peak bytes above what was there before the call, less the result; on the CPU also of the whole process."""
+    up, features, image = make(case, device)
+    with torch.inference_mode():
+        run = contender(name, up, case)
+        run(features, image[:, :, :8, :8])  # libraries and prepared weights are not working memory
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = run(features, image)
+            size = result.numel() * result.element_size()
+            return {"working": torch.cuda.max_memory_allocated() - before - size, "process": 0}
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        result = run(features, image)
+        size = result.numel() * result.element_size()
+        return {"working": status("VmHWM") - before - size, "process": status("VmHWM")}
+
+
+def describe(device: str) -> dict[str, str]:
+    """Machine, versions, commit."""
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        )
+        machine = f"{model}, {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "machine": machine,
+        "torch": torch.__version__,
+        "loftup": loftup.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="the main cases, fewer rounds")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
+    parser.add_argument("--rounds", type=int, help="rounds of every case; by default as many as its size allows")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    by_name = {case.name: case for case in CASES}
+    if arguments.memory_of:
+        case, name = arguments.memory_of
+        print(json.dumps(measure_memory(by_name[case], name, arguments.device)))
+        return
+    chosen = [by_name[name] for name in arguments.cases] if arguments.cases else list(CASES)
+    if arguments.quick:
+        chosen = [case for case in chosen if case.quick]
+    about = describe(arguments.device)
+    rows: list[dict[str, Any]] = []
+    for case in chosen:
+        rates = {name: matmul_rate(arguments.device, dtype) for name, dtype in DTYPES.items() if name != "float16"}
+        rounds = arguments.rounds or (
+            50 if arguments.device == "cuda" else 3 if case.gflop > 1000 or arguments.quick else 7
+        )
+        for name, seconds in measure_time(case, arguments.device, rounds).items():
+            memory = memory_in_own_process(case, name, arguments.device)
+            middle = statistics.median(seconds)
+            spread = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [middle] * 4
+            computed = not case.points and not name.startswith("bilinear")
+            rate = case.gflop / middle if computed else 0.0
+            row = {
+                "case": case.name,
+                "contender": name,
+                "device": arguments.device,
+                "rounds": rounds,
+                "p20_s": f"{spread[0]:.5f}",
+                "p50_s": f"{middle:.5f}",
+                "p80_s": f"{spread[3]:.5f}",
+                "gflop": f"{case.gflop:.0f}" if computed else "",
+                "gflop_per_s": f"{rate:.0f}" if computed else "",
+                "of_matmul": f"{rate / rates[name.rpartition(':')[2]]:.2f}" if computed else "",
+                "working_mib": f"{memory['working'] / 2**20:.0f}",
+                "process_mib": f"{memory['process'] / 2**20:.0f}" if memory["process"] else "",
+                **about,
+            }
+            rows.append(row)
+            print(
+                f"{case.name:28} {name:24} {middle:9.4f} s {row['gflop_per_s']:>6} GFLOP/s {row['working_mib']:>6} MiB"
+            )
+    output = arguments.output or Path(__file__).parent / "results" / f"{arguments.device}.csv"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {output}")
+
+
+def memory_in_own_process(case: Case, name: str, device: str) -> dict[str, int]:
+    """Run :func:`measure_memory` in a fresh process."""
+    command = [sys.executable, os.fspath(Path(__file__)), "--device", device, "--memory-of", case.name, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"measuring the memory of {name} on {case.name} failed:\n{done.stderr}")
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()
