@@ -13,16 +13,7 @@ os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, HF_HUB_DISABLE_TELE
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"
-
-
-def shared(path: str) -> Path:
-    """A file of the material beside the repository, or a skip with the reason."""
-    if not (SHARED / path).exists():
-        pytest.skip(f"needs {path} of the shared material beside the repository")
-    return SHARED / path
+from material import shared
 
 
 @pytest.fixture(autouse=True)

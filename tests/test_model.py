@@ -5,28 +5,12 @@ import json
 import plain
 import pytest
 import torch
-from conftest import shared
+from material import LEARNABLE, SINE, inputs, randomised, shared
 from safetensors.torch import load_file
 
 from loftup import LoftUp, LoftUpConfig
 from loftup.layers import FourierCode
 from loftup.ops.eager import cross_attention
-
-SINE, LEARNABLE = LoftUpConfig(24), LoftUpConfig(24, position_code="learnable", lr_size=8)
-
-
-def randomised(config: LoftUpConfig) -> LoftUp:
-    """A module whose norms and running statistics are not the identity."""
-    up = LoftUp(config).eval()
-    with torch.no_grad():
-        for name, tensor in up.state_dict().items():
-            if tensor.is_floating_point() and tensor.ndim == 1:
-                tensor.normal_(1.0 if name.endswith(("weight", "running_var")) else 0.0, 0.2).abs_()
-    return up
-
-
-def inputs(batch=1, grid=(5, 7), size=(33, 46), channels=24):
-    return torch.randn(batch, channels, *grid), torch.rand(batch, 3, *size)
 
 
 @pytest.fixture(params=["loftup_sine_d24", "loftup_learnable_d24"])

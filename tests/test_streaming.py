@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from test_model import LEARNABLE, SINE, inputs, randomised
+from material import LEARNABLE, SINE, inputs, randomised
 from torch import nn
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loftup.ops.cpu import attend, padded_width
+from loftup.ops.cpu import attend, linear, padded_width
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,6 +25,15 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, tokens, depth, pixe
     allowed = (plain(q, k, v).double() - expected).abs()
     assert error.mean() <= 2 * allowed.mean() + 1e-7
     assert error.max() <= 2 * allowed.max() + 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 1000])
+def test_linear_equals_pytorchs_and_is_contiguous(rows):
+    """Another layout would send attention behind it to a slow path."""
+    x, weight, bias = torch.randn(rows, 404), torch.randn(416, 404), torch.randn(416)
+    out = linear(x, weight, bias)
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    assert out.is_contiguous()
 
 
 def test_widths():

@@ -79,7 +79,7 @@ def test_fake_has_the_shape_and_strides_of_the_result(name: str, device: str) ->
     assert (fake.shape, fake.stride(), fake.dtype) == (result.shape, result.stride(), result.dtype)
 
 
-@pytest.mark.parametrize("backend", ["triton", None])
+@pytest.mark.parametrize("backend", ["triton", "torch", None])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiles_as_one_graph(name: str, backend: str | None, device: str) -> None:
     tensors, keywords = split(name, device)
@@ -93,7 +93,7 @@ def test_compiles_as_one_graph(name: str, backend: str | None, device: str) -> N
     expected = call(*(tensor.clone() for tensor in tensors))
     # The names, not the code that an inductor would make of them, are what is tested here.
     result = torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors)
-    assert torch.equal(result, expected)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-5)  # without a name, eager runs "cpu" here
 
 
 @pytest.mark.parametrize("name", OPERATORS)

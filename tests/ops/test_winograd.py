@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from loftup.ops.winograd import Winograd, Workspace
 
 
+def direct_convolution(image, weight, bias):
+    """In channels-last layout, the faster one and the one that Winograd takes the place of."""
+    last = torch.channels_last
+    return F.conv2d(image.contiguous(memory_format=last), weight.float().contiguous(memory_format=last), bias.float())
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 3), (43, 44), (203, 404)])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (5, 2)])
 def test_equals_the_direct_convolution(inputs, outputs, rows, columns):
@@ -16,10 +22,7 @@ def test_equals_the_direct_convolution(inputs, outputs, rows, columns):
     Winograd(weight, bias)(x, out, Workspace())
     image = x.movedim(-1, 0)[None]
     expected = F.conv2d(image.double(), weight, bias)[0].movedim(0, -1)
-    direct = F.conv2d(image, weight.float(), bias.float())[0].movedim(0, -1)
-    error, allowed = (out - expected).abs(), (direct - expected).abs()
-    assert error.mean() <= 3 * allowed.mean() + 1e-6
-    assert error.max() <= 1e-5 * expected.abs().max() + 1e-6
+    assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
 def test_the_float32_error_at_full_width_is_close_to_the_direct_one():
@@ -31,7 +34,7 @@ def test_the_float32_error_at_full_width_is_close_to_the_direct_one():
     Winograd(weight, bias)(x, out, Workspace())
     image = x.movedim(-1, 0)[None]
     expected = F.conv2d(image.double(), weight)[0].movedim(0, -1)
-    direct = F.conv2d(image, weight.float())[0].movedim(0, -1)
+    direct = direct_convolution(image, weight, bias)[0].movedim(0, -1)
     assert (out - expected).square().mean().sqrt() <= 2 * (direct - expected).square().mean().sqrt()
 
 

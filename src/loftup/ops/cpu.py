@@ -16,7 +16,7 @@ from .eager import guidance, head_norm
 __all__ = ["attend", "attention_block", "cross_attention", "feed_forward", "guidance", "head_norm", "linear"]
 
 TILE = 8192  # pixels: some 13 MB an activation in float32
-SCORES = 4 * 2**20  # elements of a score tile: 8 MB in bfloat16
+SCORES = 2**20  # elements of a score tile: 2 MB in bfloat16
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
@@ -25,7 +25,8 @@ def padded_width(width: int, dtype: torch.dtype) -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` for a tall contiguous matrix (M, K), as a 1x1 convolution."""
+    """``F.linear`` for a tall contiguous matrix (M, K), as a 1x1 convolution; returns (M, N), contiguous."""
+    # Made in this way the image has channels-last strides, for which oneDNN neither copies nor reorders it.
     image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)  # (1, K, 1, M), channels last in memory
     return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0, 0]
 
@@ -47,7 +48,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(split, keys[None], values[None], scale=1.0)
         return out.transpose(1, 2).reshape(queries.shape)  # the kernel writes (M, heads, d): a view
     out = torch.empty_like(queries)
-    step = max(64, SCORES // tokens)
+    step = max(64, SCORES // tokens // 64 * 64)
     scores = queries.new_empty(min(step, len(queries)), tokens)
     for rows, target in zip(queries.split(step), out.split(step), strict=True):
         tile = scores[: len(rows)]
@@ -123,6 +124,8 @@ def can_run_cpu(*tensors: Tensor, head_width: int | None = None) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+    if torch.compiler.is_compiling():
+        return "its loops over tiles are not for torch.compile"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it computes no gradients: use backend='torch' to train, or torch.no_grad()"
     return None
