@@ -28,6 +28,7 @@ def hub(tmp_path, monkeypatch):
     import huggingface_hub.utils._http
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    # The client has no public setting for the pauses between its retries.
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
     HUB.open()
     yield HUB

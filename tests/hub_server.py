@@ -10,12 +10,14 @@ import threading
 class HubServer:
     """Serve ``repos[id][revision][file] = bytes`` on a local port; pushes are added to ``repos``.
 
-    ``truncate`` names files whose download breaks off half-way; ``requests`` records (method, path).
+    ``truncate`` names files whose download breaks off half-way, ``gated`` repositories that ask for permission;
+    ``requests`` records (method, path).
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
         self.truncate: set[str] = set()
+        self.gated: set[str] = set()
         self.requests: list[tuple[str, str]] = []
         hub = self
 
@@ -47,6 +49,7 @@ class HubServer:
         """Listen, empty; on the same port again after :meth:`close`."""
         self.repos.clear()
         self.truncate.clear()
+        self.gated.clear()
         self.requests.clear()
         if self.server is None:
             self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
@@ -71,6 +74,8 @@ class HubServer:
         repo, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
         if repo not in self.repos:
             self.reply(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif repo in self.gated:
+            self.reply(request, 403, b"", {"X-Error-Code": "GatedRepo"})
         elif revision not in self.repos[repo]:
             self.reply(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif file not in self.repos[repo][revision]:

@@ -21,6 +21,15 @@ def vit(tag="test_vit.r160_in1k", **options):
     return model
 
 
+def randomised(model):
+    """Norms that are not the identity."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.normal_(1.0 if name.endswith(("weight", "var")) else 0.0, 0.2).abs_()
+    return model.eval()
+
+
 def grid(tokens, h, w):
     return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w)
 

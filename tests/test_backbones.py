@@ -2,10 +2,12 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from PIL import Image
 from small_backbones import vit
 from torch import nn
 
-from loftup import LoftUpError
+from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.backbones import Backbone, Upsampled, identify, wrap
 
 
@@ -75,9 +77,21 @@ def test_a_backbone_can_be_copied_and_saved_whole():
             TypeError,
             "normalised float tensor, got torch.uint8; .*preproc",
         ),
-        (torch.zeros(3, 32, 32), ValueError, r"image must be \(B, 3, H, W\), got \(3, 32, 32\)"),
-        (torch.zeros(1, 4, 32, 32), ValueError, r"got \(1, 4, 32, 32\)"),
-        (torch.zeros(1, 3, 0, 32), ValueError, r"got \(1, 3, 0, 32\)"),
+        (
+            torch.zeros(3, 32, 32),
+            ValueError,
+            r"image must be \(B, 3, H, W\), got \(3, 32, 32\); for a single one: image\[None\]$",
+        ),
+        (
+            torch.zeros(32, 32, 3),
+            ValueError,
+            r"got \(32, 32, 3\); for channels last: image.permute\(2, 0, 1\)\[None\]$",
+        ),
+        (torch.zeros(1, 32, 32, 3), ValueError, r"\(1, 32, 32, 3\); for channels last: image.permute\(0, 3, 1, 2\)$"),
+        (torch.zeros(1, 4, 32, 32), ValueError, r"got \(1, 4, 32, 32\); for RGBA: image\[:, :3\]$"),
+        (torch.zeros(1, 1, 32, 32), ValueError, r"for a grey image: image.expand\(-1, 3, -1, -1\)$"),
+        (torch.zeros(1, 5, 32, 32), ValueError, r"got \(1, 5, 32, 32\)$"),
+        (torch.zeros(1, 3, 0, 32), ValueError, r"got \(1, 3, 0, 32\)$"),
     ],
 )
 def test_wrong_images_are_refused(image, error, text):
@@ -94,6 +108,14 @@ def test_unsupported_objects_are_refused_with_a_way_out():
         wrap("dinov2_vits14")
     with pytest.raises(TypeError, match="got int$"):
         wrap(3)
+
+
+@pytest.mark.parametrize("inside", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_compiled_and_parallel_models_are_refused(inside):
+    with pytest.raises(
+        LoftUpError, match=r"got a model inside \w+, .*; wrap the model itself, then compile the Backbo"
+    ):
+        wrap(inside(vit()))
 
 
 def test_a_function_of_the_users_own_makes_a_backbone():
@@ -124,9 +146,15 @@ def test_scaling_is_the_models_own_unless_given():
     model.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)
     assert wrap(model).mean == (0.1, 0.2, 0.3)
     assert wrap(model, mean=(0, 0, 0)).mean == (0.0, 0.0, 0.0)
-    for name, values in (("mean", (0.5, 0.5)), ("mean", (0, 0, float("nan"))), ("std", (1, 1, 0))):
-        with pytest.raises(ValueError, match=f"{name} must be three finite numbers"):
-            wrap(model, **{name: values})
+    refused = (
+        ("mean", (0.5, 0.5)), ("mean", (0, 0, float("nan"))), ("std", (1, 1, 0)), ("mean", 0.5), ("std", "one"),
+    )  # fmt: skip
+    for name, values in refused:
+        for given in (model, wrap(model)):
+            with pytest.raises(
+                ValueError, match=rf"{name} must be three finite numbers.*, got {re.escape(repr(values))}"
+            ):
+                wrap(given, **{name: values})
 
 
 def picture(mode="RGB", size=(6, 4)):
@@ -156,6 +184,53 @@ def test_preprocess_converts_any_mode(mode):
     assert torch.equal(backbone.preprocess(source), backbone.preprocess(source.convert("RGB")))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_preprocess_scales_sixteen_bits_down(mode):
+    values = [0, 100, 257, 32_768, 60_000, 65_535]
+    packed = b"".join(value.to_bytes(2, "big" if mode == "I;16B" else "little") for value in values)
+    pixels = wrap(vit(), mean=(0, 0, 0), std=(1, 1, 1)).preprocess(Image.frombytes(mode, (6, 1), packed)) * 255
+    expected = torch.tensor([round(value / 257) for value in values]).expand(1, 3, 1, 6).float()
+    torch.testing.assert_close(pixels, expected)
+
+
+def test_files_of_sixteen_bits_are_scaled_and_turned(tmp_path):
+    source = Image.frombytes("I;16", (2, 1), b"".join(value.to_bytes(2, "little") for value in (0, 51_400)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source.save(tmp_path / "deep.tiff")
+    source.save(tmp_path / "turned.png", exif=exif)
+    backbone = wrap(vit(), mean=(0, 0, 0), std=(1, 1, 1))
+    expected = torch.tensor([[0.0, 200.0]]).expand(1, 3, 1, 2)
+    torch.testing.assert_close(backbone.preprocess(tmp_path / "deep.tiff") * 255, expected)
+    torch.testing.assert_close(backbone.preprocess(tmp_path / "turned.png") * 255, expected.mT)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_preprocess_refuses_values_without_a_range(tmp_path, mode):
+    Image.new(mode, (6, 4)).save(tmp_path / "depth.tiff")
+    for source, name in ((Image.new(mode, (6, 4)), "the picture"), (tmp_path / "depth.tiff", "depth.tiff")):
+        with pytest.raises(
+            ValueError, match=f"{name} has mode '{mode}', whose .*expected 8 or 16 bits.*scale the valu"
+        ):
+            wrap(vit()).preprocess(source)
+
+
+def test_odd_files_are_os_errors_with_the_path(tmp_path, monkeypatch):
+    whole = tmp_path / "whole.png"
+    picture(size=(60, 40)).save(whole)
+    content = bytearray(whole.read_bytes())
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
+    content[37] ^= 0xFF  # within the name of the chunk behind the header: Pillow raises a SyntaxError
+    (tmp_path / "odd.png").write_bytes(content)
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("half", "odd", "text"):
+        with pytest.raises(OSError, match=rf"cannot read the image .*{name}\.png: "):
+            wrap(vit()).preprocess(tmp_path / f"{name}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match=r"cannot read the image .*whole\.png: .*exceeds limit"):
+        wrap(vit()).preprocess(whole)
+
+
 def test_preprocess_applies_the_exif_orientation(tmp_path):
     source, exif = picture(size=(40, 20)), Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter clockwise
@@ -177,8 +252,13 @@ def test_preprocess_resizes_antialiased():
         torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(8).expand(3, 16, 16), size=64
     )
     assert (edge.min(), edge.max()) == (0, 1)
+    assert backbone.preprocess(picture(), size=(numpy.int64(8), numpy.int32(9))).shape == (1, 3, 8, 9)
+    assert backbone.preprocess(picture(), size=numpy.int64(8)).shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"size must be positive, got \(0, 4\)"):
         backbone.preprocess(picture(), size=(0, 4))
+    for size in (8.0, (8.0, 8), (8,), (8, 8, 8), "8", "88", True):
+        with pytest.raises(ValueError, match=r"size must be an int or a pair \(height, width\) of ints, got"):
+            backbone.preprocess(picture(), size=size)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +270,8 @@ def test_preprocess_resizes_antialiased():
             ValueError,
             r"must be \(3, H, W\) or \(B, 3, H, W\), got \(4, 4, 3\)",
         ),
+        (torch.zeros(3, 0, 4, dtype=torch.uint8), ValueError, r"W\), got \(3, 0, 4\)"),
+        (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), ValueError, r"W\), got \(0, 3, 4, 4\)"),
         (7, TypeError, "a PIL image, a path or a uint8 tensor, got int"),
         ("no/such/picture.png", FileNotFoundError, "no/such/picture.png"),
     ],
@@ -226,6 +308,21 @@ def test_upsampled_refuses_another_number_of_channels():
         LoftUpError, match=r"gives 384 channels, .* expects 48; for 384 channels: 'dinov2_vits14', 'dinov"
     ):
         Upsampled(vit(embed_dim=384), Up(48))
+
+
+def test_upsampled_takes_two_modules_in_their_order():
+    up = LoftUp(LoftUpConfig(48, image_frequencies=4))
+    for swapped in ((up, vit()), (up, wrap(vit())), (Up(), wrap(vit()))):
+        with pytest.raises(TypeError, match=r"look swapped: call Upsampled\(backbone, up\)"):
+            Upsampled(*swapped)
+    with pytest.raises(TypeError, match=r"got str; for a model by its name: load_backbone\(name\)"):
+        Upsampled("dinov2_vits14", up)
+    with pytest.raises(
+        TypeError, match=r"up must be an upsampler .*got str; for weights by their name: LoftUp.from_pre"
+    ):
+        Upsampled(vit(), "dinov2_vits14")
+    with pytest.raises(TypeError, match="up must be an upsampler .*got int$"):
+        Upsampled(vit(), 3)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import timm
 import torch
-from conftest import shared
+from material import shared
 from safetensors.torch import load_file
 from small_backbones import CLIP, LayerNorm, assert_golden
 from timm.models.vision_transformer import checkpoint_filter_fn

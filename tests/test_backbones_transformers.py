@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shared
+from material import shared
 from safetensors.torch import load_file
 from small_backbones import CLIP, assert_golden, vit
 from torch import nn

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import shared
+from material import shared
 from safetensors.torch import load_file
 from small_backbones import assert_golden, grid, vit
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn

@@ -7,11 +7,13 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import shared
+from material import shared
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import loftup
+import loftup.viz
 from loftup import LoftUp, LoftUpConfig
 from loftup.cli import drawn_scene, main
 
@@ -79,9 +81,128 @@ def test_features_are_written_resumed_and_guarded(models, photos, tmp_path, caps
 
     assert main([*command, "--input", "32"]) == 2
     assert "written with other settings (input '64', now '32')" in capsys.readouterr().err
+    assert (out / "scene0.png.safetensors").stat().st_mtime_ns == first
     assert main([*command, "--input", "32", "--overwrite"]) == 0
     assert (out / "scene0.png.safetensors").stat().st_mtime_ns != first
     assert main([*command[:2], *models, "--input", "32", "-o", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (["--backbone", "test_resnet.r160_in1k"], "backbone"),
+        (["--backbone-weights", "{folder}/copy/backbone.pth"], "backbone_weights"),
+        (["--weights", "{folder}/copy/up/"], "weights"),
+        (["--weights", "{folder}/up/model.safetensors"], "weights"),
+        (["--layer", "2"], "layer"),
+        (["--option", "output_stride=8"], "options"),
+        (["--mean", "0", "0", "0"], "scaling"),
+        (["--std", "1", "1", "1"], "scaling"),
+        (["--size", "48", "63"], "asked_size"),
+        (["--input", "65"], "input"),
+        (["--dtype", "bfloat16"], "dtype"),
+    ],
+)
+def test_other_settings_are_not_taken_as_finished(models, photos, tmp_path, capsys, change, key):
+    (tmp_path / "copy").mkdir()
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "copy" / "backbone.pth")
+    LoftUp(LoftUpConfig(32, image_frequencies=4)).save_pretrained(tmp_path / "copy" / "up")
+    command = ["features", str(photos / "scene0.png"), *models, "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert main([*command, *[part.format(folder=tmp_path) for part in change]]) == 2
+    assert f"written with other settings ({key} " in capsys.readouterr().err
+    assert main(command) == 0
+
+
+def test_another_version_or_another_image_of_the_name_is_not_taken_as_finished(
+    models, photos, tmp_path, capsys, monkeypatch
+):
+    command = ["features", str(photos / "scene0.png"), *models, "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("loftup.resume.__version__", "9.9")
+        assert main(command) == 2
+    assert "other settings (loftup_version " in capsys.readouterr().err
+    drawn_scene(61, 80).save(photos / "scene0.png")
+    assert main(command) == 2
+    assert "other settings (image_file " in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert main(command) == 0
+    (photos / "scene0.png").unlink()
+    assert main(command) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_trailing_slash_leaves_the_name(models, photos, tmp_path):
+    command = ["features", str(photos / "scene0.png"), *models, "-o", str(tmp_path)]
+    assert main([*command, "--weights", f"{tmp_path}/up//"]) == 0
+    with safe_open(tmp_path / "scene0.png.safetensors", framework="pt") as handle:
+        status = (tmp_path / "up" / "model.safetensors").stat()
+        assert handle.metadata()["weights"].startswith(f"up {status.st_size}@{status.st_mtime_ns} ")
+    assert main([*command, "--weights", f"{tmp_path}/up"]) == 0
+
+
+def test_an_image_given_twice_is_made_once(models, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    again = [str(photos), "scene0.png", "./scene0.png", str(photos / "scene1.png")]
+    assert main(["features", *again, *models, "-o", str(tmp_path / "out")]) == 0
+    assert "wrote 3 of 3 files" in capsys.readouterr().err
+
+
+def test_without_a_size_the_result_has_the_images_at_most_512_long(models, photos, tmp_path):
+    drawn_scene(300, 600).save(photos / "wide.png")
+    models = [*models[: models.index("--size")], "--input", "64"]
+    assert main(["features", str(photos), *models, "-o", str(tmp_path)]) == 0
+    for name, size in (("scene1", (70, 80)), ("wide", (256, 512))):
+        with safe_open(tmp_path / f"{name}.png.safetensors", framework="pt") as handle:
+            assert handle.get_slice("features").get_shape() == [32, *size]
+
+
+def test_dtype_is_that_of_the_network(models, photos, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        command = ["features", str(photos / "scene0.png"), *models, "--dtype", dtype, "-o", str(tmp_path / dtype)]
+        assert main(command) == 0
+    full, half = (
+        load_file(tmp_path / dtype / "scene0.png.safetensors")["features"].float() for dtype in ("float32", "bfloat16")
+    )
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, full, atol=0.2, rtol=0.1)
+
+
+def test_the_exif_orientation_is_applied(models, photos, tmp_path):
+    upright, exif = drawn_scene(60, 80), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(photos / "turned.png", exif=exif)
+    upright.save(photos / "upright.png")
+    assert main(["features", str(photos), *models, "-o", str(tmp_path)]) == 0
+    turned, plain = (load_file(tmp_path / f"{name}.png.safetensors")["features"] for name in ("turned", "upright"))
+    assert torch.equal(turned, plain)
+
+
+def test_features_beyond_float16_are_refused(models, photos, tmp_path, capsys):
+    up = LoftUp.from_pretrained(tmp_path / "up")
+    with torch.no_grad():
+        up.upsampler.final_conv[1].bias.fill_(1e5)
+    up.save_pretrained(tmp_path / "up")
+    assert main(["features", str(photos / "scene0.png"), *models, "-o", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert "scene0.png: features reach 1e+05, beyond what float16 holds" in err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_running_out_of_memory_on_one_image_leaves_the_rest(models, photos, tmp_path, capsys, monkeypatch):
+    forward = LoftUp.forward
+
+    def short(self, features, image, size=None):
+        if image.shape[2] == 70:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+        return forward(self, features, image, size)
+
+    monkeypatch.setattr(LoftUp, "forward", short)
+    assert main(["features", str(photos), *models, "-o", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert "scene1.png: CUDA out of memory. Tried to allocate 3 GiB\n" in err
+    assert "wrote 2 of 3 files" in err
 
 
 def test_features_equal_the_library(models, photos, tmp_path):
@@ -99,12 +220,14 @@ def test_features_equal_the_library(models, photos, tmp_path):
 
 def test_one_unreadable_image_is_reported_and_the_rest_written(models, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"not a picture")
+    Image.new("F", (8, 8)).save(photos / "depth.tiff")
     (photos / "half.png").write_bytes((photos / "scene0.png").read_bytes()[:200])
     assert main(["features", str(photos), *models, "-o", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert "broken.png: cannot read the image" in err
     assert "half.png: cannot read the image" in err
-    assert "wrote 3 of 5 files" in err
+    assert "depth.tiff has mode 'F', whose values have no fixed range" in err
+    assert "wrote 3 of 6 files" in err
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
@@ -119,7 +242,7 @@ def test_an_interrupt_leaves_whole_files(models, photos, tmp_path, capsys, monke
 
     monkeypatch.setattr("loftup.weights.write_atomically", once)
     assert main(["features", str(photos), *models, "-o", str(tmp_path / "out")]) == 130
-    assert "interrupted; files already written are whole" in capsys.readouterr().err
+    assert "interrupted; files already written are whole, run again to resume" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["scene0.png.safetensors"]
 
 
@@ -129,8 +252,9 @@ def test_an_interrupt_leaves_whole_files(models, photos, tmp_path, capsys, monke
         (["--weights", "dinov2_vits15"], "did you mean 'dinov2_vits14'"),
         (["--backbone-weights", "nowhere.pth"], "nowhere.pth"),
         (["--layer", "2"], "48"),
-        (["--size", "0", "5"], "size must be positive"),
         (["--option", "no_such_option=1"], "no_such_option"),
+        (["--device", "gpu"], "cannot use the device 'gpu': "),
+        (["--device", "cuda:99"], "cannot use the device 'cuda:99': "),
     ],
 )
 def test_errors_are_one_line_and_status_two(models, tmp_path, capsys, change, text):
@@ -138,6 +262,7 @@ def test_errors_are_one_line_and_status_two(models, tmp_path, capsys, change, te
     err = capsys.readouterr().err
     assert err.startswith("loftup demo: error: ")
     assert text in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 
 
@@ -146,8 +271,12 @@ def test_without_a_network_the_demo_says_how_to_give_local_files(hub, tmp_path, 
     assert main(["demo", "-o", str(tmp_path / "x.png")]) == 2
     err = capsys.readouterr().err
     assert "haiwen/loftup-dinov2s" in err
-    assert "--weights" in err
-    assert "--backbone-weights" in err
+    assert "HF_HUB_OFFLINE=1" in err
+    assert (
+        "from the Hub repository 'timm/vit_small_patch14_dinov2.lvd142m': give both --weights and --backbone-w" in err
+    )
+    assert main(["demo", "--backbone-weights", str(tmp_path / "mine.pth"), "-o", str(tmp_path / "x.png")]) == 2
+    assert "give both" not in capsys.readouterr().err
 
 
 def test_two_images_of_one_name_are_refused(models, photos, tmp_path, capsys):
@@ -167,10 +296,33 @@ def test_an_empty_folder_and_a_foreign_file(models, photos, tmp_path, capsys):
     assert "is no safetensors file" in capsys.readouterr().err
 
 
-def test_options_must_be_pairs(capsys):
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["--option", "pad_type"], "argument --option: expected KEY=VALUE, got 'pad_type'"),
+        (["--size", "0", "5"], "argument --size: expected a positive whole number, got '0'"),
+        (["--size", "5", "1.5"], "argument --size: expected a positive whole number, got '1.5'"),
+        (["--input", "-3"], "argument --input: expected a positive whole number, got '-3'"),
+    ],
+)
+def test_options_are_read_before_anything_else(capsys, wrong, text):
     with pytest.raises(SystemExit):
-        main(["demo", "--option", "pad_type"])
-    assert "expected KEY=VALUE, got 'pad_type'" in capsys.readouterr().err
+        main(["demo", *wrong])
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.xyz", "x", "x.psd"])
+def test_pictures_that_cannot_be_written_are_refused_first(capsys, name):
+    assert main(["demo", "no_such_photo.png", "-o", name]) == 2
+    assert f"cannot write a picture named '{name}': expected a suffix such as .png" in capsys.readouterr().err
+
+
+def test_the_caption_names_timms_weights_only_where_they_are_used(models, tmp_path, monkeypatch):
+    captions = []
+    compare = loftup.viz.compare
+    monkeypatch.setattr("loftup.viz.compare", lambda image, maps: captions.extend(maps) or compare(image, maps))
+    assert main(["demo", *models, "-o", str(tmp_path / "x.png")]) == 0
+    assert captions == ["test_resnet 16x21", "bilinear", "LoftUp"]
 
 
 def test_list(capsys):

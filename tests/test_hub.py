@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save
 
-from loftup import LoftUp, LoftUpConfig, LoftUpError
+from loftup import LoftUp, LoftUpConfig, LoftUpError, wrap
 
 
 @pytest.fixture
@@ -100,7 +101,10 @@ def test_a_truncated_download_is_an_error_and_the_next_try_succeeds(hub, up):
 
 
 def test_what_is_not_there(hub, up):
-    with pytest.raises(LoftUpError, match="there is no Hub repository 'me/nothing'.*loftup list"):
+    with pytest.raises(
+        LoftUpError,
+        match="there is no Hub repository 'me/nothing'.*loftup list.*; and there is no local folder of that n",
+    ):
         LoftUp.from_pretrained("me/nothing")
     hub.add("me/empty", {})
     with pytest.raises(LoftUpError, match="'me/empty' holds neither model.safetensors nor pytorch_model.bin"):
@@ -115,8 +119,14 @@ def test_what_is_not_there(hub, up):
 
 def test_without_a_network_the_error_says_how_to_work_offline(hub):
     hub.close()
-    with pytest.raises(LoftUpError, match=r"Hub cannot be reached for .*local_files_only=True, or pass the path"):
+    with pytest.raises(
+        LoftUpError, match=r"Hub cannot be reached for .*local_files_only=True .*HF_HUB_OFFLINE=1.*path"
+    ):
         LoftUp.from_pretrained("dinov2_vits14")
+    with pytest.raises(
+        LoftUpError, match=r"cannot be reached for 'config.json' of .*; and there is no local folder of"
+    ):
+        LoftUp.from_pretrained("me/mine")
     with pytest.raises(LoftUpError, match="not in the Hub cache, and local_files_only=True"):
         LoftUp.from_pretrained("dinov2_vits14", local_files_only=True)
 
@@ -148,7 +158,50 @@ def test_pushed_weights_load_back(hub):
     assert loaded.config == up.config
 
 
-def test_a_refused_push_is_an_error(hub, up, monkeypatch):
+def test_gated_repositories_and_invalid_ids(hub, up):
+    hub.add("haiwen/loftup-dinov2s", {"pytorch_model.bin": pickled(up.state_dict())})
+    hub.gated.add("haiwen/loftup-dinov2s")
+    with pytest.raises(LoftUpError, match="'haiwen/loftup-dinov2s' is gated: ask for access on its page, then log in"):
+        LoftUp.from_pretrained("dinov2_vits14")
+    with pytest.raises(LoftUpError, match="'me/--mine' is not a valid Hub repository id"):
+        LoftUp.from_pretrained("me/--mine")
+
+
+def test_a_push_without_a_token_says_so(hub, up, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(LoftUpError, match=r"pushing needs a Hub token: log in with `hf auth login` or pass token="):
+        up.push_to_hub("me/mine")
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_backbone_object_finds_its_weights(hub, wrapped):
+    up = LoftUp(LoftUpConfig(384, image_frequencies=4))
+    hub.add("haiwen/loftup-dinov2s", {"pytorch_model.bin": pickled(up.state_dict())})
+    model = timm.create_model("vit_small_patch14_dinov2.lvd142m", depth=1)
+    loaded = LoftUp.from_pretrained(wrap(model) if wrapped else model)
+    assert same(loaded, up)
+    assert loaded.config.backbone == "dinov2_vits14"
+
+
+def test_backbone_objects_without_published_weights(hub):
+    for model, found in (
+        (timm.create_model("test_vit"), "named 'test_vit.r160_in1k'"),
+        (
+            wrap(timm.create_model("vit_small_patch14_dinov2.lvd142m", depth=2), layer=0),
+            "a Backbone without a recognised",
+        ),
+        (torch.nn.Linear(2, 2), "a Linear without a recognised name"),
+    ):
+        with pytest.raises(
+            LoftUpError, match=rf"no published LoftUp weights for this backbone \({found}.*pass their path"
+        ):
+            LoftUp.from_pretrained(model)
+    assert not hub.requests
+
+
+def test_a_refused_push_is_an_error(hub, up):
     hub.close()
     with pytest.raises(LoftUpError, match="pushing to the Hub repository 'me/mine' failed"):
         up.push_to_hub("me/mine", token="hf_x")

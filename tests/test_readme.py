@@ -7,7 +7,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from material import ROOT
 from safetensors.torch import save
 
 from loftup import LoftUp, list_pretrained

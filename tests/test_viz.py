@@ -1,7 +1,9 @@
 """Colours of feature maps."""
 
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +82,17 @@ def test_compare_puts_panels_side_by_side(image):
 def test_compare_shows_one_image_only():
     with pytest.raises(ValueError, match="map 'x' has a batch of 2"):
         compare(torch.rand(3, 8, 8), {"x": torch.rand(2, 8, 3, 4)})
+    with pytest.raises(ValueError, match=r"compare shows one image, got a batch of 2; choose one: image\[0\]"):
+        compare(torch.rand(2, 3, 8, 8), {})
+    for shape in ((8, 8), (8, 8, 3), (3, 0, 8)):
+        with pytest.raises(ValueError, match=r"image must be \(3, H, W\) or \(1, 3, H, W\), got"):
+            compare(torch.rand(shape), {})
+
+
+@pytest.mark.parametrize("image", [numpy.zeros((8, 8, 3)), "photo.jpg", Path("photo.jpg"), [[0.0]], None])
+def test_compare_takes_pictures_and_tensors_alone(image):
+    with pytest.raises(TypeError, match=f"image must be a PIL image or a tensor .*got {type(image).__name__}"):
+        compare(image, {})
 
 
 def test_without_pillow_the_error_names_the_extra(monkeypatch):

@@ -2,10 +2,11 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared
+from material import shared
 from safetensors.torch import save_file
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, list_pretrained
@@ -82,6 +83,54 @@ def test_dtype_and_training_mode(up, tmp_path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(ValueError, match="floating dtype"):
         LoftUp.from_pretrained(tmp_path, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype such as torch.bfloat16, got 'bfloat16'"):
+        LoftUp.from_pretrained(tmp_path, dtype="bfloat16")
+
+
+def test_other_types_than_names_paths_and_modules():
+    for wrong in (None, 3, b"dinov2_vits14"):
+        with pytest.raises(
+            TypeError, match=rf"expected a name, a path, or a backbone object .*got {type(wrong).__name__}"
+        ):
+            LoftUp.from_pretrained(wrong)
+
+
+def test_a_loaded_module_does_not_depend_on_its_file(up, tmp_path):
+    up.save_pretrained(tmp_path)
+    loaded = LoftUp.from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    size = file.stat().st_size
+    with open(file, "r+b") as stream:
+        stream.write(b"\xff" * size)
+    assert same(loaded, up)
+    with open(file, "r+b") as stream:
+        stream.truncate(10)
+    assert same(loaded, up)
+
+
+def test_tensors_must_share_a_floating_dtype(up, tmp_path):
+    for convert, text in (
+        (lambda tensor: tensor.half(), r"tensors of torch\.float16, torch\.float32, expected one floating dtype"),
+        (lambda tensor: tensor.int(), r"tensors of torch\.float32, torch\.int32, expected one"),
+    ):
+        state = up.state_dict()
+        state["upsampler.final_conv.0.bias"] = convert(state["upsampler.final_conv.0.bias"])
+        torch.save(state, tmp_path / "mixed.pt")
+        with pytest.raises(LoftUpError, match=rf"mixed.pt holds {text}"):
+            LoftUp.from_pretrained(tmp_path / "mixed.pt")
+    torch.save({key: value.int() for key, value in up.state_dict().items()}, tmp_path / "whole.pt")
+    with pytest.raises(LoftUpError, match=r"holds tensors of torch.int32, expected"):
+        LoftUp.from_pretrained(tmp_path / "whole.pt")
+
+
+def test_heads_are_assumed_for_a_bare_file_and_kept_in_ours(tmp_path):
+    up = LoftUp(LoftUpConfig(24, heads=2))
+    up.save_pretrained(tmp_path / "ours")
+    torch.save(up.state_dict(), tmp_path / "bare.pt")
+    assert LoftUp.from_pretrained(tmp_path / "bare.pt").config.heads == 4
+    (tmp_path / "ours" / "config.json").unlink()
+    assert LoftUp.from_pretrained(tmp_path / "ours").config.heads == 2
+    assert LoftUp.from_pretrained(tmp_path / "ours" / "model.safetensors").config.heads == 2
 
 
 def test_a_save_that_fails_leaves_the_old_file(up, tmp_path, monkeypatch):
@@ -219,6 +268,15 @@ def test_a_bad_header_is_refused(up, tmp_path):
 def test_unknown_names(name, text):
     with pytest.raises(LoftUpError, match=text):
         LoftUp.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "me/mine", "nowhere"])
+def test_a_path_is_never_a_name_or_repository(name, tmp_path, monkeypatch, up):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoftUpError, match=f"no such file or folder: {name}"):
+        LoftUp.from_pretrained(Path(name))
+    up.save_pretrained(name)
+    assert same(LoftUp.from_pretrained(Path(name)), up)
 
 
 def test_the_table_is_consistent():

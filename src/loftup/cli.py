@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,22 +20,27 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+# What a user's files, names and machine can cause: LoftUpError is a ValueError, torch's out-of-memory a RuntimeError.
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 some images failed, 2 nothing could be done)."""
-    from .errors import LoftUpError
-
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (LoftUpError, ValueError, OSError) as error:
-        print(f"loftup {arguments.command}: error: {error}", file=sys.stderr)
+    except FAILURES as error:
+        print(f"loftup {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nloftup {arguments.command}: interrupted; files already written are whole", file=sys.stderr)
+        again = "; files already written are whole, run again to resume" if arguments.command == "features" else ""
+        print(f"\nloftup {arguments.command}: interrupted{again}", file=sys.stderr)
         return 130
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,10 +78,28 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="passed to timm, repeatable")
     add("--mean", nargs=3, type=float, metavar=("R", "G", "B"), help="image mean of the backbone; default: its own")
     add("--std", nargs=3, type=float, metavar=("R", "G", "B"), help="image deviation of the backbone; default: its own")
-    add("--size", nargs=2, type=int, metavar=("H", "W"), help="of the result; default: the image's, at most 512 long")
-    add("--input", type=int, default=224, metavar="N", help="short side of the backbone's input (default: %(default)s)")
+    add(
+        "--size",
+        nargs=2,
+        type=_positive,
+        metavar=("H", "W"),
+        help="of the result; default: the image's, at most 512 long",
+    )
+    add(
+        "--input",
+        type=_positive,
+        default=224,
+        metavar="N",
+        help="short side of the backbone's input (default: %(default)s)",
+    )
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the LoftUp network (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -96,11 +118,21 @@ def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
     import torch
 
     from .backbones import Upsampled, load_backbone
+    from .hub import UnreachableError
     from .model import LoftUp
 
-    up = LoftUp.from_pretrained(
-        arguments.weights or arguments.backbone, device=arguments.device, dtype=getattr(torch, arguments.dtype)
-    )
+    _check_device(arguments.device)
+    try:
+        up = LoftUp.from_pretrained(
+            arguments.weights or arguments.backbone, device=arguments.device, dtype=getattr(torch, arguments.dtype)
+        )
+    except UnreachableError as error:
+        if arguments.backbone_weights:
+            raise
+        raise UnreachableError(
+            f"{error}. The backbone's weights are needed too{_repository(arguments.backbone)}: give both --weights and "
+            "--backbone-weights"
+        ) from error
     backbone = load_backbone(
         arguments.backbone,
         weights=arguments.backbone_weights,
@@ -111,6 +143,29 @@ def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
     )
     Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
     return backbone.eval().to(arguments.device), up
+
+
+def _check_device(device: str) -> None:
+    """Raise ValueError unless torch can use the device here and now."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(
+            f"cannot use the device {device!r}: {str(error).splitlines()[0]}; expected cpu, cuda, cuda:1 or another "
+            "device that torch has here"
+        ) from error
+
+
+def _repository(backbone: str) -> str:
+    """Where timm would fetch a backbone from, for the message."""
+    import timm
+
+    from .backbones.load import resolve
+
+    config = timm.get_pretrained_cfg(resolve(backbone)[0])
+    return f", from the Hub repository {config.hf_hub_id!r}" if config and config.hf_hub_id else ""
 
 
 def _run(arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", image: Any) -> "tuple[Tensor, Tensor]":
@@ -135,17 +190,22 @@ def _within(height: int, width: int, longest: int) -> tuple[int, int]:
 def _demo(arguments: argparse.Namespace) -> int:
     import torch.nn.functional as F
 
-    from .viz import compare, require_pillow
+    from .pictures import check_suffix, open_picture, require_pillow
+    from .viz import compare
 
     pil = require_pillow()
-    picture = drawn_scene() if arguments.image is None else _open(arguments.image)
+    check_suffix(arguments.output)
+    picture = drawn_scene() if arguments.image is None else open_picture(arguments.image)
     backbone, up = _models(arguments)
     start = time.perf_counter()
     low, high = _run(arguments, backbone, up, picture)
     seconds = time.perf_counter() - start
     size = (int(high.shape[-2]), int(high.shape[-1]))
+    name = backbone.name or arguments.backbone
+    if arguments.backbone_weights:
+        name = name.partition(".")[0]  # the tag tells timm's weights
     maps = {
-        f"{backbone.name or arguments.backbone} {low.shape[-2]}x{low.shape[-1]}": low,
+        f"{name} {low.shape[-2]}x{low.shape[-1]}": low,
         "bilinear": F.interpolate(low.float(), size, mode="bilinear", align_corners=False),
         "LoftUp": high,
     }
@@ -159,21 +219,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open(path: Path) -> "Image.Image":
-    from .viz import require_pillow
-
-    pil = require_pillow()
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(pil.open(path)).convert("RGB")
-    except OSError as error:
-        raise OSError(f"cannot read the image {path}: {error}") from error
-
-
 def drawn_scene(height: int = 336, width: int = 448) -> "Image.Image":
     """A drawn landscape with sharp outlines, for trying things without a photograph."""
-    from .viz import require_pillow
+    from .pictures import require_pillow
 
     pil = require_pillow()
     from PIL import ImageDraw
@@ -199,10 +247,12 @@ def drawn_scene(height: int = 336, width: int = 448) -> "Image.Image":
 def _features(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from .resume import finished, settings_of
+
     images = list(_expand(arguments.images))
     targets = _targets(images, arguments.output)
-    settings = _settings(arguments)
-    waiting = [image for image in images if arguments.overwrite or not _finished(targets[image], settings)]
+    settings = settings_of(arguments)
+    waiting = [image for image in images if arguments.overwrite or not finished(targets[image], image, settings)]
     if skipped := len(images) - len(waiting):
         print(f"{skipped} of {len(images)} images are finished already", file=sys.stderr)
     if not waiting:
@@ -213,9 +263,9 @@ def _features(arguments: argparse.Namespace) -> int:
     for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
         try:
             _write_features(arguments, backbone, up, image, targets[image], settings)
-        except (ValueError, OSError) as error:
+        except FAILURES as error:
             failed += 1
-            tqdm.write(f"loftup features: {image}: {error}", file=sys.stderr)
+            tqdm.write(f"loftup features: {image}: {_one_line(error)}", file=sys.stderr)
     print(f"wrote {len(waiting) - failed} of {len(waiting)} files to {arguments.output}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -231,18 +281,30 @@ def _write_features(
     import torch
     from safetensors.torch import save
 
+    from .pictures import open_picture
+    from .resume import stamp
     from .weights import write_atomically
 
-    _, high = _run(arguments, backbone, up, _open(image))
+    read = {"image": image.name, "image_file": stamp(image)}
+    _, high = _run(arguments, backbone, up, open_picture(image))
     half = high[0].to(torch.float16)
     if not bool(half.isfinite().all()):
         raise ValueError(f"features reach {high.abs().max():.3g}, beyond what float16 holds")
-    size = {"size": f"{half.shape[-2]}x{half.shape[-1]}", "image": image.name}
-    write_atomically(target, save({"features": half.cpu().contiguous()}, metadata={**settings, **size}))
+    metadata = {**settings, **read, "size": f"{half.shape[-2]}x{half.shape[-1]}"}
+    write_atomically(target, save({"features": half.cpu().contiguous()}, metadata=metadata))
 
 
 def _expand(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files as given, folders as the images directly in them; an empty folder is an error."""
+    """Files as given, folders as the images directly in them, each once; an empty folder is an error."""
+    seen = set()
+    for path in _files(paths):
+        # The name is kept: two links to one file are two images.
+        if (place := path.parent.resolve() / path.name) not in seen:
+            seen.add(place)
+            yield path
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.is_dir():
             yield path
@@ -263,45 +325,6 @@ def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
             )
         sources[target] = image
     return targets
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """What decides the content of a features file, as safetensors metadata."""
-    return {
-        "backbone": arguments.backbone,
-        "backbone_weights": os.path.basename(arguments.backbone_weights or ""),
-        "weights": os.path.basename(arguments.weights or arguments.backbone),
-        "layer": "last" if arguments.layer is None else str(arguments.layer),
-        "options": json.dumps(dict(arguments.option), sort_keys=True),
-        "scaling": json.dumps([arguments.mean, arguments.std]),
-        "asked_size": "x".join(map(str, arguments.size)) if arguments.size else "image",
-        "input": str(arguments.input),
-        "dtype": arguments.dtype,
-        "loftup_version": __version__,
-    }
-
-
-def _finished(target: Path, settings: dict[str, str]) -> bool:
-    """Whether the file is there with the same settings; ValueError if it is there with others."""
-    if not target.exists():
-        return False
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(target, framework="pt") as handle:
-            made_with = handle.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{target} exists but is no safetensors file ({error}); remove it or pass --overwrite"
-        ) from error
-    other = [
-        f"{key} {made_with.get(key)!r}, now {value!r}" for key, value in settings.items() if made_with.get(key) != value
-    ]
-    if other:
-        raise ValueError(
-            f"{target} was written with other settings ({'; '.join(other)}); pass --overwrite or another folder"
-        )
-    return True
 
 
 def _list(arguments: argparse.Namespace) -> int:

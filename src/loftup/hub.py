@@ -7,13 +7,17 @@ from typing import Any
 from . import __version__
 from .errors import LoftUpError
 
-__all__ = ["Repository", "upload"]
+__all__ = ["Repository", "UnreachableError", "upload"]
 
 OFFLINE_HELP = (
     "Without a network: fetch the repository once where there is one, then either copy the Hub cache here and pass "
-    "local_files_only=True, or pass the path of the file or folder instead of the name (on the command "
-    "line: --weights PATH and --backbone-weights FILE)"
+    "local_files_only=True (on the command line: set the environment variable HF_HUB_OFFLINE=1), or pass the path of "
+    "the file or folder instead of the name (on the command line: --weights PATH and --backbone-weights FILE)"
 )
+
+
+class UnreachableError(LoftUpError):
+    """A file is not in the cache, and the Hub does not answer or must not be asked."""
 
 
 class Repository:
@@ -71,8 +75,10 @@ class Repository:
                 self.unreachable = True
                 return None
             if self.local_files_only:
-                raise LoftUpError(f"{file!r} of {self} is not in the Hub cache, and local_files_only=True") from error
-            raise LoftUpError(f"the Hub cannot be reached for {file!r} of {self}. {OFFLINE_HELP}") from error
+                raise UnreachableError(
+                    f"{file!r} of {self} is not in the Hub cache, and local_files_only=True"
+                ) from error
+            raise UnreachableError(f"the Hub cannot be reached for {file!r} of {self}. {OFFLINE_HELP}") from error
         except errors.GatedRepoError as error:
             raise LoftUpError(
                 f"{self} is gated: ask for access on its page, then log in with `hf auth login`"
@@ -97,14 +103,13 @@ class Repository:
 def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
     """Create the repository where needed and commit all files of ``folder``; returns the commit's address."""
     import huggingface_hub as hf
-    from huggingface_hub import errors
 
+    if token is None and hf.get_token() is None:
+        raise LoftUpError("pushing needs a Hub token: log in with `hf auth login` or pass token=")
     api = hf.HfApi(token=token, library_name="loftup", library_version=__version__)
     try:
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
         commit: Any = api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message)
-    except errors.LocalTokenNotFoundError as error:
-        raise LoftUpError("pushing needs a Hub token: log in with `hf auth login` or pass token=") from error
     except Exception as error:  # as in fetch
         raise LoftUpError(f"pushing to the Hub repository {repo!r} failed: {error}") from error
     return str(commit.commit_url)

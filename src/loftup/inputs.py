@@ -83,7 +83,7 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
 
 def channel_mismatch(channels: int, config: "LoftUpConfig") -> str:
     """Explain features of the wrong channel count, naming the published weights that would fit."""
-    from .weights import PUBLISHED
+    from .published import PUBLISHED
 
     weights = f"the weights {config.backbone!r} expect" if config.backbone else "these weights expect"
     fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == channels]

@@ -307,12 +307,14 @@ class LoftUp(nn.Module):
             name_or_path: a name of :func:`loftup.list_pretrained` or that backbone's timm, torch.hub, open_clip or
                 transformers name; a backbone object of one of these libraries or from :func:`loftup.wrap`; a Hub
                 repository id ("user/repo"); a folder or a file (``pytorch_model.bin``, ``.safetensors``, a training
-                checkpoint with ``state_dict``). Names win over folders of the same name: write "./name" for those.
+                checkpoint with ``state_dict``). Names win over folders of the same name: write "./name" for those, or
+                pass a ``Path``, which is never a name or a repository. A file without a config does not tell the
+                number of attention heads: the published 4 are assumed (:meth:`save_pretrained` stores the number).
             revision: branch, tag or commit of the Hub repository.
             cache_dir: where downloads are kept; None means the Hub's default cache.
             local_files_only: take files from the cache and never ask the network.
             device: where to put the module; None means the CPU.
-            dtype: floating dtype to convert the parameters to; None means float32.
+            dtype: floating dtype to convert the parameters to; None means as stored (float32 in the published weights).
             channel_norm: "identity" accepts a file that lacks the channel norm and passes features on as they come.
                 Otherwise such a file is refused, because its results would be wrong without any sign of it.
 
@@ -321,7 +323,8 @@ class LoftUp(nn.Module):
 
         Raises:
             LoftUpError: the name is unknown (near misses are named), the Hub is unreachable, or a file is missing,
-                truncated, incomplete or of another architecture.
+                truncated, incomplete, of another architecture or of mixed dtypes.
+            TypeError: ``name_or_path`` or ``dtype`` is of another type.
         """
         from .weights import load_pretrained
 
@@ -338,6 +341,7 @@ class LoftUp(nn.Module):
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write ``model.safetensors`` and ``config.json`` that :meth:`from_pretrained` reads back bit for bit.
 
+        The whole config is in the header of ``model.safetensors`` too, so that the file can travel alone.
         Each file appears whole or not at all: it is written under another name first and then renamed.
         """
         from .weights import save_pretrained

@@ -1,7 +1,7 @@
 """Inference without full-size intermediates: bands of rows, heads applied on the way, single points.
 
 Behind the stem every pixel is computed for itself, and the stem's two convolutions see 2 pixels around. So the output
-is made band by band, equal to the untiled result; memory is the output, the guidance (12 bytes a pixel) and a budget.
+is made band by band, equal to the untiled result; memory is the output, a few copies of the guidance and a budget.
 """
 
 from collections.abc import Callable, Iterator

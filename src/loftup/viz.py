@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import LoftUpError
+from .pictures import require_pillow, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,6 +108,7 @@ def compare(
     Raises:
         LoftUpError: Pillow is missing (extra ``viz``).
         ValueError: see :func:`pca_image`; or more than one image in a batch.
+        TypeError: the image is neither a PIL image nor a tensor.
     """
     pil = require_pillow()
     from PIL import ImageDraw, ImageFont
@@ -115,7 +116,7 @@ def compare(
     for name, features in maps.items():
         if features.ndim == 4 and features.shape[0] != 1:
             raise ValueError(f"compare shows one image, map {name!r} has a batch of {features.shape[0]}")
-    picture = _to_pil(pil, image) if isinstance(image, Tensor) else image.convert("RGB")
+    picture = _picture(pil, image)
     height = height or max([picture.height, *(features.shape[-2] for features in maps.values())])
     width = round(height * picture.width / picture.height)
     panels = {"image": picture.resize((width, height), pil.Resampling.BICUBIC)}
@@ -134,18 +135,21 @@ def compare(
     return sheet  # type: ignore[no-any-return]
 
 
+def _picture(pil: Any, image: Any) -> Any:
+    if isinstance(image, pil.Image):
+        return to_rgb(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a PIL image or a tensor (3, H, W), got {type(image).__name__}")
+    if image.ndim not in (3, 4) or image.shape[-3] != 3 or image.numel() == 0:
+        raise ValueError(f"image must be (3, H, W) or (1, 3, H, W), got {tuple(image.shape)}")
+    if image.ndim == 4 and len(image) != 1:
+        raise ValueError(f"compare shows one image, got a batch of {len(image)}; choose one: image[0]")
+    return _to_pil(pil, image)
+
+
 def _to_pil(pil: Any, image: Tensor, scale: bool = True) -> Any:
     image = image.detach().cpu().float()
     image = image[0] if image.ndim == 4 else image
     if scale:
         image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
     return pil.fromarray((image * 255).round().to(torch.uint8).movedim(0, -1).numpy())
-
-
-def require_pillow() -> Any:
-    """The module ``PIL.Image``, or a LoftUpError that names the extra."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise LoftUpError('pictures need Pillow: pip install "loftup[viz]"') from error
-    return Image

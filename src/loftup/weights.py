@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,12 +40,19 @@ def load_pretrained(
     """See :meth:`loftup.LoftUp.from_pretrained`."""
     if channel_norm not in (None, "identity"):
         raise ValueError(f'channel_norm must be None or "identity", got {channel_norm!r}')
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
     if isinstance(name_or_path, nn.Module):
         name_or_path = _name_of(name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"expected a name, a path, or a backbone object (torch.nn.Module), got {type(name_or_path).__name__}"
+        )
     name = os.fspath(name_or_path)
-    checkpoint = find_checkpoint(name)
+    only_path = not isinstance(name_or_path, str)
+    checkpoint = None if only_path else find_checkpoint(name)
 
     def repository(repo: str) -> Repository:
         return Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -58,10 +66,10 @@ def load_pretrained(
         candidates, config = iter([path]), None
     elif path.is_dir():
         candidates, config = _candidates(lambda file: path / file if (path / file).is_file() else None, str(path))
-    elif _looks_like_path(name):
+    elif only_path or _looks_like_path(name):
         raise LoftUpError(f"no such file or folder: {name}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        candidates, config = _candidates(repository(name).fetch, f"the Hub repository {name!r}")
+        candidates, config = _candidates(_or_no_folder(repository(name)), f"the Hub repository {name!r}")
     else:
         raise LoftUpError(_unknown(name))
     up = _first_complete(candidates, config, channel_norm, checkpoint.name if checkpoint else "")
@@ -79,6 +87,18 @@ def _name_of(backbone: nn.Module) -> str:
             "If it is one of these under another name, pass that name; for weights of your own, pass their path"
         )
     return name
+
+
+def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
+    """``repository.fetch`` for what might have been meant as a folder."""
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return repository.fetch(file)
+        except LoftUpError as error:
+            raise type(error)(f"{error}; and there is no local folder of that name") from error
+
+    return fetch
 
 
 def _looks_like_path(name: str) -> bool:
@@ -193,7 +213,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}
-            state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            # Cloned, because the tensors are views of the mapped file, which may be replaced while they live.
+            state = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise LoftUpError(_unreadable(file, error)) from error
     if METADATA_KEY not in metadata:
@@ -270,6 +291,12 @@ def _build(state: StateDict, settings: dict[str, Any], file: Path, backbone: str
     ]
     if any(problems):
         raise LoftUpError(f"{file} does not fit this LoftUp network: {'; '.join(filter(None, problems))}")
+    dtypes = {value.dtype for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise LoftUpError(
+            f"{file} holds tensors of {', '.join(sorted(map(str, dtypes)))}, expected one floating dtype for all but "
+            "num_batches_tracked; convert them, for example with up.to(torch.float32), and save anew"
+        )
     up.load_state_dict(state, assign=True)
     return up
 
@@ -290,18 +317,18 @@ def save_pretrained(up: LoftUp, folder: "str | os.PathLike[str]") -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is either whole or absent: to a temporary name beside it, synced, then renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not mkstemp, whose 0600 would hide a shared model from colleagues. O_BINARY is Windows' own.
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    handle = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would hide a shared model from colleagues
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -1,20 +1,19 @@
 """Any vision model as a module from a normalised image (B, 3, H, W) to features (B, C, h, w)."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoftUpError
 from ..published import PUBLISHED
+from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
 from .load import build, resolve
 from .maps import hub_dino, timm_features, timm_stages, transformers_backbone
-from .vit import IMAGENET, Triple
+from .vit import IMAGENET
 
 __all__ = ["Backbone", "Upsampled", "identify", "load_backbone", "wrap"]
 
@@ -68,8 +67,8 @@ class Backbone(nn.Module):
         self.channels = channels
         self.patch_size = patch_size
         self.name = name
-        self.mean = _triple("mean", mean)
-        self.std = _triple("std", std)
+        self.mean = triple("mean", mean)
+        self.std = triple("std", std)
         self.layer = layer
         self._layers = 0
         self._standard = layer is None
@@ -95,7 +94,7 @@ class Backbone(nn.Module):
             ValueError: not (B, 3, H, W), or empty.
             LoftUpError: the model does not take images of this size, or gave something else than features (B, C, h, w).
         """
-        _check_image(image)
+        check_image(image)
         height, width = (
             max(1, (n + self.patch_size // 2) // self.patch_size) * self.patch_size for n in image.shape[2:]
         )
@@ -113,8 +112,8 @@ class Backbone(nn.Module):
         """Turn a picture into the normalised image that :meth:`forward` and the upsampler take.
 
         Args:
-            source: a PIL image or the path of a picture (EXIF orientation is applied, any mode is converted to RGB), or
-                a uint8 tensor (3, H, W) or (B, 3, H, W).
+            source: a PIL image or the path of a picture (EXIF orientation is applied, any mode of 8 or 16 bits a
+                channel becomes RGB), or a uint8 tensor (3, H, W) or (B, 3, H, W).
             size: (H', W') to resize to, or an int for a square; bicubic, antialiased. None keeps the size.
 
         Returns:
@@ -123,15 +122,15 @@ class Backbone(nn.Module):
 
         Raises:
             TypeError: another kind of source.
-            ValueError: a tensor of another shape, or a size that is not positive.
+            ValueError: a tensor of another shape or empty, a picture whose values have no fixed range (modes I and F),
+                or a size that is no positive integer or pair of them.
             OSError: the path cannot be read as a picture.
         """
-        image = _read_picture(source).float() / 255
+        image = read_picture(source).float() / 255
         if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            if height < 1 or width < 1:
-                raise ValueError(f"size must be positive, got {size}")
-            resized = F.interpolate(image, (height, width), mode="bicubic", align_corners=False, antialias=True)
+            resized = F.interpolate(
+                image, resolve_size(size, image), mode="bicubic", align_corners=False, antialias=True
+            )
             image = resized.clamp(0, 1)  # bicubic weights overshoot at edges
         mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (image - mean) / std
@@ -171,6 +170,7 @@ def wrap(
     Raises:
         LoftUpError: the model is not supported, or has no such layer.
         TypeError: not a module.
+        ValueError: ``mean`` or ``std`` are not three finite numbers.
 
     >>> import timm, torch
     >>> backbone = wrap(timm.create_model("vit_tiny_patch16_224").eval())
@@ -182,6 +182,11 @@ def wrap(
     if not isinstance(model, nn.Module):
         hint = "; for a model by its name: load_backbone(name)" if isinstance(model, str) else ""
         raise TypeError(f"wrap takes a model object (torch.nn.Module), got {type(model).__name__}{hint}")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise LoftUpError(
+            f"got a model inside {type(model).__name__}, expected the model; wrap the model itself, then compile the "
+            "Backbone or make it parallel"
+        )
     for family in FAMILIES:
         if (source := family(model, layer)) is not None:
             break
@@ -248,6 +253,7 @@ def load_backbone(
 
     Raises:
         LoftUpError: unknown name, unreachable Hub, missing or wrong file, an option that timm refuses, no such layer.
+        TypeError: ``name`` is not a string.
 
     >>> backbone = load_backbone("resnet18", weights=False, layer=3)
     >>> backbone.name, backbone.channels, backbone.patch_size
@@ -273,10 +279,18 @@ class Upsampled(nn.Module):
 
     Raises:
         LoftUpError: the upsampler expects another number of channels.
+        TypeError: not two modules, or the two swapped.
     """
 
     def __init__(self, backbone: nn.Module, up: nn.Module) -> None:
+        from ..model import LoftUp
+
         super().__init__()
+        if isinstance(backbone, LoftUp) or isinstance(up, Backbone):
+            raise TypeError("backbone and up look swapped: call Upsampled(backbone, up)")
+        if not isinstance(up, nn.Module):
+            hint = "; for weights by their name: LoftUp.from_pretrained(name)" if isinstance(up, str) else ""
+            raise TypeError(f"up must be an upsampler (torch.nn.Module), got {type(up).__name__}{hint}")
         self.backbone = wrap(backbone)
         self.up = up
         expected = getattr(getattr(up, "config", None), "channels", None)
@@ -301,45 +315,6 @@ class Upsampled(nn.Module):
         return cast(Tensor, self.up(self.backbone(image), image, size=size))
 
 
-def _triple(name: str, values: Sequence[float]) -> Triple:
-    numbers = [float(value) for value in values]
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
-        raise ValueError(f"{name} must be three finite numbers{', above 0' if name == 'std' else ''}, got {values!r}")
-    return numbers[0], numbers[1], numbers[2]
-
-
-def _check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; backbone.preprocess makes one"
-        )
-    if not image.is_floating_point():
-        raise TypeError(f"image must be a normalised float tensor, got {image.dtype}; backbone.preprocess makes one")
-    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
-        raise ValueError(f"image must be (B, 3, H, W), got {tuple(image.shape)}")
-
-
-def _read_picture(source: Any) -> Tensor:
-    if isinstance(source, Tensor):
-        if source.dtype != torch.uint8:
-            raise TypeError(
-                f"a tensor to preprocess must be uint8 in 0..255, got {source.dtype}; normalise it yourself"
-            )
-        if source.ndim not in (3, 4) or source.shape[-3] != 3:
-            raise ValueError(f"a tensor to preprocess must be (3, H, W) or (B, 3, H, W), got {tuple(source.shape)}")
-        return source if source.ndim == 4 else source[None]
-    from PIL import Image, ImageOps
-
-    if isinstance(source, str | os.PathLike):
-        with Image.open(source) as opened:
-            return _read_picture(opened)
-    if not isinstance(source, Image.Image):
-        raise TypeError(f"a picture must be a PIL image, a path or a uint8 tensor, got {type(source).__name__}")
-    picture = ImageOps.exif_transpose(source).convert("RGB")
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
-
-
 def _rewrap(
     backbone: Backbone, layer: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Backbone:
@@ -347,7 +322,8 @@ def _rewrap(
         backbone.layer is not None and layer in (backbone.layer, backbone.layer - backbone._layers)
     )
     same_scaling = all(
-        values is None or tuple(values) == own for values, own in ((mean, backbone.mean), (std, backbone.std))
+        values is None or triple(name, values) == getattr(backbone, name)
+        for name, values in (("mean", mean), ("std", std))
     )
     if not (same_layer and same_scaling):
         raise LoftUpError(

@@ -1,15 +1,15 @@
 """Building a timm model by name, with weights from the Hub, from a local file, or none."""
 
 import difflib
-import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError
 from ..published import PUBLISHED, Checkpoint, find_checkpoint, known_names
@@ -27,8 +27,13 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
 
     Raises:
         LoftUpError: none of these; names the near misses.
+        TypeError: not a string.
     """
     import timm
+
+    if not isinstance(name, str):
+        hint = "; for a model object: wrap(model)" if isinstance(name, nn.Module) else ""
+        raise TypeError(f"load_backbone takes the name of a backbone, got {type(name).__name__}{hint}")
 
     if name in PUBLISHED:
         return PUBLISHED[name].timm, PUBLISHED[name]
@@ -63,7 +68,7 @@ def build(name: str, weights: Weights, options: dict[str, Any]) -> nn.Module:
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
     given = f"{name!r} with the options {options}" if options else repr(name)
     try:
-        with _missing_keys() as missing:
+        with _Written() as written:
             try:
                 model = _create(name, options, pretrained=weights is not False, overlay=overlay)
             except RuntimeError as error:
@@ -87,7 +92,8 @@ def build(name: str, weights: Weights, options: dict[str, Any]) -> nn.Module:
         ) from error
     # timm keeps the configuration, and with it a second copy of all weights.
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
-    if overlay and (lost := [key for key in missing if not key.startswith(_classifiers(name))]):
+    # Where the number of classes differs, timm loads loosely and leaves random what it does not find.
+    if overlay and (lost := [key for key in written.others(model) if not key.startswith(_classifiers(name))]):
         raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(lost))}")
     return model
 
@@ -131,28 +137,30 @@ def _read_weights(path: Path) -> dict[str, Any]:
     return state
 
 
-@contextmanager
-def _missing_keys() -> Iterator[list[str]]:
-    """Collect the keys that timm notes as missing: it loads loosely where the number of classes differs, and logs."""
-    keys: list[str] = []
-    logger = logging.getLogger("timm.models._builder")
+class _Written(TorchFunctionMode):
+    """Notes which tensors are copied into, in this thread alone: those that ``load_state_dict`` finds in the file."""
 
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message.startswith("Missing keys ("):
-                keys.extend(message.removeprefix("Missing keys (").split(")")[0].split(", "))
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, Tensor] = {}  # by id; held, so that no id comes up twice
 
-    collector, level, propagate = Collector(), logger.level, logger.propagate
-    logger.addHandler(collector)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield keys
-    finally:
-        logger.removeHandler(collector)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.copy_:
+            self.tensors[id(args[0])] = args[0]
+        return func(*args, **(kwargs or {}))
+
+    def others(self, model: nn.Module) -> list[str]:
+        """The keys of a model that were not written."""
+        state = model.state_dict(keep_vars=True)
+        return [
+            key for key, value in state.items() if id(value) not in self.tensors and "num_batches_tracked" not in key
+        ]
 
 
 def _differs_in_classifier(name: str, message: str) -> bool:

@@ -1,0 +1,72 @@
+"""Reading pictures: any file and any mode that Pillow knows, upright and in RGB."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import LoftUpError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["check_suffix", "open_picture", "require_pillow", "to_rgb"]
+
+
+def open_picture(path: "str | os.PathLike[str]") -> "Image.Image":
+    """Read a picture as :func:`to_rgb` gives it.
+
+    Raises:
+        OSError: the file cannot be read as a picture: missing, truncated, of no known format, or too large for Pillow.
+        LoftUpError: see :func:`to_rgb`.
+    """
+    pil = require_pillow()
+    try:
+        with pil.open(path) as picture:
+            picture.load()
+            return to_rgb(picture, os.fspath(path))
+    except (FileNotFoundError, LoftUpError):
+        raise
+    except Exception as error:  # a damaged file raises SyntaxError, struct.error, DecompressionBombError and others
+        raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+
+
+def to_rgb(picture: "Image.Image", name: str = "the picture") -> "Image.Image":
+    """Turn a PIL image upright as EXIF says and make it RGB, 8 bits a channel; 16-bit grey is scaled by 1 / 257.
+
+    Raises:
+        LoftUpError: the values have no known range (modes I and F).
+    """
+    from PIL import ImageOps
+
+    # Before version 11 Pillow opened 16-bit PNGs in mode I.
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    if picture.mode in ("I", "F") and not sixteen:
+        raise LoftUpError(
+            f"{name} has mode {picture.mode!r}, whose values have no fixed range; expected 8 or 16 bits a channel: "
+            'scale the values to 0..255 and .convert("L")'
+        )
+    upright = ImageOps.exif_transpose(picture)
+    if sixteen:
+        # Pillow's own conversions clip at 255; what it stores again it cuts off, hence the half.
+        upright = upright.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    return upright.convert("RGB")
+
+
+def check_suffix(path: Path) -> None:
+    """Raise ValueError unless Pillow can write a picture under that name."""
+    pil = require_pillow()
+    kind = pil.registered_extensions().get(path.suffix.lower())
+    if kind not in pil.SAVE:
+        raise ValueError(
+            f"cannot write a picture named {path.name!r}: expected a suffix such as .png, .jpg or .webp, "
+            f"got {path.suffix!r}"
+        )
+
+
+def require_pillow() -> Any:
+    """The module ``PIL.Image``, or a LoftUpError that names the extra."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise LoftUpError('pictures need Pillow: pip install "loftup[viz]"') from error
+    return Image
