@@ -3,13 +3,16 @@
     python benchmarks/run.py [--device cpu|cuda] [--quick] [--cases NAME...] [-o results.csv]
 
 All contenders of a case run in one process, in turn, round after round; the CSV gives the 20th, 50th and 80th
-percentile of the rounds. Before anything is timed, every contender's result is compared with the published way's, and a
-difference ends the run. Memory is measured in a process of its own for each contender: the peak above inputs, weights
-and prepared weights, without the result; on the CPU from the kernel's high-water mark (Linux).
+percentile of the rounds. Before anything is timed every contender runs once; where the published way takes part, the
+results are compared with its, and a difference ends the run. Memory is measured in a process of its own for each
+contender: the peak above inputs, weights and prepared weights, without the result; on the CPU from the kernel's
+high-water mark (Linux).
 """
 
 import argparse
 import csv
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -30,7 +33,7 @@ import loftup
 from loftup import LoftUp
 
 Run = Callable[[Tensor, Tensor], Tensor]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make(case: Case, device: str) -> tuple[LoftUp, Tensor, Tensor]:
@@ -112,18 +115,23 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / best / 1e9
 
 
-def check(case: Case, runs: dict[str, Run], features: Tensor, image: Tensor) -> None:
-    """End the run if a contender's result differs from the published way's."""
+def warm_up(case: Case, runs: dict[str, Run], features: Tensor, image: Tensor) -> None:
+    """Run every contender once; end the benchmark if a result differs from the published way's."""
     if "published:float32" not in runs:
+        for run in runs.values():
+            run(features, image[:, :, :8, :8])  # prepares weights and kernels; the case itself takes minutes
         return
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     truth = runs["published:float32"](features, image)
     for name, run in runs.items():
-        if name == "bilinear:float32":
-            continue
         error = (run(features, image) - truth).abs()
-        limit = 2e-4 if name.endswith("float32") and case.size <= 448 else 0.5
-        if not error.max() <= limit:
-            sys.exit(f"{case.name}: {name} differs from the published way by {error.max():.3g}; nothing was measured")
+        wrong = error.max() > 2e-4 if name.endswith("float32") else error.mean() > 0.03
+        if wrong and not name.startswith("bilinear"):
+            sys.exit(
+                f"{case.name}: {name} differs from the published way by up to {error.max():.3g}; nothing was timed"
+            )
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def measure_time(case: Case, device: str, rounds: int) -> dict[str, list[float]]:
@@ -132,7 +140,7 @@ def measure_time(case: Case, device: str, rounds: int) -> dict[str, list[float]]
     names = contender_names(case, device)
     with torch.inference_mode():
         runs = {name: contender(name, up, case) for name in names}
-        check(case, runs, features, image)
+        warm_up(case, runs, features, image)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
@@ -164,6 +172,8 @@ def measure_memory(case: Case, name: str, device: str) -> dict[str, int]:
             result = run(features, image)
             size = result.numel() * result.element_size()
             return {"working": torch.cuda.max_memory_allocated() - before - size, "process": 0}
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays in the heap would hide what the call takes
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         result = run(features, image)
@@ -181,7 +191,9 @@ def describe(device: str) -> dict[str, str]:
             (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
         )
         machine = f"{model}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    here = os.fspath(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         "machine": machine,
         "torch": torch.__version__,
@@ -197,7 +209,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the main cases, fewer rounds")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--rounds", type=int, help="rounds of every case; by default as many as its size allows")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument(
+        "-o", "--output", type=Path, help="default: results/DEVICE.csv for all cases, else ./benchmark.csv"
+    )
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     by_name = {case.name: case for case in CASES}
@@ -206,19 +220,22 @@ def main() -> None:
         print(json.dumps(measure_memory(by_name[case], name, arguments.device)))
         return
     chosen = [by_name[name] for name in arguments.cases] if arguments.cases else list(CASES)
-    if arguments.quick:
+    if arguments.quick and not arguments.cases:
         chosen = [case for case in chosen if case.quick]
+    results = Path(__file__).parent / "results" / f"{arguments.device}.csv"
+    output = arguments.output or (results if len(chosen) == len(CASES) else Path("benchmark.csv"))
+    output.parent.mkdir(parents=True, exist_ok=True)
     about = describe(arguments.device)
     rows: list[dict[str, Any]] = []
     for case in chosen:
-        rates = {name: matmul_rate(arguments.device, dtype) for name, dtype in DTYPES.items() if name != "float16"}
+        rates = {name: matmul_rate(arguments.device, dtype) for name, dtype in DTYPES.items()}
         rounds = arguments.rounds or (
             50 if arguments.device == "cuda" else 3 if case.gflop > 1000 or arguments.quick else 7
         )
         for name, seconds in measure_time(case, arguments.device, rounds).items():
             memory = memory_in_own_process(case, name, arguments.device)
             middle = statistics.median(seconds)
-            spread = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [middle] * 4
+            spread = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [middle] * 4
             computed = not case.points and not name.startswith("bilinear")
             rate = case.gflop / middle if computed else 0.0
             row = {
@@ -237,15 +254,13 @@ def main() -> None:
                 **about,
             }
             rows.append(row)
+            with open(output, "w", newline="") as stream:  # after every row: a run of an hour may be cut off
+                writer = csv.DictWriter(stream, list(row))
+                writer.writeheader()
+                writer.writerows(rows)
             print(
                 f"{case.name:28} {name:24} {middle:9.4f} s {row['gflop_per_s']:>6} GFLOP/s {row['working_mib']:>6} MiB"
             )
-    output = arguments.output or Path(__file__).parent / "results" / f"{arguments.device}.csv"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     print(f"wrote {output}")
 
 

@@ -96,7 +96,13 @@ def test_autocast_runs_the_engine_of_its_dtype():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         cast = up(features, image)
     with torch.inference_mode():
-        torch.testing.assert_close(cast, copy.deepcopy(up).bfloat16()(features, image), atol=0.06, rtol=0)
+        assert not torch.equal(cast, up(features, image))
+    assert ("cpu", torch.bfloat16) in _CACHE[up][1]
+    wide = copy.deepcopy(up).double()
+    with torch.inference_mode():
+        exact = wide(features.double(), image)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(wide(features.double(), image), exact)
     assert cast.dtype == torch.float32
 
 
@@ -240,6 +246,7 @@ def test_no_points_and_integer_points(points):
         ([[1, 2]], TypeError, "points must be a tensor"),
         (torch.tensor([[[45.5, 3.0]]]), ValueError, r"1 points lie outside .* \(45.5, 3.0\); x must be in \[0, 45\]"),
         (torch.tensor([[[float("nan"), 3.0]]]), ValueError, "1 points lie outside"),
+        (torch.zeros(1, 1, 2, device="meta"), ValueError, "points are on meta, the features on cpu"),
     ],
 )
 def test_bad_points(points, error, text):
@@ -273,12 +280,45 @@ def test_activation_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(first.grad, second.grad)
 
 
+def test_activation_checkpointing_updates_batch_statistics_once():
+    features, image = inputs()
+    plain, saving = randomised(SINE).train(), randomised(SINE).train()
+    saving.load_state_dict(plain.state_dict())
+    saving.activation_checkpointing = True
+    for up in (plain, saving):
+        up(features, image).square().sum().backward()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        first, second = (getattr(up.upsampler.first_conv[2], name) for up in (plain, saving))
+        torch.testing.assert_close(first, second)
+
+
 def test_training_mode_uses_batch_statistics():
     up = randomised(SINE).train()
     before = up.upsampler.first_conv[2].running_mean.clone()
     with torch.no_grad():
         up(*inputs())
     assert not torch.equal(before, up.upsampler.first_conv[2].running_mean)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default):
+    features, image = inputs()
+    expected = randomised(SINE)
+    torch.set_default_dtype(default)
+    try:
+        up = LoftUp(SINE).to(torch.float32).eval()
+        up.load_state_dict(expected.state_dict())
+        with torch.inference_mode():
+            made = up(features, image)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(made, expected(features, image))
+
+
+def test_notes_on_slow_bfloat16(monkeypatch):
+    monkeypatch.setattr("loftup.engines._has_bfloat16", lambda: False)
+    assert "no bfloat16 arithmetic: float32 will be faster" in str(explain(randomised(SINE).bfloat16()))
 
 
 # Prepared weights
@@ -305,8 +345,9 @@ def test_prepared_weights_are_kept_until_something_changes():
     third = check()
     up.upsampler.first_conv[2].running_mean.add_(0.3)
     assert check() is not third
+    fourth = check()
     up.half().float()
-    check()
+    assert check() is not fourth
     up.upsampler.first_conv[1].weight.data.mul_(0.5)
     up.refresh()
     check()
@@ -362,7 +403,10 @@ def test_plans_cover_the_image_within_the_budget(kind, size):
 
 def test_a_budget_that_is_too_small_is_refused():
     up = randomised(SINE)
-    with torch.inference_mode(), pytest.raises(ValueError, match="memory=1000 bytes do not hold the smallest band"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="memory=1000 bytes do not hold .* give a larger memory="),
+    ):
         up(*inputs(), memory=1000)
 
 

@@ -91,12 +91,15 @@ def channel_mismatch(channels: int, config: "LoftUpConfig") -> str:
     return f"features have {channels} channels, {weights} {config.channels}{remedy}"
 
 
-def check_points(points: Tensor, batch: int, height: int, width: int) -> None:
-    """Raise ValueError or TypeError unless points are (B, N, 2) inside the grid."""
+def check_points(points: Tensor, features: Tensor, height: int, width: int) -> None:
+    """Raise ValueError or TypeError unless points are (B, N, 2) inside the grid, beside the features."""
+    batch = len(features)
     if not isinstance(points, Tensor):
         raise TypeError(f"points must be a tensor (B, N, 2), got {type(points).__name__}")
     if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2:
         raise ValueError(f"points must be (B, N, 2) with B = {batch}, got {tuple(points.shape)}")
+    if points.device != features.device:
+        raise ValueError(f"points are on {points.device}, the features on {features.device}; move them with .to()")
     x, y = points[..., 0], points[..., 1]
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     if not bool(inside.all()):

@@ -74,7 +74,9 @@ class FourierCode(nn.Module):
 
     def _spectrum(self) -> Tensor:
         # On the CPU always: another device's exp differs in the last bit, which e^10 makes visible.
-        return torch.linspace(LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY, self.count, device="cpu").exp()
+        return torch.linspace(
+            LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY, self.count, device="cpu", dtype=torch.float32
+        ).exp()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # .half() and .bfloat16() must not reach the frequencies.

@@ -150,10 +150,12 @@ class Upsampler(nn.Module):
     def forward(self, features: Tensor, guidance: Tensor, checkpointing: bool = False) -> Tensor:
         """Normalised features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W).
 
-        With ``checkpointing`` the stem's and each block's activations are computed again in the backward pass.
+        With ``checkpointing`` the blocks' activations are computed again in the backward pass, and in ``eval()`` mode
+        the stem's too.
         """
         height, width = guidance.shape[-2:]
-        queries = run(checkpointing, self.queries, guidance, features.dtype)
+        # Not in training mode: the second pass would update the batch norms' statistics again.
+        queries = run(checkpointing and not self.training, self.queries, guidance, features.dtype)
         queries = self.ca_transformer(queries, self.tokens(features), checkpointing)
         return self.final_conv(rearrange(queries, "b (h w) d -> b d h w", h=height, w=width))  # type: ignore[no-any-return]
 
@@ -215,11 +217,12 @@ class LoftUp(nn.Module):
             head: a pointwise function of features, applied band by band, so that the (B, C, H', W') map never exists:
                 an ``nn.Linear`` over C, or anything that maps (1, C, n, m) to (1, K, n, m) or (1, n, m) position by
                 position (1x1 convolution, linear probe, similarity to texts, argmax). It sees the dtype of
-                ``features``.
+                ``features``. Where gradients of its own parameters are wanted, the map is kept for them.
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
-            memory: budget of working memory in bytes for inference; None means 160 MiB on the CPU and 384 MiB on CUDA.
-            backend: "cpu", "torch" or None for the fastest that can run; see :func:`loftup.engines.explain`.
+            memory: budget of working memory in bytes for inference, not counting the keys and values of the tokens;
+                None means 160 MiB on the CPU and 384 MiB on CUDA.
+            backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.engines.explain`.
 
         Returns:
             (B, C, H', W') in the dtype of ``features``; with ``head`` (B, K, H', W') or (B, H', W') in the head's
@@ -228,19 +231,22 @@ class LoftUp(nn.Module):
         Raises:
             ValueError: C is not what these weights expect, or an argument is not a finite 4-d tensor (finiteness is
                 not checked inside ``torch.compile`` and ``torch.export``); ``size`` is not positive; the head is not
-                pointwise; ``out`` has another shape; ``memory`` does not hold the smallest band; or ``out``, ``memory``
-                or ``backend`` are given where a gradient is wanted.
+                pointwise; ``out`` has another shape; ``memory`` does not hold the smallest band; there is no such
+                ``backend``; or ``out``, ``memory`` or ``backend`` are given where the whole image is computed at once.
             TypeError: an argument is not a float tensor.
             LoftUpError: ``backend`` cannot run here.
         """
         check_inputs(features, image, self)
-        guidance = resize_guidance(image, output_size(size, image))
+        size = output_size(size, image)
         if not self._whole_at_once(features, image):
-            return upsample(self, features, guidance, head=head, out=out, memory=memory, backend=backend)
+            return upsample(self, features, image, size, head=head, out=out, memory=memory, backend=backend)
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
-                raise ValueError(f"{name}= is for inference: call up.eval() and use torch.inference_mode()")
+                raise ValueError(
+                    f"{name}= is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile"
+                )
         normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
+        guidance = resize_guidance(image, size)
         dense = self.upsampler(normalised, guidance, self.activation_checkpointing).to(features.dtype)
         return dense if head is None else apply_head(head, dense)
 
@@ -271,17 +277,22 @@ class LoftUp(nn.Module):
         """
         check_inputs(features, image, self)
         height, width = output_size(size, image)
-        check_points(points, len(features), height, width)
+        check_points(points, features, height, width)
         if self._whole_at_once(features, image):
             raise ValueError(
-                "up.at is for inference: call up.eval() and use torch.inference_mode(). With gradients, sample the "
-                "map: up(features, image, size)[..., y, x]"
+                "up.at is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile. With "
+                "gradients, sample the map: up(features, image, size)[..., y, x]"
             )
-        return features_at(self, features, resize_guidance(image, (height, width)), points, backend=backend)
+        return features_at(self, features, image, (height, width), points, backend=backend)
 
     def refresh(self) -> None:
         """Forget the weights prepared for inference; needed only after writing through ``parameter.data``."""
         forget(self)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # .to() and .half() put new data into the same parameters, past their version counters.
+        forget(self)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _whole_at_once(self, features: Tensor, image: Tensor) -> bool:
         if self.training or torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .engines import EagerEngine, engine_for, inference_dtype
+from .inputs import resize_guidance
 from .layers import MinMaxScale, axis_coordinates
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def plan(height: int, width: int, engine: EagerEngine, memory: int | None, devic
         if rows >= min(height, 4) or (rows and columns <= NARROWEST):
             return Plan(columns, min(height, rows))
         if columns <= NARROWEST:
+            given = f"memory={memory}" if memory is not None else f"the default of {budget}"
             raise ValueError(
-                f"memory={budget} bytes do not hold the smallest band of this network, a few rows of {columns} pixels; "
-                f"give more, such as the default of {DEFAULT_MEMORY_ELSEWHERE}"
+                f"{given} bytes do not hold the smallest band of this network, a few rows of {columns} pixels; "
+                "give a larger memory="
             )
         columns = max(NARROWEST, columns // 2)
 
@@ -68,35 +70,36 @@ def plan(height: int, width: int, engine: EagerEngine, memory: int | None, devic
 def upsample(
     up: "LoftUp",
     features: Tensor,
-    guidance: Tensor,
+    image: Tensor,
+    size: tuple[int, int],
     *,
     head: Head | None = None,
     out: Tensor | None = None,
     memory: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Features (B, C, h, w) and a guidance at output size (B, 3, H, W) to a dense map; see :meth:`LoftUp.forward`."""
+    """Features (B, C, h, w) and an image (B, 3, H, W) to a dense map of a size; see :meth:`LoftUp.forward`."""
     engine = engine_for(up, inference_dtype(up), backend)
-    batch, _, height, width = guidance.shape
-    cut = plan(height, width, engine, memory, guidance.device)
-    rows, columns = axis_coordinates(height, guidance.device), axis_coordinates(width, guidance.device)
+    batch, (height, width) = len(image), size
+    cut = plan(height, width, engine, memory, image.device)
+    rows, columns = axis_coordinates(height, image.device), axis_coordinates(width, image.device)
     result = out
     if head is None:
         shape = (batch, engine.channels, height, width)
         result = features.new_empty(shape) if result is None else result
         _check_out(result, shape)
     for index in range(batch):
-        with _plain_arithmetic(guidance):
-            scaled = MinMaxScale()(guidance[index : index + 1])[0]
+        with _plain_arithmetic(image):
+            scaled = MinMaxScale()(resize_guidance(image[index : index + 1], size))[0]
             tokens = engine.keys_values(_tokens(up, engine, features[index : index + 1]))
         for left in range(0, width, cut.columns):
             right = min(width, left + cut.columns)
             low, high = max(0, left - HALO), min(width, right + HALO)
-            with _plain_arithmetic(guidance):
+            with _plain_arithmetic(image):
                 stem = engine.stem(scaled[:, :, low:high], rows, columns[low:high], cut.rows)
             for top in range(0, height, cut.rows):
                 bottom = min(height, top + cut.rows)
-                with _plain_arithmetic(guidance):
+                with _plain_arithmetic(image):
                     queries = stem.read(bottom - top)[:, left - low : right - low].reshape(-1, engine.width)
                     if head is None:
                         assert result is not None
@@ -153,18 +156,24 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def features_at(
-    up: "LoftUp", features: Tensor, guidance: Tensor, points: Tensor, *, backend: str | None = None
+    up: "LoftUp",
+    features: Tensor,
+    image: Tensor,
+    size: tuple[int, int],
+    points: Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
-    """Features at points (B, N, 2) of a guidance at output size; see :meth:`LoftUp.at`."""
+    """Features at points (B, N, 2) of the grid of a size; see :meth:`LoftUp.at`."""
     engine = engine_for(up, inference_dtype(up), backend)
-    batch, _, height, width = guidance.shape
-    rows, columns = axis_coordinates(height, guidance.device), axis_coordinates(width, guidance.device)
+    batch, (height, width) = len(image), size
+    rows, columns = axis_coordinates(height, image.device), axis_coordinates(width, image.device)
     result = features.new_empty(batch, points.shape[1], engine.channels)
     if points.shape[1] == 0:
         return result
-    with _plain_arithmetic(guidance):
+    with _plain_arithmetic(image):
         for index in range(batch):
-            scaled = MinMaxScale()(guidance[index : index + 1])[0]
+            scaled = MinMaxScale()(resize_guidance(image[index : index + 1], size))[0]
             tokens = engine.keys_values(_tokens(up, engine, features[index : index + 1]))
             cells, shares = _corners(points[index].to(torch.float64), height, width)
             needed, position = cells.unique(return_inverse=True)

@@ -55,9 +55,12 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
     """No TF32, whatever a test before this one asked for."""
+    before = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     yield
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture

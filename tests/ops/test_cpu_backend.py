@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(cpu, "TILE", 16)
+    monkeypatch.setattr(cpu, "PIXELS", 16)
 
 
 def rand(*shape, dtype):
@@ -60,3 +60,15 @@ def test_attention_block_and_feed_forward(dtype, pixels, width, check):
 def test_nothing_in_nothing_out(shape):
     q, k = torch.zeros(shape), torch.zeros(shape[0], 2, 3, 11)
     assert cross_attention(q, k, k, backend="cpu").shape == shape
+    x, vector, square = torch.zeros(shape[0], shape[2], 22), torch.ones(22), torch.eye(22)
+    assert attention_block(x, vector, vector, square, vector, k, k, square, vector, backend="cpu").shape == x.shape
+    assert feed_forward(x, vector, vector, square, vector, square, vector, backend="cpu").shape == x.shape
+
+
+def test_autocast_changes_nothing():
+    x, vector, square = torch.randn(1, 5, 22), torch.ones(22), torch.randn(22, 22)
+    k = torch.randn(1, 2, 3, 11)
+    arguments = (x, vector, vector, square, vector, k, k, square, vector)
+    expected = attention_block(*arguments, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_block(*arguments, backend="cpu"), expected)

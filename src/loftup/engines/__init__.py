@@ -94,12 +94,20 @@ def explain(up: "LoftUp", backend: str | None = None) -> Choice:
     depth = up.config.width // up.config.heads
     reasons = {name: can_run(name, up.device, dtype, depth) for name in BACKENDS}
     notes = []
-    if up.device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if up.device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
         notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
+    if reasons["triton"] is None and backend != "triton":
+        reasons["triton"] = "can run, only if named: no GPU has checked its kernels yet"
     return Choice(choose(up, dtype, backend), reasons, tuple(notes))
 
 
 def inference_dtype(up: "LoftUp") -> torch.dtype:
-    """The dtype that inference computes in: autocast's where it is on, else the module's."""
+    """The dtype that inference computes in: the module's, or autocast's where it is on and the module not float64."""
     kind = up.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else up.dtype
+    if up.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return up.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -89,12 +89,12 @@ class WinogradStem:
         self.row_code = self._axis_code(rows, 0)  # (H, 2 F)
         count, code = engine.frequencies.numel(), engine.code_norm[0].numel()
         padded = _padded(self.width)
-        self.raw = torch.empty(self.step, self.width, code)
+        self.raw = self.colours.new_empty(self.step, self.width, code)
         self.raw[..., 2 * count : 4 * count] = self._axis_code(columns, 1)
         # Code rows y-1 .. y+step and first-layer rows y-1 .. y+step+3, with a column of zero padding at each side.
-        self.code = torch.zeros(self.step + 2, padded, code)
-        self.hidden = torch.zeros(self.step + TILE + 1, padded, engine.width)
-        self.result = torch.empty(self.step, padded - 2, engine.width)
+        self.code = self.colours.new_zeros(self.step + 2, padded, code)
+        self.hidden = self.colours.new_zeros(self.step + TILE + 1, padded, engine.width)
+        self.result = self.colours.new_empty(self.step, padded - 2, engine.width)
         self.space = Workspace()
         self.coded = self.layered = 0  # rows of the image that have been coded, and been through the first layer
         self._code_rows(1, 1)
@@ -102,7 +102,7 @@ class WinogradStem:
 
     def read(self, count: int) -> Tensor:
         """The next ``count`` rows, (count, W, D); only the last call may take a number that is no multiple of 4."""
-        out = torch.empty(count, self.width, self.engine.width, dtype=self.engine.dtype)
+        out: Tensor = self.result.new_empty(count, self.width, self.engine.width, dtype=self.engine.dtype)
         for part in out.split(self.step):
             rows = -(-len(part) // TILE) * TILE
             self._first_layer(TILE + 1, rows)
@@ -160,8 +160,8 @@ def _padded(width: int) -> int:
 
 def _by_axis(count: int) -> Tensor:
     """Our order of the code's channels, as indices into the model's: sines and cosines of one value side by side."""
-    frequency = torch.arange(count) * 5
+    frequency = torch.arange(count, device="cpu") * 5
     sine = [frequency + value for value in range(5)]
     cosine = [frequency + value + 5 * count for value in range(5)]
-    colours = torch.arange(10 * count, 10 * count + 3)
+    colours = torch.arange(10 * count, 10 * count + 3, device="cpu")
     return torch.cat([sine[0], cosine[0], sine[1], cosine[1], *sine[2:], *cosine[2:], colours])

@@ -1,4 +1,4 @@
-"""Backend "cpu": tiles of pixels that stay in cache through a whole half-block; no score matrix reaches memory.
+"""Backend "cpu": half a block at a time on tiles of pixels; the score tile stays in cache, no score matrix in memory.
 
 Measured on two AVX-512 cores with bfloat16: on tall matrices oneDNN's 1x1 convolution beats the matrix product behind
 ``F.linear`` by 10-15% in float32; PyTorch's fused attention is best in float32 with head widths that 8 divides; in
@@ -6,6 +6,9 @@ bfloat16 two matrix products with a softmax between them are nearly twice as fas
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,14 @@ from .eager import guidance, head_norm
 
 __all__ = ["attend", "attention_block", "cross_attention", "feed_forward", "guidance", "head_norm", "linear"]
 
-TILE = 8192  # pixels: some 13 MB an activation in float32
+Function = TypeVar("Function", bound=Callable[..., Any])
+PIXELS = 8192  # of a tile: some 13 MB an activation in float32
 SCORES = 2**20  # elements of a score tile: 2 MB in bfloat16
+
+
+def _without_autocast(function: Function) -> Function:
+    # Autocast would lower some of the products and not others; the tensors' dtype says what is wanted.
+    return torch.autocast("cpu", enabled=False)(function)  # type: ignore[no-any-return]
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
@@ -26,6 +35,8 @@ def padded_width(width: int, dtype: torch.dtype) -> int:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` for a tall contiguous matrix (M, K), as a 1x1 convolution; returns (M, N), contiguous."""
+    if len(x) == 0:
+        return x.new_empty(0, len(weight))
     # Made in this way the image has channels-last strides, for which oneDNN neither copies nor reorders it.
     image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)  # (1, K, 1, M), channels last in memory
     return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0, 0]
@@ -60,21 +71,23 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out
 
 
+@_without_autocast
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As ``reference.cross_attention``."""
     batch, heads, _, depth = q.shape
     padding = (0, padded_width(depth, q.dtype) - depth)
-    k, v = F.pad(k, padding), F.pad(v, padding)
+    k, v = F.pad(k, padding).contiguous(), F.pad(v, padding).contiguous()
     out = torch.empty_like(q)
     for index in range(batch):
-        for start in range(0, q.shape[2], TILE):
-            part = slice(start, start + TILE)
+        for start in range(0, q.shape[2], PIXELS):
+            part = slice(start, start + PIXELS)
             rows = F.pad(q[index, :, part] * scale, padding).transpose(0, 1).flatten(1).contiguous()
             attended = attend(rows, k[index], v[index]).unflatten(1, (heads, -1))
             out[index, :, part] = attended[..., :depth].transpose(0, 1)
     return out
 
 
+@_without_autocast
 def attention_block(
     x: Tensor,
     norm_weight: Tensor,
@@ -91,13 +104,14 @@ def attention_block(
     """As ``reference.attention_block``."""
     out = torch.empty_like(x)
     for index in range(len(x)):
-        for rows, target in zip(x[index].split(TILE), out[index].split(TILE), strict=True):
+        for rows, target in zip(x[index].split(PIXELS), out[index].split(PIXELS), strict=True):
             normal = F.layer_norm(rows, rows.shape[-1:], norm_weight, norm_bias, eps)
             queries = linear(normal, q_weight, q_bias).mul_(scale)
             torch.add(linear(attend(queries, k[index], v[index]), out_weight, out_bias), rows, out=target)
     return out
 
 
+@_without_autocast
 def feed_forward(
     x: Tensor,
     norm_weight: Tensor,
@@ -111,7 +125,7 @@ def feed_forward(
     """As ``reference.feed_forward``."""
     out = torch.empty_like(x)
     for index in range(len(x)):
-        for rows, target in zip(x[index].split(TILE), out[index].split(TILE), strict=True):
+        for rows, target in zip(x[index].split(PIXELS), out[index].split(PIXELS), strict=True):
             hidden = linear(F.layer_norm(rows, rows.shape[-1:], norm_weight, norm_bias, eps), weight_1, bias_1)
             torch.add(linear(F.gelu(hidden), weight_2, bias_2), rows, out=target)
     return out

@@ -30,7 +30,7 @@ class Workspace:
         """An uninitialised float32 tensor of this shape; the same memory as the last one of this name."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size)
+            self.buffers[name] = torch.empty(size, dtype=torch.float32, device="cpu")
         return self.buffers[name][:size].view(shape)
 
 
@@ -47,11 +47,11 @@ class Winograd:
         for point in POINTS:
             divisor = math.prod((point - other for other in POINTS if other != point), start=Fraction(1))
             rows.append([float(point**power / divisor) for power in range(3)])
-        g = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+        g = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
         self.weight = torch.einsum("ia,jb,nkab->ijkn", g, g, weight).flatten(0, 1).float().contiguous()  # (36, K, N)
         self.bias = bias.float()
-        powers = torch.tensor([[float(point**power) for point in POINTS] for power in range(TILE)])
-        self.inverse = torch.cat([powers, torch.tensor([[0.0], [0.0], [0.0], [1.0]])], dim=1)  # (4, 6)
+        inverse = [[float(point**power) for point in POINTS] + [float(power == TILE - 1)] for power in range(TILE)]
+        self.inverse = torch.tensor(inverse, dtype=torch.float32, device="cpu")  # (4, 6)
 
     @staticmethod
     def bytes_per_pixel(inputs: int, outputs: int) -> int:
