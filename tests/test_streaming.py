@@ -398,7 +398,7 @@ def test_plans_cover_the_image_within_the_budget(kind, size):
     chosen = plan(*size, engine, None, torch.device("cpu"))
     assert 1 <= chosen.rows <= size[0]
     assert 1 <= chosen.columns <= size[1]
-    assert engine.rows(min(size[1], chosen.columns + 4), 128 * 2**20) >= chosen.rows
+    assert engine.rows(min(size[1], chosen.columns + 4), 96 * 2**20) >= chosen.rows
 
 
 def test_a_budget_that_is_too_small_is_refused():

@@ -221,7 +221,7 @@ class LoftUp(nn.Module):
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
             memory: budget of working memory in bytes for inference, not counting the keys and values of the tokens;
-                None means 128 MiB on the CPU and 384 MiB on CUDA.
+                None means 96 MiB on the CPU and 384 MiB on CUDA.
             backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.engines.explain`.
 
         Returns:

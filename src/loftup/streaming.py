@@ -26,7 +26,7 @@ HALO = 2
 NARROWEST = 64  # columns of the narrowest strip
 POINTS_AT_ONCE = 512
 DEFAULT_MEMORY = {"cuda": 384 * 2**20}
-DEFAULT_MEMORY_ELSEWHERE = 128 * 2**20
+DEFAULT_MEMORY_ELSEWHERE = 96 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def plan(height: int, width: int, engine: EagerEngine, memory: int | None, devic
         height: rows of the output.
         width: columns of the output.
         engine: tells how many rows fit.
-        memory: budget in bytes; None means 384 MiB on CUDA and 128 MiB elsewhere.
+        memory: budget in bytes; None means 384 MiB on CUDA and 96 MiB elsewhere.
         device: where the work is done.
 
     Raises:
