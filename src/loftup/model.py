@@ -220,7 +220,7 @@ class LoftUp(nn.Module):
                 ``features``. Where gradients of its own parameters are wanted, the map is kept for them.
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
-            memory: budget of working memory in bytes for inference, not counting the keys and values of the tokens;
+            memory: budget of working memory in bytes for inference, beside the tokens' keys and values and libraries' scratch;
                 None means 96 MiB on the CPU and 384 MiB on CUDA.
             backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.engines.explain`.
 
