@@ -220,8 +220,8 @@ class LoftUp(nn.Module):
                 ``features``. Where gradients of its own parameters are wanted, the map is kept for them.
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
-            memory: budget of working memory in bytes for inference, beside the tokens' keys and values and libraries' scratch;
-                None means 96 MiB on the CPU and 384 MiB on CUDA.
+            memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
+                libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA.
             backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.engines.explain`.
 
         Returns:
