@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from material import shared
+from material import randomised, shared
 from safetensors.torch import save_file
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, list_pretrained
@@ -171,6 +171,14 @@ def test_training_checkpoints_load(up, tmp_path):
         LoftUp.from_pretrained(tmp_path / "other.ckpt")
 
 
+def test_our_checkpoints_carry_the_config(tmp_path):
+    up = randomised(LoftUpConfig(24, heads=2, feature_frequencies=4))
+    torch.save({"state_dict": up.state_dict(), "loftup_config": up.config.to_dict(), "step": 3}, tmp_path / "step.pt")
+    loaded = LoftUp.from_pretrained(tmp_path / "step.pt")
+    assert loaded.config == up.config
+    assert same(loaded, up)
+
+
 class Danger:
     def __reduce__(self):
         return (print, ("this must never run",))
@@ -249,7 +257,7 @@ def test_bad_config_files(up, tmp_path, config, text):
 
 def test_a_bad_header_is_refused(up, tmp_path):
     save_file(up.state_dict(), tmp_path / "model.safetensors", {"loftup_config": json.dumps({"channels": 24, "a": 1})})
-    with pytest.raises(LoftUpError, match=r"the header of .* unknown keys \['a'\]"):
+    with pytest.raises(LoftUpError, match=r"the config in .* unknown keys \['a'\]"):
         LoftUp.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The command ``loftup``: demo, features, list."""
+"""The command ``loftup``: demo, features, list, masks, train."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .pictures import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 # What a user's files, names and machine can cause: LoftUpError is a ValueError, torch's out-of-memory a RuntimeError.
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loftup {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; files already written are whole, run again to resume" if arguments.command == "features" else ""
+        again = (
+            "; files already written are whole, run again to resume"
+            if arguments.command in ("features", "masks")
+            else ""
+        )
         print(f"\nloftup {arguments.command}: interrupted{again}", file=sys.stderr)
         return 130
 
@@ -64,6 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="published weights")
     listing.add_argument("--json", action="store_true", help="as JSON, with all fields")
     listing.set_defaults(run=_list)
+
+    masks = commands.add_parser("masks", help="make class-agnostic masks of pictures, to train on")
+    _add_mask_options(masks)
+    masks.set_defaults(run=_masks)
+
+    train = commands.add_parser("train", help="train an upsampler for a backbone")
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or a ready config such as quick_cpu")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replace values of it: optimizer.rate=1e-3")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    train.add_argument("--push-to-hub", metavar="REPO", help="upload the weights at the end; same as hub=REPO")
+    train.set_defaults(run=_train)
     return parser
 
 
@@ -94,6 +109,28 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", default="cpu", help="torch device (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="of the LoftUp network (default: %(default)s)")
+
+
+def _add_mask_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="pictures, and folders of them")
+    add("-o", "--output", type=Path, metavar="DIR", help="copy the pictures there, beside their masks; default: FOLDER")
+    maker = parser.add_mutually_exclusive_group()
+    maker.add_argument("--sam", metavar="MODEL", help="by a SAM model of transformers: name on the Hub, or folder")
+    maker.add_argument(
+        "--felzenszwalb", action="store_true", help="by Felzenszwalb's segments (the default: it needs no download)"
+    )
+    add("--scales", nargs="+", type=float, metavar="K", help="Felzenszwalb: sizes of segments (default: 300 600 1200)")
+    add("--sigma", type=float, metavar="S", help="Felzenszwalb: smoothing in pixels (default: 0.8)")
+    add("--min-size", type=_positive, metavar="N", help="Felzenszwalb: smallest segment in pixels (default: 100)")
+    add("--side", type=_positive, metavar="N", help="Felzenszwalb: short side to reduce pictures to (default: 480)")
+    add("--points-per-side", type=_positive, metavar="N", help="SAM: of the grid of prompts (default: 32)")
+    add("--points-per-batch", type=_positive, metavar="N", help="SAM: prompts decoded at once (default: 64)")
+    add("--pred-iou-threshold", type=float, metavar="T", help="SAM: lowest quality it gives itself (default: 0.88)")
+    add("--stability-threshold", type=float, metavar="T", help="SAM: lowest stability of a mask (default: 0.95)")
+    add("--device", default="cpu", help="SAM: torch device (default: %(default)s)")
+    add("--overwrite", action="store_true", help="make masks anew that are there already")
+    add("--preview", type=Path, metavar="DIR", help="write all pictures there with their masks in random colours")
 
 
 def _positive(text: str) -> int:
@@ -342,6 +379,20 @@ def _list(arguments: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _masks(arguments: argparse.Namespace) -> int:
+    from .train.masks_command import run
+
+    if arguments.sam:
+        _check_device(arguments.device)
+    return run(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .train.command import run
+
+    return run(arguments)
 
 
 if __name__ == "__main__":

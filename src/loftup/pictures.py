@@ -9,7 +9,9 @@ from .errors import LoftUpError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_suffix", "open_picture", "require_pillow", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "check_suffix", "open_picture", "require_pillow", "to_rgb"]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def open_picture(path: "str | os.PathLike[str]") -> "Image.Image":

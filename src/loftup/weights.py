@@ -181,7 +181,7 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
     """Read any layout in circulation into the keys ``upsampler.*`` and ``channelnorm.*``.
 
     Returns:
-        The state dict, and the config that our own safetensors files carry (None for others).
+        The state dict, and the config that our own safetensors files and checkpoints carry (None for others).
 
     Raises:
         LoftUpError: the file is truncated, unsafe, or not a state dict.
@@ -191,6 +191,8 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
         state, config = _read_safetensors(file)
     else:
         state = _read_pickle(file)
+        if METADATA_KEY in state:
+            config = _own_config(state[METADATA_KEY], file)
     if isinstance(state.get("state_dict"), dict):
         # A training checkpoint also holds the backbone (model.0.*), losses and downsamplers: not ours to load.
         nested: dict[str, Any] = state["state_dict"]
@@ -220,9 +222,16 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     if METADATA_KEY not in metadata:
         return state, None
     try:
-        return state, LoftUpConfig.from_dict(json.loads(metadata[METADATA_KEY])).to_dict()
+        return state, _own_config(json.loads(metadata[METADATA_KEY]), file)
+    except json.JSONDecodeError as error:
+        raise LoftUpError(f"the config in {file} is damaged: {error}") from error
+
+
+def _own_config(values: Any, file: Path) -> dict[str, Any]:
+    try:
+        return LoftUpConfig.from_dict(values).to_dict()
     except (TypeError, ValueError, AttributeError) as error:
-        raise LoftUpError(f"the header of {file} does not describe a LoftUp network: {error}") from error
+        raise LoftUpError(f"the config in {file} does not describe a LoftUp network: {error}") from error
 
 
 def _read_pickle(file: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Training LoftUp for any backbone: masks, objectives, engine. Needs ``pip install "loftup[train]"``."""

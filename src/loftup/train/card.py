@@ -1,0 +1,78 @@
+"""The model card of a finished run: what was trained, on what, how, and what came out."""
+
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from .. import __version__
+from ..errors import LoftUpError
+from ..hub import upload
+from ..model import LoftUpConfig
+from ..weights import CONFIG, SAFETENSORS, model_card
+from .config import TrainConfig, to_yaml
+
+__all__ = ["push", "training_card", "versions"]
+
+CARD = "README.md"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about the numbers."""
+    return {"loftup": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
+
+
+def training_card(
+    config: TrainConfig, up: LoftUpConfig, facts: Mapping[str, Any], measured: Mapping[str, float]
+) -> str:
+    """README.md of the weights: :func:`loftup.weights.model_card` and the recipe.
+
+    Args:
+        config: of the run.
+        up: of the network.
+        facts: rows of the first table, such as the number of pictures.
+        measured: last numbers of the validation; may be empty.
+    """
+    rows = {**facts, "versions": ", ".join(f"{name} {number}" for name, number in versions().items())}
+    parts = [
+        model_card(up, config.hub or Path(config.output).as_posix()).rstrip(),
+        "## Training",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
+    if measured:
+        parts += [
+            "Measured on held-out pictures after the last step (`loss`: squared distance to features interpolated "
+            "bicubically and refined by masks; `bicubic`: the same without the network; `ratio`: one over the other; "
+            "`miou` and so on: a linear probe, in percent):",
+            "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items()),
+        ]
+    parts += ["The whole config, to train the same again with `loftup train`:", f"```yaml\n{to_yaml(config)}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine(device: torch.device, processes: int) -> str:
+    """What the run ran on."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{processes} x {kind}" if processes > 1 else kind
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload weights, config and card of a run's folder, and nothing else; returns the commit's address.
+
+    Raises:
+        LoftUpError: the Hub refuses or cannot be reached; the folder is as it was.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in (SAFETENSORS, CONFIG, CARD):
+            shutil.copy(folder / name, temporary)
+        try:
+            return upload(temporary, repo, private=False, token=None, commit_message="Add LoftUp weights")
+        except LoftUpError as error:
+            raise LoftUpError(
+                f"{error}. The weights are in {folder}; push them with --resume --push-to-hub {repo}"
+            ) from error

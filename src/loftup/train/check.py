@@ -1,0 +1,151 @@
+"""Values that a training config may have."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LoftUpError
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+__all__ = ["check"]
+
+DISTANCES = ("affinity", "l2", "cosine")
+KINDS = ("auto", "sa1b", "shards", "labels", "images")
+
+
+def check(config: "TrainConfig") -> None:
+    """Raise LoftUpError for a value, or a pair of values, with which no run can start."""
+    model, data, objective, optimizer = config.model, config.data, config.objective, config.optimizer
+    validation, distillation, views = config.validation, objective.self_distillation, objective.multi_view
+
+    _choice("model.start", model.start, ("interpolator", "random"))
+    _choice("model.position_code", model.position_code, ("sine", "learnable"))
+    _choice("model.batch_norm", model.batch_norm, ("frozen", "batch"))
+    _choice("data.kind", data.kind, KINDS)
+    _choice("validation.kind", validation.kind, KINDS)
+    _choice("precision", config.precision, ("float32", "bfloat16"))
+    _choice("optimizer.schedule", optimizer.schedule, ("cosine", "constant"))
+    _choice("objective.self_distillation.distance", distillation.distance, DISTANCES)
+    _choice("objective.high_resolution.distance", objective.high_resolution.distance, DISTANCES)
+
+    for key, count in {
+        "steps": config.steps,
+        "batch": config.batch,
+        "accumulate": config.accumulate,
+        "save_every": config.save_every,
+        "keep": config.keep,
+        "log_every": config.log_every,
+        "model.heads": model.heads,
+        "model.blocks": model.blocks,
+        "model.lr_size": model.lr_size,
+        "objective.mask_bicubic.masks": objective.mask_bicubic.masks,
+        "objective.self_distillation.masks": distillation.masks,
+        "objective.self_distillation.crops": distillation.crops,
+        "objective.self_distillation.every": distillation.every,
+        "objective.multi_view.views": views.views,
+        "validation.images": validation.images,
+        "validation.size": validation.size,
+        "validation.every": validation.every,
+        "validation.pictures": validation.pictures,
+    }.items():
+        _range(key, count, 0 if key == "validation.pictures" else 1)
+    for key, number in {
+        "data.views": data.views,
+        "data.workers": data.workers,
+        "optimizer.warmup": optimizer.warmup,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "validation.probe_classes": validation.probe_classes,
+        "objective.mask_bicubic.weight": objective.mask_bicubic.weight,
+        "objective.self_distillation.weight": distillation.weight,
+        "objective.high_resolution.weight": objective.high_resolution.weight,
+        "objective.multi_view.weight": views.weight,
+        "objective.total_variation.weight": objective.total_variation.weight,
+    }.items():
+        _range(key, number, 0)
+    for key, share in {
+        "data.flip": data.flip,
+        "optimizer.final": optimizer.final,
+        "objective.mask_bicubic.alpha": objective.mask_bicubic.alpha,
+        "objective.self_distillation.alpha": distillation.alpha,
+        "objective.self_distillation.decay": distillation.decay,
+        "objective.multi_view.flip": views.flip,
+        "objective.multi_view.shift": views.shift,
+    }.items():
+        _range(key, share, 0, 1)
+    _above("optimizer.rate", optimizer.rate, 0)
+    if optimizer.clip is not None:
+        _above("optimizer.clip", optimizer.clip, 0)
+    if config.window is not None:
+        _range("window", config.window, 1)
+    if not 0 <= distillation.border < 0.5:
+        _refuse("objective.self_distillation.border", distillation.border, "a number in [0, 0.5)")
+    _range("objective.multi_view.zoom", views.zoom, 1)
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        _refuse("optimizer.betas", optimizer.betas, "two numbers in [0, 1)")
+    for key, values, least in (
+        ("data.sizes", data.sizes, 1),
+        ("objective.high_resolution.factors", objective.high_resolution.factors, 1),
+    ):
+        if not values or min(values) < least:
+            _refuse(key, values, f"one or more whole numbers of at least {least}")
+    for key, numbers in (("data.ratios", data.ratios), ("data.felzenszwalb", data.felzenszwalb)):
+        if not numbers or min(numbers) <= 0:
+            _refuse(key, numbers, "one or more numbers above 0")
+    _interval("data.scale", data.scale, 0, 1)
+    _interval("objective.self_distillation.zoom", distillation.zoom, 1, float("inf"))
+    for key, triple in (("backbone.mean", config.backbone.mean), ("backbone.std", config.backbone.std)):
+        if triple is not None and len(triple) != 3:
+            _refuse(key, triple, "three numbers")
+    _together(config)
+
+
+def _together(config: "TrainConfig") -> None:
+    model, data, objective = config.model, config.data, config.objective
+    if not data.path:
+        raise LoftUpError("data.path is empty, expected folders or shards of pictures: data.path=[FOLDER]")
+    weights = {name: getattr(objective, name).weight for name in vars(objective)}
+    if not any(weights.values()):
+        raise LoftUpError(
+            "all weights of the objective are 0; expected one above 0, such as objective.mask_bicubic.weight=1; the "
+            f"terms are {', '.join(weights)}"
+        )
+    if model.batch_norm == "batch" and config.window is not None:
+        raise LoftUpError(
+            f"model.batch_norm=batch with window={config.window}: the statistics of a window hold the mean of its "
+            "position code, so that the norm would take from every pixel where it is. Set model.batch_norm=frozen, or "
+            "window=null to see whole pictures"
+        )
+    if model.pretrained is None and model.start == "interpolator" and model.position_code != "sine":
+        raise LoftUpError("model.start=interpolator needs model.position_code=sine; set that, or model.start=random")
+    if data.cache is not None and not data.views:
+        raise LoftUpError(
+            "data.cache needs fixed crops, whose features come again: set data.views=8 or so, or no cache"
+        )
+    if config.validation.probe is not None and config.validation.probe_classes < 2:
+        _refuse("validation.probe_classes", config.validation.probe_classes, "the number of classes of the probe")
+
+
+def _choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        _refuse(key, value, f"one of {', '.join(choices)}")
+
+
+def _range(key: str, value: float, least: float, most: float = float("inf")) -> None:
+    if not least <= value <= most:
+        _refuse(key, value, f"at least {least}" if most == float("inf") else f"a number in [{least}, {most}]")
+
+
+def _above(key: str, value: float, bound: float) -> None:
+    if not bound < value < float("inf"):
+        _refuse(key, value, f"a finite number above {bound}")
+
+
+def _interval(key: str, value: Sequence[float], low: float, high: float) -> None:
+    if len(value) != 2 or not (low <= value[0] <= value[1] <= high) or value[1] <= 0 or value[0] <= 0:
+        limits = f"between {low} and {high}" if high < float("inf") else f"of at least {low}"
+        _refuse(key, value, f"two numbers [least, greatest] above 0 {limits}")
+
+
+def _refuse(key: str, value: Any, expected: str) -> None:
+    raise LoftUpError(f"{key} is {value!r}, expected {expected}; set it as {key}=... or in the YAML file")

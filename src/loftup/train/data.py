@@ -1,0 +1,357 @@
+"""Batches to train on: random views of pictures with masks, the same however many workers and processes make them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..backbones import Backbone
+from ..errors import LoftUpError
+from .cache import FeatureCache, open_cache
+from .config import TrainConfig
+from .plan import Plan, Region, View, check_geometry, draw_view, make_plan, seeded
+from .sources import ImageFolder, Masks, Picture, Several, Source, UnreadableError, open_source
+from .window import Box
+
+__all__ = ["Batch", "Crop", "Sample", "StepSampler", "TrainingViews", "collate", "loader", "open_data"]
+
+Place = tuple[int, int]  # step and slot
+ATTEMPTS = 10
+
+
+@dataclass
+class Crop:
+    """What the teacher sees.
+
+    Attributes:
+        image: (B, 3, S, S) float32 in [0, 1].
+        masks: B tensors (M, S, S) bool.
+        box: where it lies in the student's output, in pixels.
+    """
+
+    image: Tensor
+    masks: list[Tensor]
+    box: Box
+
+
+@dataclass
+class Batch:
+    """Views of B pictures, as far as the objective's terms need them.
+
+    Attributes:
+        step: of the optimizer.
+        names: of the pictures.
+        image: (B, 3, S, S) float32 in [0, 1], the student's.
+        guidance: (B, 3, O, O) float32 in [0, 1], the same view at the output's size.
+        masks: B tensors (M, O, O) bool; M is 0 where the objective takes no masks.
+        window: output pixels that the loss sees; None means all.
+        crops: the teacher's.
+        factor: k of the high-resolution consistency, 0 without it.
+        large: (B, 3, kS, kS), the view enlarged k times; or (B, 3, S, S), a part of it.
+        region: what ``large`` shows, in k-ths of feature cells.
+        features: the backbone's of ``image``, (C, h, w) each, where the cache has them; empty without a cache.
+        keys: of the pictures in the cache; empty without one.
+        unreadable: why pictures had to be replaced by others.
+        empty: pictures of which no view shows a mask, although the objective takes masks.
+    """
+
+    step: int
+    names: list[str]
+    image: Tensor
+    guidance: Tensor
+    masks: list[Tensor]
+    window: Box | None = None
+    crops: list[Crop] = field(default_factory=list)
+    factor: int = 0
+    large: Tensor | None = None
+    region: Box | None = None
+    features: list[Tensor | None] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    empty: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Number of pictures that had to be replaced."""
+        return len(self.unreadable)
+
+    def to(self, device: "torch.device | str") -> "Batch":
+        """The batch on a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        image = move(self.image)
+        return replace(
+            self,
+            image=image,
+            guidance=image if self.guidance is self.image else move(self.guidance),
+            masks=list(map(move, self.masks)),
+            crops=[replace(c, image=move(c.image), masks=list(map(move, c.masks))) for c in self.crops],
+            large=None if self.large is None else move(self.large),
+            features=[None if f is None else move(f) for f in self.features],
+        )
+
+
+@dataclass
+class Sample:
+    """One picture's part of a :class:`Batch`; tensors have no batch dimension."""
+
+    step: int
+    plan: Plan
+    name: str
+    image: Tensor
+    guidance: Tensor
+    masks: Tensor
+    crops: list[tuple[Tensor, Tensor]]
+    large: Tensor | None
+    features: Tensor | None
+    key: str | None
+    unreadable: list[str]
+    empty: bool
+
+
+class TrainingViews(Dataset[Sample]):
+    """Samples by step and slot, the number of the picture in the step's global batch.
+
+    Args:
+        source: of pictures with masks.
+        config: of the run.
+        patch_size: of the backbone.
+        world: number of processes.
+        cache: of the backbone's features.
+
+    Raises:
+        LoftUpError: sizes, ratios and window do not fit the patches (see :func:`loftup.train.plan.check_geometry`).
+    """
+
+    def __init__(
+        self, source: Source, config: TrainConfig, patch_size: int, world: int = 1, cache: FeatureCache | None = None
+    ) -> None:
+        check_geometry(config, patch_size)
+        self.source = source
+        self.config = config
+        self.patch_size = patch_size
+        self.cache = cache
+        self._batch = config.batch * config.accumulate * world
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch and its permutation of the pictures
+
+    def __getitem__(self, place: Place) -> Sample:
+        """Make the sample of (step, slot).
+
+        Raises:
+            LoftUpError: ten pictures in a row cannot be read.
+        """
+        step, slot = place
+        generator = seeded(self.config.seed, "slot", step, slot)
+        plan = make_plan(self.config, self.patch_size, step)
+        index, picture, unreadable = self._read(step, slot, generator)
+        height, width = picture.image.shape[1:]
+        view = draw_view(self.config, height, width, self._view_generator(index, generator))
+        distillation, bicubic = self.config.objective.self_distillation, self.config.objective.mask_bicubic
+        cut = _Cropper(picture, view)
+
+        whole, size, output = (0, 0, plan.output, plan.output), plan.size, plan.output
+        image = cut.image(whole, output, size)
+        guidance = image if output == size else cut.image(whole, output, output)
+        masks = torch.zeros(0, output, output, dtype=torch.bool)
+        if bicubic.weight:
+            masks = cut.masks(whole, output, output, bicubic.masks, generator)
+        crops = []
+        for box in plan.crops:
+            crop_masks = torch.zeros(0, size, size, dtype=torch.bool)
+            if distillation.refine:
+                crop_masks = cut.masks(box, output, size, distillation.masks, generator)
+            crops.append((cut.image(box, output, size), crop_masks))
+        takes_masks = bicubic.weight or (distillation.weight and distillation.refine)
+        shown = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
+        large = None
+        if plan.region is not None:
+            cells = plan.factor * size // self.patch_size
+            large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * self.patch_size)
+        key = self.cache.key(image) if self.cache else None
+        return Sample(
+            step=step,
+            plan=plan,
+            name=picture.name,
+            image=image,
+            guidance=guidance,
+            masks=masks,
+            crops=crops,
+            large=large,
+            features=self.cache.read(key) if self.cache and key else None,
+            key=key,
+            unreadable=unreadable,
+            empty=bool(takes_masks) and not shown,
+        )
+
+    def _read(self, step: int, slot: int, generator: torch.Generator) -> tuple[int, Picture, list[str]]:
+        epoch, position = divmod(step * self._batch + slot, len(self.source))
+        if self._order[0] != epoch:
+            permutation = torch.randperm(len(self.source), generator=seeded(self.config.seed, "epoch", epoch))
+            self._order = (epoch, permutation)
+        index = int(self._order[1][position])
+        reasons: list[str] = []
+        while len(reasons) < ATTEMPTS:
+            try:
+                return index, self.source.read(index, generator), reasons
+            except UnreadableError as error:
+                reasons.append(str(error))
+                index = int(torch.randint(len(self.source), (), generator=generator))
+        raise LoftUpError(f"{ATTEMPTS} pictures in a row cannot be read; the last: {reasons[-1]}. Check data.path")
+
+    def _view_generator(self, index: int, generator: torch.Generator) -> torch.Generator:
+        if not self.config.data.views:
+            return generator
+        number = int(torch.randint(self.config.data.views, (), generator=generator))
+        return seeded(self.config.seed, "view", index, number)
+
+
+class _Cropper:
+    """Cuts parts of a view out of a picture at any size, each from the picture itself."""
+
+    def __init__(self, picture: Picture, view: View) -> None:
+        from PIL import Image
+
+        self.picture = Image.fromarray(picture.image.permute(1, 2, 0).contiguous().numpy())
+        self.all_masks: Masks = picture.masks
+        self.view = view
+
+    def image(self, box: Region, whole: int, size: int) -> Tensor:
+        """The box of the view, whose side is ``whole``, as (3, size, size) float32 in [0, 1]; antialiased."""
+        from PIL import Image
+
+        top, left, bottom, right = self._region(box, whole)
+        resized = self.picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        image = torch.from_numpy(np.array(resized)).movedim(-1, 0).float() / 255
+        return image.flip(-1) if self.view.mirrored else image
+
+    def masks(self, box: Region, whole: int, size: int, limit: int, generator: torch.Generator) -> Tensor:
+        """The masks in that box as (M, size, size) bool; of more than ``limit`` a random choice, in their order."""
+        count = len(self.all_masks)
+        keep: Sequence[int] | None = None
+        if count > limit:
+            keep = torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
+        top, left, bottom, right = self._region(box, whole)
+        rows, columns = _whole(top, bottom, self.picture.height), _whole(left, right, self.picture.width)
+        masks = self.all_masks.crop((rows[0], columns[0], rows[1], columns[1]), (size, size), keep)
+        return masks.flip(-1) if self.view.mirrored else masks
+
+    def _region(self, box: Region, whole: int) -> Region:
+        top, left, bottom, right = self.view.region(box, whole)
+        # Rounding may lead a hair's breadth out of the picture.
+        return max(top, 0.0), max(left, 0.0), min(bottom, self.picture.height), min(right, self.picture.width)
+
+
+def _whole(low: float, high: float, length: int) -> tuple[int, int]:
+    """The nearest whole pixels, at least one, within a picture's length."""
+    first = min(round(low), length - 1)
+    return first, max(round(high), first + 1)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put the samples of one step together."""
+    first = samples[0]
+    crops = [
+        Crop(
+            image=torch.stack([sample.crops[index][0] for sample in samples]),
+            masks=[sample.crops[index][1] for sample in samples],
+            box=box,
+        )
+        for index, box in enumerate(first.plan.crops)
+    ]
+    image = torch.stack([sample.image for sample in samples])
+    same = first.plan.output == first.plan.size
+    large = [sample.large for sample in samples if sample.large is not None]
+    keys = [sample.key for sample in samples if sample.key is not None]
+    return Batch(
+        step=first.step,
+        names=[sample.name for sample in samples],
+        image=image,
+        guidance=image if same else torch.stack([sample.guidance for sample in samples]),
+        masks=[sample.masks for sample in samples],
+        window=first.plan.window,
+        crops=crops,
+        factor=first.plan.factor,
+        large=torch.stack(large) if large else None,
+        region=first.plan.region,
+        features=[sample.features for sample in samples] if keys else [],
+        keys=keys,
+        unreadable=[reason for sample in samples for reason in sample.unreadable],
+        empty=sum(sample.empty for sample in samples),
+    )
+
+
+class StepSampler(Sampler[list[Place]]):
+    """Lists of (step, slot), one for every micro-batch of a process.
+
+    Args:
+        config: of the run.
+        first_step: to begin with; what came before a resumed run's checkpoint is left out.
+        rank: number of this process.
+        world: number of processes.
+    """
+
+    def __init__(self, config: TrainConfig, first_step: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.config, self.first_step, self.rank, self.world = config, first_step, rank, world
+
+    def __len__(self) -> int:
+        return max(0, self.config.steps - self.first_step) * self.config.accumulate
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        batch = self.config.batch
+        for step in range(self.first_step, self.config.steps):
+            for micro in range(self.config.accumulate):
+                start = (micro * self.world + self.rank) * batch
+                yield [(step, start + index) for index in range(batch)]
+
+
+def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source:
+    """Open folders or shards as one source of pictures.
+
+    Args:
+        path: one or several.
+        kind: as :func:`loftup.train.sources.open_source` takes it.
+        scales: of Felzenszwalb's masks made on the fly.
+
+    Raises:
+        LoftUpError: no path is given, or see :func:`loftup.train.sources.open_source`.
+    """
+    if not path:
+        raise LoftUpError("no data: data.path is empty; expected a folder of pictures or shards, or several")
+    sources = [open_source(folder, kind) for folder in path]
+    for source in sources:
+        if isinstance(source, ImageFolder):
+            source.scales = list(scales)
+    return sources[0] if len(sources) == 1 else Several(sources)
+
+
+def loader(
+    config: TrainConfig, backbone: Backbone, first_step: int = 0, rank: int = 0, world: int = 1
+) -> "DataLoader[Sample]":
+    """Batches of one process from a step on, each a :class:`Batch` on the CPU.
+
+    Args:
+        config: of the run.
+        backbone: tells the patch size, and for the cache its identity.
+        first_step: to begin with.
+        rank: number of this process.
+        world: number of processes.
+
+    Raises:
+        LoftUpError: the data cannot be opened, or the geometry does not fit the backbone.
+    """
+    source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb)
+    views = TrainingViews(source, config, backbone.patch_size, world, open_cache(config, backbone))
+    return DataLoader(
+        views,
+        batch_sampler=StepSampler(config, first_step, rank, world),
+        collate_fn=collate,
+        num_workers=config.data.workers,
+        persistent_workers=config.data.workers > 0,
+        # Its own, so that making an iterator leaves the global random state alone.
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,394 @@
+"""Training: one process or many, on whatever device there is, stopped and resumed at will."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoftUpError
+from ..model import LoftUp, LoftUpConfig
+from .build import build_backbone, build_upsampler, calibrate
+from .card import CARD, machine, push, training_card, versions
+from .check import check
+from .checkpoint import prune, random_states, restore_random_states, save_checkpoint, step_file
+from .config import OptimizerConfig, TrainConfig
+from .data import Batch, loader
+from .distributed import Processes, synchronise_batch_norm
+from .folder import open_folder
+from .logs import Board, Table
+from .signals import Interrupted, StopSignal, ignore_signals
+from .terms import Objective
+from .validation import LinearProbe, Validation, save_picture
+
+__all__ = ["Interrupted", "learning_rate", "train"]
+
+log = logging.getLogger("loftup")
+STREAK = 20  # steps in a row without a finite loss and gradient that end a run
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of a step: a linear warm-up, then constant or half a cosine down to ``final`` of the highest.
+
+    Args:
+        config: of the optimizer.
+        step: 0 .. steps - 1.
+        steps: of the run.
+    """
+    if step < config.warmup:
+        return config.rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.rate
+    progress = (step - config.warmup) / max(1, steps - config.warmup - 1)
+    return config.rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * min(1, progress))) / 2)
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train an upsampler for a backbone (paper section 3.2).
+
+    Works alone and in every process of ``torchrun`` or ``accelerate launch``; takes a GPU where there is one. In the
+    folder ``config.output`` it writes the config (train.yaml), checkpoints/, log.csv, validation.csv, tensorboard/,
+    pictures/ and at the end model.safetensors, config.json and README.md, which :meth:`loftup.LoftUp.from_pretrained`
+    reads. SIGINT and SIGTERM stop it after the step at hand, saved. Global random generators are seeded.
+
+    Args:
+        config: of the run.
+        resume: go on from the last checkpoint in the folder, exactly as if there had been no break; begin anew where
+            there is none.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        LoftUpError: the config cannot be used, the folder holds a run already, the data cannot be read, the disk is
+            full, or the loss is not finite any more; the text says what to do.
+        Interrupted: a signal came; the text says how to go on.
+    """
+    check(config)
+    processes = Processes()
+    run = _Run(config, processes, resume)
+    try:
+        with StopSignal("stopping after this step" if processes.main else "") as stop:
+            run.steps(stop)
+        run.finish()
+    except Interrupted:
+        processes.end()
+        raise
+    finally:
+        run.close()
+    processes.end()
+    return run.folder
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What a checkpoint says of a run beside weights and random states."""
+
+    step: int = 0
+    best: float = math.inf
+    seconds: float = 0.0
+    unreadable: int = 0
+    empty: int = 0
+    nonfinite: int = 0
+    streak: int = 0  # steps without a finite loss since the last finite one
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # since the last line of the log
+    summed: int = 0
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, processes: Processes, resume: bool) -> None:
+        self.config, self.processes, self.warned = config, processes, 0
+        self.folder = Path(config.output).expanduser()
+        pictures = config.batch * config.accumulate * processes.world
+        state = processes.from_main(lambda: open_folder(config, pictures, resume))
+        if resume and not state:
+            processes.say(f"no checkpoint in {self.folder} to resume from: a new run")
+        processes.seed(config.seed)
+        backbone = processes.main_first(lambda: build_backbone(config)).to(processes.device)
+        # A resumed run gets its weights from the checkpoint; what it started from need not be there any more.
+        known = LoftUpConfig.from_dict(state["loftup_config"]) if state else None
+        up = LoftUp(known) if known else build_upsampler(config, backbone)
+        up.to(processes.device).activation_checkpointing = config.checkpointing
+        self.progress = _Progress(**state["progress"]) if state else _Progress()
+        random = config.model.pretrained is None and config.model.start == "random"
+        if random and not state and config.model.batch_norm == "frozen":
+            calibrate(up, config, backbone)
+        if config.model.batch_norm == "batch" and processes.world > 1:
+            synchronise_batch_norm(up)
+        self.objective = Objective(config, up, backbone)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            optimizer.rate,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            weight_decay=optimizer.weight_decay,
+        )
+        self.loader = loader(config, backbone, self.progress.step, processes.rank, processes.world)
+        self.loader.worker_init_fn = ignore_signals
+        self.pictures = len(self.loader.dataset.source)  # type: ignore[attr-defined]
+        self._open_validation(backbone)
+        self._open_logs()
+        if state:
+            self._load(state)
+        self.model = processes.prepare(self.objective)
+        if config.compile:
+            for network in filter(None, (self.objective.up, self.objective.teacher)):
+                network.upsampler.ca_transformer.compile()
+                network.upsampler.final_conv.compile()
+        self._announce(backbone, "going on" if state else "starting")
+
+    def _open_validation(self, backbone: Any) -> None:
+        self.validation = self.probe = None
+        if self.config.validation.path:
+            self.validation = Validation(self.config, backbone, self.processes.rank, self.processes.world)
+            self._warn_of(self.validation.unreadable)
+        if self.config.validation.probe and self.processes.main:
+            self.probe = LinearProbe(self.config, backbone)
+            self._warn_of(self.probe.unreadable)
+            self.bilinear = {f"bilinear_{name}": value for name, value in self.probe.bilinear().items()}
+
+    def _open_logs(self) -> None:
+        if self.processes.main:
+            self.table = Table(self.folder / "log.csv", self.progress.step)
+            self.measurements = Table(self.folder / "validation.csv", self.progress.step)
+            self.board = Board(self.folder / "tensorboard", self.progress.step)
+
+    def _announce(self, backbone: Any, what: str) -> None:
+        config, up = self.config, self.objective.up.config
+        trained = sum(p.numel() for p in self.parameters)
+        window = f"windows of {config.window} pixels" if config.window else "whole pictures"
+        batch = f"{config.batch} pictures x {config.accumulate} x {self.processes.world} processes"
+        name = backbone.name or config.backbone.name
+        self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
+        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, width {up.width}, {self._start()}")
+        self.processes.say(f"pictures   {self.pictures} of {', '.join(config.data.path)}; {batch} a step, {window}")
+        on = machine(self.processes.device, self.processes.world)
+        self.processes.say(f"device     {self.processes.device} ({on}), {config.precision}")
+        self.processes.say(f"{what} at step {self.progress.step} of {config.steps}, in {self.folder}")
+
+    def _start(self) -> str:
+        return (
+            f"from {self.config.model.pretrained}"
+            if self.config.model.pretrained
+            else f"{self.config.model.start} start"
+        )
+
+    def steps(self, stop: StopSignal) -> None:
+        """Train to the last step, or until a signal comes."""
+        from tqdm import tqdm
+
+        config, progress = self.config, self.progress
+        batches: Iterator[Batch] = iter(self.loader)
+        hidden = None if self.processes.main else True
+        started = time.perf_counter()
+        with tqdm(initial=progress.step, total=config.steps, unit="step", disable=hidden) as bar:
+            while progress.step < config.steps:
+                number = self._step(batches, stop)
+                now = time.perf_counter()
+                progress.seconds, started = progress.seconds + now - started, now
+                bar.update()
+                last = progress.step == config.steps
+                if progress.step % config.log_every == 0 or last:
+                    bar.set_postfix(self._log(bar.format_dict["rate"]), refresh=False)
+                best = False
+                if progress.step % config.validation.every == 0 or last:
+                    best = self._validate()
+                if best or progress.step % config.save_every == 0 or last or number:
+                    self._save(best)
+                if number and not last:
+                    raise Interrupted(
+                        f"stopped by {signal.Signals(number).name} after step {progress.step} of {config.steps}, saved "
+                        f"in {self.folder}; the same command with --resume goes on",
+                        number,
+                    )
+
+    def _step(self, batches: Iterator[Batch], stop: StopSignal) -> int:
+        """One step of the optimizer; returns the number of a signal that any process has got, or 0."""
+        config, progress = self.config, self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, progress.step, config.steps)
+        # Batch statistics move in the forward pass; a step that is not taken must not leave them spoilt.
+        before = [(buffer, buffer.clone()) for buffer in self.objective.up.buffers()]
+        sums: dict[str, Tensor] = {}
+        counts = Counter(unreadable=0, empty=0)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in range(config.accumulate):
+            batch = next(batches).to(self.processes.device)
+            self._warn_of(batch.unreadable)
+            counts.update(unreadable=batch.skipped, empty=batch.empty)
+            last = micro == config.accumulate - 1
+            # Gradients of several processes are averaged once a step.
+            with contextlib.nullcontext() if last else self.processes.no_sync(self.model):
+                with self._autocast():
+                    loss, parts = self.model(batch)
+                (loss / config.accumulate).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0) + value / config.accumulate
+        norm = self.processes.clip(self.parameters, config.optimizer.clip)
+        names = list(sums)
+        signals = [signal.SIGTERM, signal.SIGINT]
+        told = [*counts.values(), *(float(stop.number == number) for number in signals)]
+        packed = torch.cat([torch.stack([sums[name].float() for name in names]), norm.new_tensor(told)])
+        total = self.processes.total(packed).tolist()
+        mean = {name: value / self.processes.world for name, value in zip(names, total, strict=False)}
+        mean["gradient"] = float(norm)
+        progress.unreadable += int(total[len(names)])
+        progress.empty += int(total[len(names) + 1])
+        if math.isfinite(mean["loss"]) and math.isfinite(mean["gradient"]):
+            self.optimizer.step()
+            progress.streak, progress.summed = 0, progress.summed + 1
+            progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in mean.items()}
+        else:
+            for buffer, value in before:
+                buffer.copy_(value)
+            self._count_nonfinite(mean)
+        self.objective.after_step(progress.step)
+        progress.step += 1
+        return next((number for number, count in zip(signals, total[-2:], strict=True) if count), 0)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _count_nonfinite(self, mean: dict[str, float]) -> None:
+        progress = self.progress
+        progress.nonfinite, progress.streak = progress.nonfinite + 1, progress.streak + 1
+        terms = ", ".join(f"{name} {value:g}" for name, value in mean.items() if name != "bicubic")
+        if progress.nonfinite <= 3:
+            log.warning("step %d is left out, for it is not finite: %s", progress.step + 1, terms)
+        if progress.streak == STREAK:
+            raise LoftUpError(
+                f"{STREAK} steps in a row were not finite (the last, {progress.step + 1}: {terms}). Go on from "
+                "the last checkpoint with a lower optimizer.rate, more optimizer.warmup, a smaller optimizer.clip or "
+                "precision=float32: in a new folder, with model.pretrained=CHECKPOINT"
+            )
+
+    def _warn_of(self, unreadable: list[str]) -> None:
+        """Say why pictures were left out, the first times."""
+        for reason in unreadable:
+            if self.warned < 5:
+                self.warned += 1
+                log.warning(
+                    "a picture is left out: %s%s", reason, "; further ones are only counted" * (self.warned == 5)
+                )
+
+    def _log(self, rate: float | None) -> dict[str, str]:
+        """Write a line of the log; returns what the progress bar shows."""
+        progress = self.progress
+        means = {name: value / progress.summed for name, value in progress.sums.items()}
+        progress.sums, progress.summed = {}, 0
+        if not self.processes.main:
+            return {}
+        counts = {name: getattr(progress, name) for name in ("unreadable", "empty", "nonfinite")}
+        used = learning_rate(self.config.optimizer, progress.step - 1, self.config.steps)
+        if means:
+            self.table.add({"step": progress.step, "rate": used, **means, **counts})
+            self.board.add("train", {**means, "rate": used, **counts}, progress.step)
+        if rate:
+            pictures = rate * self.config.batch * self.config.accumulate * self.processes.world
+            self.board.add("speed", {"steps per second": rate, "pictures per second": pictures}, progress.step)
+        return {"loss": f"{means['loss']:.4g}"} if means else {}
+
+    def _validate(self) -> bool:
+        """Measure and draw; returns whether the loss is the lowest so far."""
+        if self.validation is None and not self.config.validation.probe:
+            return False
+        up, progress, found = self.objective.up, self.progress, dict[str, float]()
+        up.eval()
+        if self.validation is not None:
+            own, bicubic, count = self.processes.total(self.validation.measure(up)).tolist()
+            found = {"loss": own / count, "bicubic": bicubic / count, "ratio": own / bicubic}
+            if self.config.validation.pictures and self.processes.main:
+                picture = self.validation.picture(up, self.objective.teacher)
+                save_picture(picture, self.folder / "pictures" / f"step_{progress.step:06d}.png")
+                self.board.picture("features", picture, progress.step)
+        if self.probe is not None:
+            found |= {**self.probe.measure(up), **self.bilinear}
+        self.objective.train()
+        progress.measured = found
+        if self.processes.main:
+            self.measurements.add({"step": progress.step, **found})
+            self.board.add("validation", found, progress.step)
+            self.processes.say(f"step {progress.step}: {', '.join(f'{name} {v:.4g}' for name, v in found.items())}")
+        best = found.get("loss", math.inf) < progress.best
+        progress.best = min(progress.best, found.get("loss", math.inf))
+        return best
+
+    def _save(self, best: bool) -> None:
+        states = self.processes.gather(random_states())
+        self.processes.from_main(lambda: self._write(states, best))
+
+    def _write(self, states: list[Any], best: bool) -> None:
+        objective = self.objective.state_dict()
+        folder = self.folder / "checkpoints"
+        state = {
+            "step": self.progress.step,
+            # Under this name LoftUp.from_pretrained finds the student in a checkpoint.
+            "state_dict": {key[3:]: value for key, value in objective.items() if key.startswith("up.")},
+            "objective": {key: value for key, value in objective.items() if not key.startswith("up.")},
+            "optimizer": self.optimizer.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "random": states,
+            "config": dataclasses.asdict(self.config),
+            "pictures": self.config.batch * self.config.accumulate * self.processes.world,
+            "seed": self.config.seed,
+            "versions": versions(),
+            "loftup_config": self.objective.up.config.to_dict(),
+        }
+        if best:
+            save_checkpoint(folder / "best.pt", state)
+        save_checkpoint(step_file(folder, self.progress.step), state)
+        prune(folder, self.config.keep)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        weights = {f"up.{key}": value for key, value in state["state_dict"].items()} | state["objective"]
+        self.objective.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["random"]) == self.processes.world:
+            restore_random_states(state["random"][self.processes.rank])
+
+    def finish(self) -> None:
+        """Write the weights and their card, and push them."""
+        self.processes.from_main(self._export)
+
+    def _export(self) -> None:
+        up, progress, config = self.objective.up, self.progress, self.config
+        facts = {
+            "pictures": f"{self.pictures} of {', '.join(config.data.path)}",
+            "start": self._start(),
+            "steps": f"{progress.step} of {config.batch * config.accumulate * self.processes.world} pictures each",
+            "device": machine(self.processes.device, self.processes.world),
+            "time": f"{progress.seconds / 60:.1f} minutes, validation included",
+            "unreadable pictures replaced": progress.unreadable,
+            "pictures without masks": progress.empty,
+            "steps left out as not finite": progress.nonfinite,
+        }
+        try:
+            up.save_pretrained(self.folder)
+            (self.folder / CARD).write_text(training_card(config, up.config, facts, progress.measured), "utf-8")
+        except OSError as error:
+            raise LoftUpError(
+                f"cannot write the weights to {self.folder}: {error}; the last checkpoint holds them: free some space "
+                "and run again with --resume"
+            ) from error
+        self.processes.say(
+            f"{progress.unreadable} unreadable pictures replaced, {progress.empty} pictures without masks, "
+            f"{progress.nonfinite} steps left out as not finite"
+        )
+        self.processes.say(f"finished: LoftUp.from_pretrained({str(self.folder)!r})")
+        if config.hub:
+            self.processes.say(f"pushed to {push(self.folder, config.hub)}")
+
+    def close(self) -> None:
+        """Close the logs."""
+        if self.processes.main and hasattr(self, "board"):
+            self.board.close()

@@ -1,0 +1,177 @@
+"""What is drawn at random for a step, and where the views lie: functions of seed, step and picture alone.
+
+Nothing here depends on what was drawn before, so that a run resumes exactly, worker processes do not matter, and many
+processes see what one with the whole batch would see.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from ..errors import LoftUpError
+from .config import TrainConfig
+from .window import Box
+
+__all__ = ["Plan", "View", "check_geometry", "draw_view", "make_plan", "seeded"]
+
+T = TypeVar("T")
+Region = tuple[float, float, float, float]  # top, left, bottom, right
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A generator whose state follows from ``key`` alone: the seed, what it is for, step, slot."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all pictures of a step share.
+
+    Attributes:
+        size: side S of the backbone's square input in pixels.
+        output: side O of the student's output in pixels.
+        window: output pixels that the loss sees, whole feature cells; None means all.
+        crops: of the teacher, squares in output pixels.
+        factor: k of the high-resolution consistency; 0 without it.
+        region: what the backbone sees enlarged k times, in k-ths of feature cells; None without it.
+    """
+
+    size: int
+    output: int
+    window: Box | None
+    crops: tuple[Box, ...]
+    factor: int
+    region: Box | None
+
+
+def make_plan(config: TrainConfig, patch_size: int, step: int) -> Plan:
+    """Draw what the pictures of a step share; every part has a generator of its own.
+
+    Args:
+        config: whose geometry :func:`check_geometry` has accepted.
+        patch_size: of the backbone.
+        step: of the optimizer.
+    """
+    size = _choice(config.data.sizes, seeded(config.seed, "size", step))
+    output = round(size * _choice(config.data.ratios, seeded(config.seed, "ratio", step)))
+    cells = size // patch_size
+    window, seen = None, None  # the latter in cells
+    if config.window is not None and (side := max(1, round(config.window * cells / output))) < cells:
+        seen = _square(side, cells, seeded(config.seed, "window", step))
+        top, left, bottom, right = (edge * (output // cells) for edge in seen)
+        window = (top, left, bottom, right)
+
+    crops = []
+    distillation = config.objective.self_distillation
+    if distillation.weight:
+        generator = seeded(config.seed, "crops", step)
+        for _ in range(distillation.crops):
+            zoom = _uniform(distillation.zoom, generator)
+            crops.append(_square(round(output / zoom), output, generator))
+
+    factor, region = 0, None
+    consistency = config.objective.high_resolution
+    if consistency.weight:
+        generator = seeded(config.seed, "high resolution", step)
+        factor = _choice(consistency.factors, generator)
+        region = (0, 0, factor * cells, factor * cells)
+        if consistency.crop:
+            region = _surroundings(seen, cells, factor, generator)
+    return Plan(size, output, window, tuple(crops), factor, region)
+
+
+def _surroundings(window: Box | None, cells: int, factor: int, generator: torch.Generator) -> Box:
+    """The square of ``cells`` k-ths of cells around a window given in cells; anywhere if there is none."""
+    last = (factor - 1) * cells
+    if window is None:
+        places = -(-last // factor) + 1  # whole cells, and the far end
+        top, left = (min(factor * int(torch.randint(places, (), generator=generator)), last) for _ in range(2))
+    else:
+        top, left = (
+            min(max((factor * (low + high) - cells) // 2, 0), last)
+            for low, high in ((window[0], window[2]), (window[1], window[3]))
+        )
+    return top, left, top + cells, left + cells
+
+
+@dataclass(frozen=True)
+class View:
+    """A square of a picture, in its pixels and fractions of them, seen mirrored or not."""
+
+    top: float
+    left: float
+    side: float
+    mirrored: bool
+
+    def region(self, box: Region, size: float) -> Region:
+        """Where a box of the view, the view being ``size`` units wide, lies in the picture."""
+        top, left, bottom, right = (self.side * edge / size for edge in box)
+        if self.mirrored:
+            left, right = self.side - right, self.side - left
+        return self.top + top, self.left + left, self.top + bottom, self.left + right
+
+
+def draw_view(config: TrainConfig, height: int, width: int, generator: torch.Generator) -> View:
+    """Draw a square crop of a picture of a size; it may be mirrored."""
+    side = min(height, width) * _uniform(config.data.scale, generator)
+    top, left = (_uniform((0, n - side), generator) for n in (height, width))
+    return View(top, left, side, bool(torch.rand((), generator=generator) < config.data.flip))
+
+
+def check_geometry(config: TrainConfig, patch_size: int) -> None:
+    """Raise LoftUpError unless sizes, ratios, window and views fit a backbone's patches and each other."""
+    data, objective = config.data, config.objective
+    for size in data.sizes:
+        if size < patch_size or size % patch_size:
+            near = [n * patch_size for n in (size // patch_size, size // patch_size + 1) if n]
+            raise LoftUpError(
+                f"data.sizes holds {size}; expected multiples of the backbone's patch size {patch_size}, such as "
+                f"{' or '.join(map(str, near))}"
+            )
+    terms = {
+        "window": config.window,
+        "objective.high_resolution": objective.high_resolution.weight,
+        "objective.multi_view": objective.multi_view.weight,
+    }
+    whole = [name for name, on in terms.items() if on]
+    for size, ratio in itertools.product(data.sizes, data.ratios):
+        output, cells = round(size * ratio), size // patch_size
+        if output < cells:
+            raise LoftUpError(f"data.ratios holds {ratio:g}, which makes the output coarser than the features")
+        if whole and output % cells:
+            raise LoftUpError(
+                f"data.ratios holds {ratio:g}, which at {size} gives {output / cells:g} output pixels for a feature "
+                f"cell of {patch_size}; whole ones are needed for {' and '.join(whole)}: take whole multiples of "
+                f"1/{patch_size}"
+            )
+    if objective.high_resolution.weight:
+        finest = min(data.ratios) * patch_size
+        if (factor := max(objective.high_resolution.factors)) > finest:
+            raise LoftUpError(
+                f"objective.high_resolution.factors holds {factor}, a target finer than the output, which has "
+                f"{finest:g} pixels for a feature cell; take smaller factors or larger data.ratios"
+            )
+    if objective.self_distillation.weight and max(data.ratios) > (zoom := min(objective.self_distillation.zoom)):
+        raise LoftUpError(
+            f"data.ratios holds {max(data.ratios):g} and objective.self_distillation.zoom begins at {zoom:g}: the "
+            "teacher's output of a crop would be coarser than the student's; zoom must be at least the ratio"
+        )
+
+
+def _choice(values: Sequence[T], generator: torch.Generator) -> T:
+    return values[int(torch.randint(len(values), (), generator=generator))]
+
+
+def _uniform(bounds: Sequence[float], generator: torch.Generator) -> float:
+    low, high = bounds
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _square(side: int, whole: int, generator: torch.Generator) -> Box:
+    top, left = (int(torch.randint(whole - side + 1, (), generator=generator)) for _ in range(2))
+    return top, left, top + side, left + side

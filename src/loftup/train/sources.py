@@ -1,0 +1,331 @@
+"""Pictures with class-agnostic masks from the kinds of data that people have; map-style and without state."""
+
+import dataclasses
+import inspect
+import logging
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import LoftUpError
+from ..pictures import IMAGE_SUFFIXES
+from .folders import by_stem, find_files, find_pictures, read_picture, stem_of
+from .masks import SCALES, felzenszwalb_map
+from .regions import LabelMap, Masks, Picture, RleMasks, UnreadableError
+from .sa1b import read_sa1b
+from .shards import SA1BShards, is_pattern
+
+__all__ = [
+    "ImageFolder",
+    "LabelFolder",
+    "LabelMap",
+    "Masks",
+    "Picture",
+    "RleMasks",
+    "SA1BFolder",
+    "SA1BShards",
+    "Several",
+    "Source",
+    "UnreadableError",
+    "open_source",
+]
+
+log = logging.getLogger("loftup")
+
+
+class Source(Protocol):
+    """Pictures by number; the same index and state of the generator give the same picture and masks."""
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+
+    def read(self, index: int, generator: torch.Generator) -> Picture:
+        """Read one picture.
+
+        Args:
+            index: 0 to ``len(self) - 1``.
+            generator: decides what is random, such as which of several label maps is taken.
+
+        Raises:
+            UnreadableError: a file of the picture is damaged, or its masks do not fit it.
+            IndexError: there is no such picture.
+        """
+
+
+class SA1BFolder:
+    """A folder, and folders below it, of pictures with ``NAME.json`` beside them in SA-1B's layout.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        LoftUpError: there is no such folder, no picture has a json, or two pictures share one.
+    """
+
+    def __init__(self, path: "str | os.PathLike[str]") -> None:
+        self.path = Path(path).expanduser()
+        pictures = find_pictures(self.path)
+        jsons = {stem_of(name) for name in find_files(self.path, [".json"])}
+        mine = by_stem([name for name in pictures if stem_of(name) in jsons], self.path)
+        if not mine:
+            raise LoftUpError(
+                f"none of the {len(pictures)} pictures in {self.path} has a NAME.json beside it; make masks with: "
+                f"loftup masks {self.path}"
+            )
+        _say_left_out(self.path, "pictures without a json", len(pictures) - len(mine))
+        _say_left_out(self.path, "json files without a picture", len(jsons) - len(mine))
+        self._names = np.array(list(mine.values()))  # one block of memory, which worker processes share as it is
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int, generator: torch.Generator) -> Picture:
+        """See :meth:`Source.read`."""
+        name = _at(self._names, index)
+        path = self.path / name
+        image, annotations = read_picture(path), path.with_suffix(".json")
+        try:
+            content = annotations.read_bytes()
+        except OSError as error:
+            raise UnreadableError(f"cannot read {annotations}: {error.strerror}") from error
+        return read_sa1b(name, image, content, str(annotations))
+
+
+class LabelFolder:
+    """A folder, and folders below it, of pictures with label maps: every label of a map is one mask.
+
+    Beside ``NAME.jpg`` (or another suffix) lies ``NAME.png``, or ``NAME.segK.png`` for every K of several maps, of
+    which one is picked at random. A label map has one channel of 8 or 16 bits, or a palette whose indices are the
+    labels.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        LoftUpError: there is no such folder, no picture has a label map, or it cannot be told what belongs together.
+    """
+
+    def __init__(self, path: "str | os.PathLike[str]") -> None:
+        self.path = Path(path).expanduser()
+        maps, alone = _label_maps(find_files(self.path, IMAGE_SUFFIXES), self.path)
+        if not maps:
+            raise LoftUpError(
+                f"none of the {len(alone)} pictures in {self.path} has a label map NAME.png or NAME.segK.png beside it"
+            )
+        _say_left_out(self.path, "pictures without a partner (picture or label map)", len(alone))
+        self._names = np.array(list(maps))
+        self._maps = np.array(["\n".join(names) for names in maps.values()])  # one block of memory, too
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int, generator: torch.Generator) -> Picture:
+        """See :meth:`Source.read`."""
+        name, maps = _at(self._names, index), str(self._maps[index]).split("\n")
+        image = read_picture(self.path / name)
+        path = self.path / maps[_pick(len(maps), generator)]
+        labels = _read_labels(path)
+        if labels.shape != image.shape[1:]:
+            raise UnreadableError(
+                f"{path} has {labels.shape[0]}x{labels.shape[1]} labels, {name} has "
+                f"{image.shape[1]}x{image.shape[2]} pixels; expected the same size"
+            )
+        return Picture(name, image, LabelMap(labels))
+
+
+class ImageFolder:
+    """A folder, and folders below it, of plain pictures; masks are Felzenszwalb's at a scale picked at random.
+
+    They are made on the fly, a fifth of a second for a picture of 320x480; for many epochs they are better made once,
+    with ``loftup masks``.
+
+    Args:
+        path: of the folder.
+        scales: see :func:`loftup.train.masks.felzenszwalb_map`, as for the others.
+        sigma: smoothing, in pixels.
+        min_size: pixels that a segment has at least.
+        side: short side that a larger picture is segmented at.
+
+    Raises:
+        LoftUpError: there is no such folder or no picture in it.
+        ValueError: no scale is given.
+    """
+
+    def __init__(
+        self,
+        path: "str | os.PathLike[str]",
+        scales: Sequence[float] = SCALES,
+        *,
+        sigma: float = 0.8,
+        min_size: int = 100,
+        side: int = 480,
+    ) -> None:
+        if not scales:
+            raise ValueError("no scale given")
+        self.path, self.scales = Path(path).expanduser(), list(scales)
+        self.options: dict[str, Any] = {"sigma": sigma, "min_size": min_size, "side": side}
+        self._names = np.array(find_pictures(self.path))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int, generator: torch.Generator) -> Picture:
+        """See :meth:`Source.read`."""
+        name = _at(self._names, index)
+        image = read_picture(self.path / name)
+        scale = self.scales[_pick(len(self.scales), generator)]
+        return Picture(name, image, felzenszwalb_map(image, scale, **self.options))
+
+
+class Several:
+    """Sources one after another; pictures are named by the number of their source and their name in it.
+
+    Raises:
+        ValueError: no source is given.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        if not sources:
+            raise ValueError("no source given")
+        self.sources = list(sources)
+        self._ends = list(accumulate(map(len, self.sources)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int, generator: torch.Generator) -> Picture:
+        """See :meth:`Source.read`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no picture {index}, there are {len(self)}")
+        number = bisect_right(self._ends, index)
+        start = self._ends[number - 1] if number else 0
+        picture = self.sources[number].read(index - start, generator)
+        return dataclasses.replace(picture, name=f"{number}/{picture.name}")
+
+
+KINDS: dict[str, Callable[..., Source]] = {
+    "sa1b": SA1BFolder,
+    "shards": SA1BShards,
+    "labels": LabelFolder,
+    "images": ImageFolder,
+}
+
+
+def open_source(path: "str | os.PathLike[str]", kind: str = "auto", **options: Any) -> Source:
+    """Open pictures with masks, of whatever kind they are.
+
+    >>> open_source("photos/")  # doctest: +SKIP
+    >>> open_source("sa-1b/sa_{000000..000010}.tar")  # doctest: +SKIP
+
+    Args:
+        path: folder, tar file, or pattern of tar files.
+        kind: ``"sa1b"``, ``"shards"``, ``"labels"`` or ``"images"``; ``"auto"`` looks: tar files are shards, a folder
+            with jsons beside its pictures is SA-1B's, one with label maps beside them is of labels, any other of
+            images.
+        options: of the kind, such as the ``scales`` of :class:`ImageFolder`.
+
+    Raises:
+        LoftUpError: there is nothing, it fits no kind or two, the kind is unknown or has no such option.
+    """
+    if kind not in ("auto", *KINDS):
+        raise LoftUpError(f"unknown kind of data {kind!r}; expected auto, {', '.join(KINDS)}")
+    kind = _kind(path) if kind == "auto" else kind
+    known = list(inspect.signature(KINDS[kind]).parameters)[1:]
+    if unknown := sorted(options.keys() - set(known)):
+        raise LoftUpError(
+            f"{path} is data of kind {kind!r}, which has no option {', '.join(unknown)}; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    return KINDS[kind](path, **options)
+
+
+def _kind(path: "str | os.PathLike[str]") -> str:
+    if is_pattern(path):
+        return "shards"
+    folder = Path(path).expanduser()
+    names = find_files(folder, (*IMAGE_SUFFIXES, ".json", ".tar"))
+    pictures = [name for name in names if name.lower().endswith(tuple(IMAGE_SUFFIXES))]
+    stems = set(map(stem_of, pictures))
+    found = []
+    if any(name.lower().endswith(".tar") for name in names):
+        found.append("shards")
+    if any(name.lower().endswith(".json") and stem_of(name) in stems for name in names):
+        found.append("sa1b")
+    if pictures and _label_maps(pictures, folder)[0]:
+        found.append("labels")
+    if len(found) > 1:
+        raise LoftUpError(f"{folder} holds data of kinds {' and '.join(found)}; say which with kind=")
+    if not found and not pictures:
+        raise LoftUpError(
+            f"{folder} holds neither tar files nor pictures; looked for .tar, {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return found[0] if found else "images"
+
+
+def _label_maps(names: Sequence[str], folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Pictures with the names of their label maps, and the files that have no partner."""
+    others = {stem_of(name) for name in names if not _is_png(name)}
+    maps: dict[str, list[str]] = {}
+    pictures: dict[str, list[str]] = {}
+    for name in names:
+        stem = stem_of(name)
+        if _is_png(name) and (match := re.fullmatch(r"(.+)\.seg\d+", stem)):
+            maps.setdefault(match[1], []).append(name)
+        elif _is_png(name) and stem in others:
+            maps.setdefault(stem, []).append(name)
+        else:
+            pictures.setdefault(stem, []).append(name)
+    both = maps.keys() & pictures.keys()
+    for stem in sorted(both):
+        by_stem(pictures[stem], folder)
+        if len({stem_of(name) == stem for name in maps[stem]}) > 1:
+            raise LoftUpError(
+                f"{pictures[stem][0]} in {folder} has label maps of two kinds, {' and '.join(sorted(maps[stem])[:2])}; "
+                "keep one kind"
+            )
+    found = {pictures[stem][0]: maps[stem] for stem in both}
+    alone = [name for group in (maps, pictures) for stem, own in group.items() if stem not in both for name in own]
+    return dict(sorted(found.items())), alone
+
+
+def _is_png(name: str) -> bool:
+    return name.lower().endswith(".png")
+
+
+def _read_labels(path: Path) -> NDArray[Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            mode, labels = picture.mode, np.array(picture)
+    except Exception as error:  # as for pictures, a damaged file raises all kinds
+        raise UnreadableError(f"cannot read the label map {path}: {error}") from error
+    if labels.ndim != 2:
+        raise UnreadableError(
+            f"{path} has mode {mode!r}; expected a label map of one channel, 8 or 16 bits, or a palette"
+        )
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def _at(names: NDArray[np.str_], index: int) -> str:
+    if not 0 <= index < len(names):
+        raise IndexError(f"no picture {index}, there are {len(names)}")
+    return str(names[index])
+
+
+def _pick(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))
+
+
+def _say_left_out(folder: Path, what: str, count: int) -> None:
+    if count:
+        log.warning("%s: left out %d %s", folder, count, what)

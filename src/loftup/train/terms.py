@@ -1,0 +1,263 @@
+"""The weighted sum of objectives that a run is trained on, with the networks that it takes besides the student."""
+
+import copy
+import functools
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..errors import LoftUpError
+from ..model import LoftUp
+from .cache import open_cache
+from .config import TrainConfig
+from .data import Batch
+from .multiview import AttentionDownsampler, draw_motions
+from .objectives import DISTANCES, crop_border, distance, mask_refine, pool_to, total_variation
+from .start import freeze_batch_norm
+from .window import Box, upsample_window
+
+__all__ = ["TERMS", "Objective"]
+
+TERMS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
+
+
+class Objective(nn.Module):
+    """From a batch to the loss. The state dict holds student, teacher and downsampler, not the backbone.
+
+    The teacher is a copy of the student as it is handed over, whose weights and statistics must therefore be set
+    before; :meth:`after_step` alone changes it.
+
+    Args:
+        config: of the run; terms of weight 0 cost nothing.
+        up: the student, float32; its channel norm is not trained, because the targets live in the space it makes.
+        backbone: in evaluation mode, on the student's device.
+
+    Attributes:
+        up: the student.
+        teacher: its moving average, frozen and in evaluation mode; None without self-distillation.
+        downsampler: of the multi-view consistency; None without it.
+
+    Raises:
+        LoftUpError: no term has a weight, one has an unknown distance, or the multi-view
+            consistency is to work on a window or on outputs of several ratios; or see
+            :func:`loftup.train.cache.open_cache`.
+        ValueError: the backbone is in training mode, or has another number of channels than the student.
+    """
+
+    backbone: Backbone
+
+    def __init__(self, config: TrainConfig, up: LoftUp, backbone: Backbone) -> None:
+        super().__init__()
+        _check(config)
+        if backbone.training:
+            raise ValueError("the backbone is in training mode, which changes its features; call backbone.eval()")
+        if backbone.channels != up.config.channels:
+            raise ValueError(f"the backbone gives {backbone.channels} channels, the student takes {up.config.channels}")
+        self.config = config
+        # Past nn.Module, which would move, save and train it, and put it into training mode.
+        object.__setattr__(self, "backbone", backbone)
+        self.cache = open_cache(config, backbone)
+        self.up = up
+        up.channelnorm.requires_grad_(False)
+        self.teacher: LoftUp | None = None
+        if config.objective.self_distillation.weight:
+            self.teacher = copy.deepcopy(up).requires_grad_(False)
+        self.downsampler: AttentionDownsampler | None = None
+        if config.objective.multi_view.weight:
+            cell = round(backbone.patch_size * config.data.ratios[0])
+            self.downsampler = AttentionDownsampler(backbone.channels, cell).to(up.device, up.dtype)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Objective":
+        """Set the student's mode; the teacher stays in evaluation mode, and frozen batch norms stay frozen."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        if self.config.model.batch_norm == "frozen":
+            freeze_batch_norm(self.up)
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss.
+
+        Args:
+            batch: on the student's device.
+
+        Returns:
+            The weighted sum, a scalar, and the terms without their weights, detached. With "mask_bicubic" comes
+            "bicubic": what plain bicubic interpolation would get there.
+        """
+        objective = self.config.objective
+        normalised = self._normalise(self._features(batch))
+        output = _Output(self.up, normalised, batch, whole=self.config.model.batch_norm == "batch")
+        terms: dict[str, Tensor] = {}
+        compared: dict[str, Tensor] = {}
+        if objective.mask_bicubic.weight:
+            terms["mask_bicubic"], compared["bicubic"] = self._mask_bicubic(output.dense, normalised, batch)
+        if objective.high_resolution.weight:
+            terms["high_resolution"] = self._high_resolution(output.dense, batch)
+        if objective.multi_view.weight:
+            terms["multi_view"] = self._multi_view(output.dense, batch)
+        if objective.total_variation.weight:
+            terms["total_variation"] = total_variation(output.dense)
+        if objective.self_distillation.weight:
+            terms["self_distillation"] = self._self_distillation(output, batch)
+        weighted = [getattr(objective, name).weight * term for name, term in terms.items()]
+        return torch.stack(weighted).sum(), {name: term.detach() for name, term in (terms | compared).items()}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the teacher towards the student, if it is due; to be called after every step of the optimizer."""
+        settings = self.config.objective.self_distillation
+        if self.teacher is None or (step + 1) % settings.every:
+            return
+        # The running statistics belong to the weights and move with them.
+        for theirs, ours in zip(self.teacher.state_dict().values(), self.up.state_dict().values(), strict=True):
+            if theirs.is_floating_point():
+                theirs.lerp_(ours, 1 - settings.decay)
+            else:
+                theirs.copy_(ours)
+
+    def _features(self, batch: Batch) -> Tensor:
+        if self.cache is None or not batch.keys:
+            return self._extract(batch.image)
+        features = list(batch.features)
+        for index, (key, known) in enumerate(zip(batch.keys, features, strict=True)):
+            if known is None:
+                # One at a time: what is kept must not depend on the batch-mates, not even in its last bit.
+                made = self._extract(batch.image[index : index + 1])[0]
+                self.cache.write(key, made)
+                features[index] = made
+        return torch.stack(cast(list[Tensor], features))
+
+    @torch.no_grad()
+    def _extract(self, image: Tensor) -> Tensor:
+        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (self.backbone.mean, self.backbone.std))
+        return cast(Tensor, self.backbone((image - mean) / std)).to(self.up.dtype)
+
+    @torch.no_grad()
+    def _normalise(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self.up.channelnorm(features))
+
+    def _mask_bicubic(self, dense: Tensor, normalised: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        settings = self.config.objective.mask_bicubic
+        with torch.no_grad():
+            bicubic = F.interpolate(normalised, batch.guidance.shape[-2:], mode="bicubic", align_corners=False)
+            target = _cut(mask_refine(bicubic, batch.masks, settings.alpha, settings.masks), batch.window)
+            baseline = F.mse_loss(_cut(bicubic, batch.window), target)
+        return F.mse_loss(dense, target), baseline
+
+    def _self_distillation(self, output: "_Output", batch: Batch) -> Tensor:
+        settings = self.config.objective.self_distillation
+        assert self.teacher is not None
+        losses = []
+        for crop in batch.crops:
+            top, left, bottom, right = crop.box
+            with torch.no_grad():
+                target = self.teacher(self._extract(crop.image), crop.image)
+                if settings.refine:
+                    target = mask_refine(target, crop.masks, settings.alpha, settings.masks)
+                target = pool_to(target, (bottom - top, right - left))
+            student = output.at(crop.box)
+            student, target = (crop_border(x, settings.border) for x in (student, target))
+            losses.append(distance(student, target, settings.distance))
+        return torch.stack(losses).mean()
+
+    def _high_resolution(self, dense: Tensor, batch: Batch) -> Tensor:
+        """Compare what both the window and the enlarged region show, in whole cells of the student's features."""
+        assert batch.large is not None
+        assert batch.region is not None
+        factor, cells = batch.factor, batch.image.shape[-1] // self.backbone.patch_size
+        pixels = batch.guidance.shape[-1] // cells  # of the output in a cell
+        target = self._normalise(self._extract(batch.large))
+        window = batch.window or (0, 0, cells * pixels, cells * pixels)
+        rows, columns = (
+            (
+                max(window[edge] // pixels, -(-batch.region[edge] // factor)),
+                min(window[edge + 2] // pixels, batch.region[edge + 2] // factor),
+            )
+            for edge in (0, 1)
+        )
+        student = _cut(
+            dense,
+            (
+                rows[0] * pixels - window[0],
+                columns[0] * pixels - window[1],
+                rows[1] * pixels - window[0],
+                columns[1] * pixels - window[1],
+            ),
+        )
+        target = _cut(
+            target,
+            (
+                rows[0] * factor - batch.region[0],
+                columns[0] * factor - batch.region[1],
+                rows[1] * factor - batch.region[0],
+                columns[1] * factor - batch.region[1],
+            ),
+        )
+        pooled = pool_to(student, (target.shape[-2], target.shape[-1]))
+        return distance(pooled, target, self.config.objective.high_resolution.distance)
+
+    def _multi_view(self, dense: Tensor, batch: Batch) -> Tensor:
+        assert self.downsampler is not None
+        losses = []
+        for motion in draw_motions(self.config.objective.multi_view, self.config.seed, batch.step):
+            target = self._normalise(self._extract(motion(batch.image)))
+            losses.append(F.mse_loss(self.downsampler(motion(dense)), target))
+        return torch.stack(losses).mean()
+
+
+class _Output:
+    """The student's output for a batch, computed where it is asked for.
+
+    With ``whole`` everything is cut out of the whole map: batch statistics of a part would be others.
+    """
+
+    def __init__(self, up: LoftUp, normalised: Tensor, batch: Batch, *, whole: bool) -> None:
+        self.up, self.normalised, self.batch, self.whole = up, normalised, batch, whole
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        """The batch's window, in the dtype of the targets."""
+        return self._window(self.batch.window)
+
+    def at(self, box: Box) -> Tensor:
+        """Any box, given in pixels of the whole output."""
+        if self.batch.window is None and (self.whole or "dense" in self.__dict__):
+            return _cut(self.dense, box)
+        return self._window(box)
+
+    def _window(self, box: Box | None) -> Tensor:
+        # Autocast may have made it half precision.
+        return upsample_window(self.up, self.normalised, self.batch.guidance, box).to(self.normalised.dtype)
+
+
+def _cut(x: Tensor, box: Box | None) -> Tensor:
+    return x if box is None else x[..., box[0] : box[2], box[1] : box[3]]
+
+
+def _check(config: TrainConfig) -> None:
+    objective = config.objective
+    weights = {name: getattr(objective, name).weight for name in TERMS}
+    if not any(weights.values()):
+        raise LoftUpError(
+            f"every weight in objective is 0; expected one above 0 for {', '.join(TERMS)}, for example "
+            "objective.mask_bicubic.weight=1"
+        )
+    for name in ("self_distillation", "high_resolution"):
+        if (kind := getattr(objective, name).distance) not in DISTANCES:
+            raise LoftUpError(f"unknown objective.{name}.distance {kind!r}; expected {', '.join(DISTANCES)}")
+    if objective.multi_view.weight and config.window is not None:
+        raise LoftUpError(
+            f"objective.multi_view moves and downsamples the whole output, but window={config.window} leaves a part of "
+            "it; set window to null"
+        )
+    if objective.multi_view.weight and len(set(config.data.ratios)) > 1:
+        raise LoftUpError(
+            f"objective.multi_view learns a downsampler for one ratio of output to input, data.ratios holds "
+            f"{', '.join(f'{ratio:g}' for ratio in config.data.ratios)}; give one"
+        )

@@ -1,0 +1,581 @@
+"""The weighted sum: every term against its plain form, alignment of the views, and a teacher that is one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from material import randomised
+from torch import nn
+
+from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError
+from loftup.train import terms
+from loftup.train.config import TrainConfig
+from loftup.train.data import Batch, Crop, TrainingViews, collate
+from loftup.train.multiview import draw_motions
+from loftup.train.objectives import affinity_loss, mask_bicubic_target, mask_refine
+from loftup.train.sources import LabelMap, Picture
+from loftup.train.terms import Objective
+
+PATCH, CHANNELS, SIZE = 4, 8, 24
+WEIGHTS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
+
+
+def config(*on, **settings):
+    made = TrainConfig(batch=2)
+    made.data.sizes, made.model.batch_norm = [SIZE], "frozen"
+    for index, name in enumerate(on):
+        getattr(made.objective, name).weight = 1.0 + index
+    for key, value in settings.items():
+        *path, last = key.split("__")
+        place = made
+        for name in path:
+            place = getattr(place, name)
+        assert hasattr(place, last), key
+        setattr(place, last, value)
+    return made
+
+
+class Patches(nn.Module):
+    """A backbone that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, CHANNELS, PATCH, PATCH)
+        self.seen = []
+
+    def forward(self, image):
+        self.seen.append(image)
+        return self.convolution(image)
+
+
+def backbone(**options):
+    model = Patches()
+    settings = {"channels": CHANNELS, "patch_size": PATCH, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), **options}
+    return Backbone(model, model, **settings).eval()
+
+
+def batch(size=SIZE, output=SIZE, count=2, **parts):
+    image = torch.rand(count, 3, size, size)
+    guidance = image if output == size else torch.rand(count, 3, output, output)
+    masks = [torch.rand(3, output, output) < 0.3 for _ in range(count)]
+    return Batch(step=3, names=["a", "b"][:count], image=image, guidance=guidance, masks=masks, **parts)
+
+
+def crops(boxes, count=2, size=SIZE):
+    masks = [torch.rand(2, size, size) < 0.4 for _ in range(count)]
+    return [Crop(image=torch.rand(count, 3, size, size), masks=masks, box=box) for box in boxes]
+
+
+def objective(made, up=None, model=None):
+    return Objective(made, up or randomised(LoftUpConfig(CHANNELS)), model or backbone())
+
+
+def normalised(term, image):
+    """What the backbone gives for images in [0, 1], behind the channel norm, written out."""
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    with torch.no_grad():
+        return term.up.channelnorm(term.backbone.model.convolution((image - mean) / std))
+
+
+def whole(term, batch):
+    """The student's whole output in the mode of use."""
+    with torch.no_grad():
+        return term.up.upsampler(normalised(term, batch.image), batch.guidance)
+
+
+def cut(x, box):
+    return x if box is None else x[..., box[0] : box[2], box[1] : box[3]]
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+
+
+class TestMaskBicubic:
+    @pytest.mark.parametrize("window", [None, (8, 4, 16, 12)])
+    @pytest.mark.parametrize("output", [SIZE, 48])
+    def test_equals_the_plain_loss(self, window, output):
+        term = objective(config("mask_bicubic", objective__mask_bicubic__alpha=0.7, objective__mask_bicubic__masks=2))
+        data = batch(output=output, window=window)
+        loss, parts = term(data)
+        features = normalised(term, data.image)
+        target = mask_bicubic_target(features, data.masks, (output, output), 0.7, 2)
+        bicubic = F.interpolate(features, (output, output), mode="bicubic")
+        close(loss, (cut(whole(term, data), window) - cut(target, window)).square().mean())
+        close(parts["bicubic"], (cut(bicubic, window) - cut(target, window)).square().mean(), 1e-6)
+        assert parts.keys() == {"mask_bicubic", "bicubic"}
+
+    def test_pictures_without_masks(self):
+        term, data = objective(config("mask_bicubic")), batch()
+        data.masks = [torch.zeros(0, SIZE, SIZE, dtype=torch.bool)] * 2
+        _, parts = term(data)
+        assert parts["bicubic"] == 0
+        assert parts["mask_bicubic"] > 0
+
+
+class TestSelfDistillation:
+    @pytest.mark.parametrize("distance", ["affinity", "l2", "cosine"])
+    @pytest.mark.parametrize("refine", [True, False])
+    def test_equals_the_plain_loss(self, distance, refine):
+        made = config("self_distillation")
+        made.objective.self_distillation.distance = distance
+        made.objective.self_distillation.refine = refine
+        made.objective.self_distillation.alpha = 0.6
+        made.objective.self_distillation.masks = 1
+        term = objective(made)
+        with torch.no_grad():
+            for parameter in term.up.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        data = batch(crops=crops([(0, 3, 12, 15), (10, 11, 20, 21)]))
+        loss, parts = term(data)
+        student, expected = whole(term, data), []
+        for crop in data.crops:
+            with torch.no_grad():
+                target = term.teacher.upsampler(normalised(term, crop.image), crop.image)
+            target = mask_refine(target, crop.masks, 0.6, 1) if refine else target
+            side = crop.box[2] - crop.box[0]
+            target = F.interpolate(target, (side, side), mode="area")[..., 1:-1, 1:-1]
+            seen = cut(student, crop.box)[..., 1:-1, 1:-1]
+            if distance == "affinity":
+                expected.append(affinity_loss(seen, target))
+            elif distance == "l2":
+                expected.append((seen - target).square().mean())
+            else:
+                expected.append((1 - F.cosine_similarity(seen, target)).mean())
+        close(loss, torch.stack(expected).mean())
+        assert parts.keys() == {"self_distillation"}
+        assert not parts["self_distillation"].requires_grad
+
+    def test_the_border_can_be_kept(self):
+        made = config("self_distillation", objective__self_distillation__border=0.0)
+        made.objective.self_distillation.distance = "l2"
+        made.objective.self_distillation.refine = False
+        term, data = objective(made), batch(crops=crops([(0, 3, 12, 15)]))
+        with torch.no_grad():
+            target = term.teacher.upsampler(normalised(term, data.crops[0].image), data.crops[0].image)
+        target = F.avg_pool2d(target, 2)
+        close(term(data)[0], (cut(whole(term, data), (0, 3, 12, 15)) - target).square().mean())
+
+
+class TestHighResolution:
+    @pytest.mark.parametrize("distance", ["l2", "cosine"])
+    def test_of_twice_the_image_is_lifts_loss(self, distance):
+        term = objective(config("high_resolution", objective__high_resolution__distance=distance))
+        data = batch(factor=2, large=torch.rand(2, 3, 48, 48), region=(0, 0, 12, 12))
+        target, pooled = normalised(term, data.large), F.avg_pool2d(whole(term, data), 2)
+        if distance == "l2":
+            expected = (pooled - target).square().mean()
+        else:
+            expected = (1 - (F.normalize(pooled) * F.normalize(target)).sum(1)).mean()
+        close(term(data)[0], expected)
+
+    def test_on_a_window(self):
+        term, window = objective(config("high_resolution")), (8, 4, 20, 16)
+        data = batch(factor=4, large=torch.rand(2, 3, 96, 96), region=(0, 0, 24, 24), window=window)
+        # Cells of 4 pixels, target cells of 1.
+        target = normalised(term, data.large)[..., 8:20, 4:16]
+        close(term(data)[0], (cut(whole(term, data), window) - target).square().mean())
+
+    @pytest.mark.parametrize(
+        ("window", "region", "seen"),
+        [
+            ((8, 4, 16, 12), (3, 1, 9, 7), (8, 4, 16, 12)),  # in cells (2, 1, 4, 3): k-ths (4, 2, 8, 6), inside
+            ((0, 4, 16, 20), (3, 4, 9, 10), (8, 8, 16, 20)),  # k-ths 3..9 hold the whole cells 2..4, 4..10 hold 2..5
+            (None, (2, 6, 8, 12), (4, 12, 16, 24)),
+            (None, (3, 5, 9, 11), (8, 12, 16, 20)),
+        ],
+    )
+    def test_a_part_is_compared_where_both_are_seen(self, window, region, seen):
+        term = objective(config("high_resolution"))
+        data = batch(factor=2, large=torch.rand(2, 3, SIZE, SIZE), region=region, window=window)
+        top, left, bottom, right = (edge // 2 for edge in seen)
+        target = normalised(term, data.large)[
+            ..., top - region[0] : bottom - region[0], left - region[1] : right - region[1]
+        ]
+        pooled = F.avg_pool2d(cut(whole(term, data), seen), 2)
+        assert pooled.shape == target.shape
+        close(term(data)[0], (pooled - target).square().mean())
+
+    def test_cells_that_are_no_whole_pixels(self):
+        term = objective(config("high_resolution"))
+        data = batch(factor=3, large=torch.rand(2, 3, 72, 72), region=(0, 0, 18, 18))
+        pooled = F.adaptive_avg_pool2d(whole(term, data), (18, 18))
+        close(term(data)[0], (pooled - normalised(term, data.large)).square().mean())
+
+
+class TestMultiView:
+    @pytest.mark.parametrize("ratio", [1.0, 2.0])
+    def test_equals_the_plain_loss(self, ratio):
+        made = config("multi_view", data__ratios=[ratio], objective__multi_view__views=3)
+        term, data = objective(made), batch(output=round(SIZE * ratio))
+        losses = []
+        for motion in draw_motions(made.objective.multi_view, made.seed, data.step):
+            with torch.no_grad():
+                moved = term.downsampler(motion(whole(term, data)))
+            losses.append((moved - normalised(term, motion(data.image))).square().mean())
+        loss, _ = term(data)
+        assert len(losses) == 3
+        assert term.downsampler.cell == PATCH * ratio
+        close(loss, torch.stack(losses).mean())
+        loss.backward()
+        assert all(p.grad.abs().max() > 0 for p in term.downsampler.parameters() if p.ndim > 1)
+
+
+def test_total_variation_is_that_of_the_window():
+    term, window = objective(config("total_variation")), (4, 8, 12, 20)
+    data = batch(window=window)
+    dense = cut(whole(term, data), window)
+    expected = dense.diff(dim=-1).abs().mean() + dense.diff(dim=-2).abs().mean()
+    close(term(data)[0], expected)
+
+
+ALL = {"factor": 2, "region": (0, 0, 12, 12)}
+
+
+def full_batch(count=2, **parts):
+    return batch(count=count, crops=crops([(2, 3, 12, 13)], count), large=torch.rand(count, 3, 48, 48), **ALL, **parts)
+
+
+class TestSum:
+    def test_weights(self):
+        term, data = objective(config(*WEIGHTS)), full_batch()
+        loss, parts = term(data)
+        assert parts.keys() == {*WEIGHTS, "bicubic"}
+        close(loss, sum((1.0 + index) * parts[name] for index, name in enumerate(WEIGHTS)))
+        assert not any(part.requires_grad for part in parts.values())
+        for name in WEIGHTS:
+            alone = objective(config(name), copy.deepcopy(term.up), term.backbone)
+            if name == "multi_view":
+                alone.downsampler = term.downsampler
+            close(alone(data)[1][name], parts[name])
+
+    def test_every_trained_parameter_gets_a_gradient(self):
+        term = objective(config(*WEIGHTS))
+        term(full_batch())[0].backward()
+        for name, parameter in term.named_parameters():
+            trained = not name.startswith(("teacher.", "up.channelnorm."))
+            assert parameter.requires_grad == trained, name
+            assert (parameter.grad is not None) == trained, name
+
+    def test_is_the_mean_over_the_pictures(self):
+        term, data = objective(config(*WEIGHTS)), full_batch()
+        together = term(data)[0]
+        losses = []
+        for i in range(2):
+            one = slice(i, i + 1)
+            parts = [Crop(c.image[one], c.masks[one], c.box) for c in data.crops]
+            alone = Batch(
+                step=3, names=["a"], image=data.image[one], guidance=data.guidance[one], masks=data.masks[one],
+                crops=parts, large=data.large[one], **ALL,
+            )  # fmt: skip
+            losses.append(term(alone)[0])
+        close(torch.stack(losses).mean(), together)
+
+    def test_under_autocast_the_loss_is_float32(self):
+        term, data = objective(config(*WEIGHTS)), full_batch()
+        exact = term(data)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts = term(data)
+        assert loss.dtype == torch.float32
+        assert {part.dtype for part in parts.values()} == {torch.float32}
+        assert loss.item() == pytest.approx(exact.item(), rel=0.05)
+        assert loss != exact
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in term.parameters() if p.grad is not None)
+
+    def test_in_float64(self):
+        term = objective(config("mask_bicubic", "self_distillation"), randomised(LoftUpConfig(CHANNELS)).double())
+        loss, _ = term(full_batch())
+        assert loss.dtype == torch.float64
+
+
+class Position(LoftUp):
+    """An upsampler whose output is its guidance, that is, the place in the picture."""
+
+    def __init__(self):
+        super().__init__(LoftUpConfig(3, channel_norm="identity", heads=1))
+
+    def forward(self, features, image, size=None):
+        return image
+
+
+class Slopes:
+    """A small picture whose red and green rise by 4 a row and a column."""
+
+    def __len__(self):
+        return 1
+
+    def read(self, index, generator):
+        rows, columns = torch.meshgrid(torch.arange(60), torch.arange(62), indexing="ij")
+        image = torch.stack([4 * rows, 4 * columns, rows + columns]).byte()
+        return Picture("slopes", image, LabelMap(rows.numpy() // 20))
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize("part", [False, True])
+def test_student_and_targets_show_the_same_places(flip, ratio, window, part, monkeypatch):
+    """With features that are places: misaligned by half an output pixel, the means would differ by more than 0.3."""
+    monkeypatch.setattr(terms, "upsample_window", lambda up, features, guidance, box: cut(guidance, box))
+    pairs = []
+
+    def record(student, target, kind):
+        pairs.append((student, target))
+        return torch.zeros((), requires_grad=True)
+
+    monkeypatch.setattr(terms, "distance", record)
+    made = config("self_distillation", "high_resolution", data__sizes=[128], data__ratios=[ratio], data__flip=flip)
+    made.window, made.data.scale, made.objective.high_resolution.crop = window, [0.5, 0.7], part
+    made.objective.self_distillation.refine = False
+    places = Backbone(
+        nn.Identity(), lambda x: F.avg_pool2d(x, 16), channels=3, patch_size=16, mean=(0, 0, 0), std=(1, 1, 1)
+    ).eval()
+    term, views = Objective(made, Position(), places), TrainingViews(Slopes(), made, 16)
+    for step in range(3):
+        pairs.clear()
+        term(collate([views[step, 0], views[step, 1]]))
+        assert len(pairs) == 3
+        for student, target in pairs:
+            assert student.shape == target.shape
+            assert student.shape[-1] > 2
+            # The resampling filter repeats what lies beyond the picture: compare where nothing does.
+            inside = ((student[:, :2] > 30 / 255) & (student[:, :2] < 200 / 255)).all(1, keepdim=True)
+            if inside.sum() < 50:
+                continue
+            error = 255 * ((student - target) * inside)[:, :2].sum((0, 2, 3)) / inside.sum()
+            assert error.abs().max() < 0.2, (student.shape, error)
+
+
+class TestTeacher:
+    def made(self, tmp_path, model=None, **settings):
+        student = randomised(LoftUpConfig(CHANNELS))
+        student.save_pretrained(tmp_path)
+        made = config("self_distillation", **settings)
+        made.model.pretrained = str(tmp_path)
+        made.objective.self_distillation.decay = 0.75
+        made.objective.self_distillation.every = 3
+        return Objective(made, LoftUp.from_pretrained(made.model.pretrained), model or backbone())
+
+    def test_begins_as_the_pretrained_student(self, tmp_path):
+        term = self.made(tmp_path)
+        saved = LoftUp.from_pretrained(tmp_path).state_dict()
+        teacher = term.teacher.state_dict()
+        assert teacher.keys() == saved.keys()
+        for name, value in teacher.items():
+            assert value.equal(saved[name])
+            assert value.data_ptr() != term.up.state_dict()[name].data_ptr()
+
+    def test_moves_by_the_moving_average_alone(self, tmp_path):
+        term = self.made(tmp_path)
+        optimizer = torch.optim.AdamW([p for p in term.parameters() if p.requires_grad], 1e-2)
+        expected = {name: value.clone() for name, value in term.teacher.state_dict().items()}
+        for step in range(7):
+            before = {name: value.clone() for name, value in term.up.state_dict().items()}
+            optimizer.zero_grad()
+            term(full_batch())[0].backward()
+            optimizer.step()
+            assert not term.up.state_dict()["upsampler.final_conv.0.weight"].equal(
+                before["upsampler.final_conv.0.weight"]
+            )
+            for name, value in term.teacher.state_dict().items():
+                assert value.equal(expected[name]), (step, name)
+            term.after_step(step)
+            if step in (2, 5):
+                for name, value in term.up.state_dict().items():
+                    if value.is_floating_point():
+                        expected[name] = 0.75 * expected[name] + 0.25 * value
+                    else:
+                        expected[name] = value.clone()
+                for name, value in term.teacher.state_dict().items():
+                    torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+                expected = {name: value.clone() for name, value in term.teacher.state_dict().items()}
+        moved = term.teacher.state_dict()["upsampler.final_conv.0.weight"]
+        assert not moved.equal(LoftUp.from_pretrained(tmp_path).state_dict()["upsampler.final_conv.0.weight"])
+
+    def test_what_the_teacher_says_changes_when_it_moves(self, tmp_path):
+        term, data = self.made(tmp_path), full_batch()
+        with torch.no_grad():
+            before = term(data)[0]
+            for parameter in term.up.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+            moved_student = term(data)[0]
+            term.after_step(2)
+            moved_both = term(data)[0]
+        assert before != moved_student
+        assert moved_student != moved_both
+
+    def test_gets_no_gradient(self, tmp_path):
+        term = self.made(tmp_path)
+        assert not any(p.requires_grad for p in term.teacher.parameters())
+        term(full_batch())[0].backward()
+        assert all(p.grad is None for p in term.teacher.parameters())
+        assert all(p.grad is not None for p in term.up.upsampler.parameters())
+
+    def test_stays_in_evaluation_mode(self, tmp_path):
+        term = self.made(tmp_path, model__batch_norm="batch")
+        for mode in (True, False, True):
+            term.train(mode)
+            assert not any(module.training for module in term.teacher.modules())
+            assert all(module.training == mode for module in term.up.modules())
+        before = copy.deepcopy(term.teacher.state_dict())
+        term(full_batch())
+        assert all(value.equal(before[name]) for name, value in term.teacher.state_dict().items())
+
+    def test_running_statistics_move_with_the_weights(self, tmp_path):
+        term = self.made(tmp_path, model__batch_norm="batch")
+        name, count = "upsampler.first_conv.2.running_mean", "upsampler.first_conv.2.num_batches_tracked"
+        start = term.teacher.state_dict()[name].clone()
+        term(full_batch())
+        assert not term.up.state_dict()[name].equal(start)
+        assert term.teacher.state_dict()[name].equal(start)
+        term.after_step(2)
+        expected = 0.75 * start + 0.25 * term.up.state_dict()[name]
+        torch.testing.assert_close(term.teacher.state_dict()[name], expected)
+        assert term.teacher.state_dict()[count] == term.up.state_dict()[count]
+
+    def test_is_kept_and_restored_by_the_state_dict(self, tmp_path):
+        term = self.made(tmp_path)
+        with torch.no_grad():
+            term.up.upsampler.final_conv[0].bias.add_(1)
+        term.after_step(2)
+        again = self.made(tmp_path, term.backbone)
+        again.load_state_dict(term.state_dict())
+        for name, value in term.state_dict().items():
+            assert again.state_dict()[name].equal(value)
+        data = full_batch()
+        assert again(data)[0] == term(data)[0]
+
+    def test_is_there_only_for_self_distillation(self):
+        term = objective(config("mask_bicubic"))
+        assert term.teacher is None
+        assert term.downsampler is None
+        term.after_step(9)
+
+
+class TestNorms:
+    def norms(self, term):
+        return [m for m in term.up.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def test_frozen(self):
+        term = objective(config("mask_bicubic"))
+        assert term.up.training
+        assert not any(norm.training for norm in self.norms(term))
+        before = [norm.running_mean.clone() for norm in self.norms(term)]
+        term.eval().train()
+        term(batch())
+        assert all(norm.running_mean.equal(mean) for norm, mean in zip(self.norms(term), before, strict=True))
+
+    @pytest.mark.parametrize("on", [("mask_bicubic", "self_distillation"), ("self_distillation",)])
+    def test_batch_statistics_are_taken_once_and_of_whole_pictures(self, on):
+        term, data = objective(config(*on, model__batch_norm="batch")), full_batch()
+        other = copy.deepcopy(term.up)
+        loss, _ = term(data)
+        with torch.no_grad():
+            dense = other.upsampler(normalised(term, data.image), data.guidance)
+        for norm, expected in zip(
+            self.norms(term), [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)], strict=True
+        ):
+            assert norm.num_batches_tracked == 1
+            torch.testing.assert_close(norm.running_mean, expected.running_mean)
+        if on == ("self_distillation",):
+            crop = data.crops[0]
+            with torch.no_grad():
+                target = term.teacher.upsampler(normalised(term, crop.image), crop.image)
+                target = F.adaptive_avg_pool2d(mask_refine(target, crop.masks), (10, 10))
+            close(loss, affinity_loss(cut(dense, crop.box)[..., 1:-1, 1:-1], target[..., 1:-1, 1:-1]))
+
+
+class TestBackbone:
+    def test_is_no_part_of_the_module(self):
+        term = objective(config("mask_bicubic", "self_distillation"))
+        assert not any("backbone" in name for name in term.state_dict())
+        assert not any("backbone" in name for name, _ in term.named_modules())
+        term.train()
+        assert not term.backbone.training
+        term(full_batch())[0].backward()
+        assert all(p.grad is None for p in term.backbone.parameters())
+
+    def test_sees_normalised_images(self):
+        term, data = objective(config("mask_bicubic")), batch()
+        term(data)
+        (seen,) = term.backbone.model.seen
+        expected = (data.image - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+            3, 1, 1
+        )
+        torch.testing.assert_close(seen, expected)
+
+    def test_is_refused_in_training_mode(self):
+        with pytest.raises(ValueError, match="the backbone is in training mode, .* call backbone.eval()"):
+            objective(config("mask_bicubic"), model=backbone().train())
+
+    def test_is_refused_with_other_channels(self):
+        with pytest.raises(ValueError, match="the backbone gives 8 channels, the student takes 24"):
+            objective(config("mask_bicubic"), up=LoftUp(24))
+
+
+class TestCache:
+    def data(self, term):
+        data = batch()
+        data.keys = [term.cache.key(image) for image in data.image]
+        data.features = [term.cache.read(key) for key in data.keys]
+        return data
+
+    def test_the_backbone_runs_once_for_every_picture(self, tmp_path):
+        term = objective(config("mask_bicubic", data__cache=str(tmp_path), data__views=1))
+        data = self.data(term)
+        assert data.features == [None, None]
+        first = term(data)[0]
+        assert [len(seen) for seen in term.backbone.model.seen] == [1, 1]
+        data.features = [term.cache.read(key) for key in data.keys]
+        assert all(features is not None for features in data.features)
+        assert term(data)[0] == first
+        assert len(term.backbone.model.seen) == 2
+        torch.testing.assert_close(term.up.channelnorm(torch.stack(data.features)), normalised(term, data.image))
+
+    def test_what_is_missing_alone_is_computed(self, tmp_path):
+        term = objective(config("mask_bicubic", data__cache=str(tmp_path), data__views=1))
+        data = self.data(term)
+        first = term(data)[0]
+        data.features = [term.cache.read(data.keys[0]), None]
+        term.backbone.model.seen.clear()
+        assert term(data)[0] == first
+        assert [len(seen) for seen in term.backbone.model.seen] == [1]
+
+    def test_without_keys_the_batch_is_computed(self, tmp_path):
+        term = objective(config("mask_bicubic", data__cache=str(tmp_path), data__views=1))
+        term(batch())
+        assert [len(seen) for seen in term.backbone.model.seen] == [2]
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    def test_needs_fixed_views(self, tmp_path):
+        with pytest.raises(LoftUpError, match="needs fixed views of the pictures"):
+            objective(config("mask_bicubic", data__cache=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (config(), "every weight in objective is 0; expected one above 0 for mask_bicubic, self_distillation"),
+        (
+            config("self_distillation", objective__self_distillation__distance="l1"),
+            "unknown objective.self_distillation.distance 'l1'; expected l2, cosine, affinity",
+        ),
+        (
+            config("high_resolution", objective__high_resolution__distance="kl"),
+            "unknown objective.high_resolution.distance 'kl'",
+        ),
+        (
+            config("multi_view", window=48),
+            "objective.multi_view moves and downsamples the whole output, but window=48 leaves a part",
+        ),
+        (
+            config("multi_view", data__ratios=[1.0, 0.5]),
+            "learns a downsampler for one ratio of output to input, data.ratios holds 1, 0.5; give one",
+        ),
+    ],
+)
+def test_refuses(made, text):
+    with pytest.raises(LoftUpError, match=text):
+        objective(made)
