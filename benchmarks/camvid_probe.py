@@ -128,7 +128,12 @@ def main() -> None:
     for name, upsampler in contenders.items():
         start = time.perf_counter()
         scores = judge(backbone, upsampler, arguments.data, arguments.seeds, arguments.points, arguments.stride)
-        row: dict[str, object] = {"backbone": arguments.backbone, "layer": arguments.layer, "upsampler": name}
+        row: dict[str, object] = {
+            "backbone": arguments.backbone,
+            "layer": arguments.layer,
+            "options": json.dumps(arguments.options),
+            "upsampler": name,
+        }
         for field in ("miou", "accuracy", "boundary_miou"):
             values = np.array([getattr(s, field) for s in scores])
             row[field] = f"{values.mean():.2f}"

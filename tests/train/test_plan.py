@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from small_config import configured
 
 from loftup import LoftUpError
 from loftup.train.config import TrainConfig
@@ -11,15 +12,7 @@ from loftup.train.plan import View, check_geometry, draw_view, make_plan, seeded
 
 
 def config(**settings):
-    made = TrainConfig()
-    for key, value in settings.items():
-        *path, last = key.split("__")
-        place = made
-        for name in path:
-            place = getattr(place, name)
-        assert hasattr(place, last), key
-        setattr(place, last, value)
-    return made
+    return configured(TrainConfig(), **settings)
 
 
 def plans(made, count=200, patch_size=16):

@@ -170,3 +170,13 @@ def test_wrong_label_maps_are_refused(labels, error, text):
 
 def test_a_tensor_is_a_label_map():
     assert len(LabelMap(torch.tensor([[1, 2], [2, 5]]))) == 3
+
+
+def test_boxes_of_fractions_of_pixels():
+    labels = np.arange(8)[None].repeat(2, 0)
+    masks = RleMasks([compressed(labels == value) for value in range(8)], (2, 8))
+    for box, seen in [((0, 0.5, 2, 4.5), [1, 2, 3, 4]), ((0.5, 1.25, 1.5, 2.5), [1, 1, 2, 2]), ((0, 7.9, 2, 8), [7])]:
+        crop = LabelMap(labels).crop(box, (1, len(seen)))
+        assert [sorted(set(seen))[int(column.nonzero())] for column in crop[:, 0].mT] == seen
+        found = {tuple(mask.flatten().tolist()) for mask in masks.crop(box, (1, len(seen)))}
+        assert found == {tuple(mask.flatten().tolist()) for mask in crop}

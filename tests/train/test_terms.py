@@ -1,4 +1,4 @@
-"""The weighted sum: every term against its plain form, alignment of the views, and a teacher that is one."""
+"""The weighted sum: every term against its plain form, and student and targets at the same places."""
 
 import copy
 
@@ -6,90 +6,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from material import randomised
+from small_objective import (
+    ALL,
+    CHANNELS,
+    PATCH,
+    SIZE,
+    backbone,
+    batch,
+    close,
+    config,
+    crops,
+    cut,
+    full_batch,
+    normalised,
+    objective,
+    whole,
+)
 from torch import nn
 
 from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError
 from loftup.train import terms
-from loftup.train.config import TrainConfig
 from loftup.train.data import Batch, Crop, TrainingViews, collate
 from loftup.train.multiview import draw_motions
 from loftup.train.objectives import affinity_loss, mask_bicubic_target, mask_refine
 from loftup.train.sources import LabelMap, Picture
-from loftup.train.terms import Objective
-
-PATCH, CHANNELS, SIZE = 4, 8, 24
-WEIGHTS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
-
-
-def config(*on, **settings):
-    made = TrainConfig(batch=2)
-    made.data.sizes, made.model.batch_norm = [SIZE], "frozen"
-    for index, name in enumerate(on):
-        getattr(made.objective, name).weight = 1.0 + index
-    for key, value in settings.items():
-        *path, last = key.split("__")
-        place = made
-        for name in path:
-            place = getattr(place, name)
-        assert hasattr(place, last), key
-        setattr(place, last, value)
-    return made
-
-
-class Patches(nn.Module):
-    """A backbone that counts its calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.Conv2d(3, CHANNELS, PATCH, PATCH)
-        self.seen = []
-
-    def forward(self, image):
-        self.seen.append(image)
-        return self.convolution(image)
-
-
-def backbone(**options):
-    model = Patches()
-    settings = {"channels": CHANNELS, "patch_size": PATCH, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), **options}
-    return Backbone(model, model, **settings).eval()
-
-
-def batch(size=SIZE, output=SIZE, count=2, **parts):
-    image = torch.rand(count, 3, size, size)
-    guidance = image if output == size else torch.rand(count, 3, output, output)
-    masks = [torch.rand(3, output, output) < 0.3 for _ in range(count)]
-    return Batch(step=3, names=["a", "b"][:count], image=image, guidance=guidance, masks=masks, **parts)
-
-
-def crops(boxes, count=2, size=SIZE):
-    masks = [torch.rand(2, size, size) < 0.4 for _ in range(count)]
-    return [Crop(image=torch.rand(count, 3, size, size), masks=masks, box=box) for box in boxes]
-
-
-def objective(made, up=None, model=None):
-    return Objective(made, up or randomised(LoftUpConfig(CHANNELS)), model or backbone())
-
-
-def normalised(term, image):
-    """What the backbone gives for images in [0, 1], behind the channel norm, written out."""
-    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    with torch.no_grad():
-        return term.up.channelnorm(term.backbone.model.convolution((image - mean) / std))
-
-
-def whole(term, batch):
-    """The student's whole output in the mode of use."""
-    with torch.no_grad():
-        return term.up.upsampler(normalised(term, batch.image), batch.guidance)
-
-
-def cut(x, box):
-    return x if box is None else x[..., box[0] : box[2], box[1] : box[3]]
-
-
-def close(a, b, atol=1e-4):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+from loftup.train.terms import TERMS, Objective
 
 
 class TestMaskBicubic:
@@ -230,28 +171,21 @@ def test_total_variation_is_that_of_the_window():
     close(term(data)[0], expected)
 
 
-ALL = {"factor": 2, "region": (0, 0, 12, 12)}
-
-
-def full_batch(count=2, **parts):
-    return batch(count=count, crops=crops([(2, 3, 12, 13)], count), large=torch.rand(count, 3, 48, 48), **ALL, **parts)
-
-
 class TestSum:
     def test_weights(self):
-        term, data = objective(config(*WEIGHTS)), full_batch()
+        term, data = objective(config(*TERMS)), full_batch()
         loss, parts = term(data)
-        assert parts.keys() == {*WEIGHTS, "bicubic"}
-        close(loss, sum((1.0 + index) * parts[name] for index, name in enumerate(WEIGHTS)))
+        assert parts.keys() == {*TERMS, "bicubic"}
+        close(loss, sum((1.0 + index) * parts[name] for index, name in enumerate(TERMS)))
         assert not any(part.requires_grad for part in parts.values())
-        for name in WEIGHTS:
+        for name in TERMS:
             alone = objective(config(name), copy.deepcopy(term.up), term.backbone)
             if name == "multi_view":
                 alone.downsampler = term.downsampler
             close(alone(data)[1][name], parts[name])
 
     def test_every_trained_parameter_gets_a_gradient(self):
-        term = objective(config(*WEIGHTS))
+        term = objective(config(*TERMS))
         term(full_batch())[0].backward()
         for name, parameter in term.named_parameters():
             trained = not name.startswith(("teacher.", "up.channelnorm."))
@@ -259,7 +193,7 @@ class TestSum:
             assert (parameter.grad is not None) == trained, name
 
     def test_is_the_mean_over_the_pictures(self):
-        term, data = objective(config(*WEIGHTS)), full_batch()
+        term, data = objective(config(*TERMS)), full_batch()
         together = term(data)[0]
         losses = []
         for i in range(2):
@@ -273,7 +207,7 @@ class TestSum:
         close(torch.stack(losses).mean(), together)
 
     def test_under_autocast_the_loss_is_float32(self):
-        term, data = objective(config(*WEIGHTS)), full_batch()
+        term, data = objective(config(*TERMS)), full_batch()
         exact = term(data)[0]
         with torch.autocast("cpu", torch.bfloat16):
             loss, parts = term(data)
@@ -346,145 +280,6 @@ def test_student_and_targets_show_the_same_places(flip, ratio, window, part, mon
                 continue
             error = 255 * ((student - target) * inside)[:, :2].sum((0, 2, 3)) / inside.sum()
             assert error.abs().max() < 0.2, (student.shape, error)
-
-
-class TestTeacher:
-    def made(self, tmp_path, model=None, **settings):
-        student = randomised(LoftUpConfig(CHANNELS))
-        student.save_pretrained(tmp_path)
-        made = config("self_distillation", **settings)
-        made.model.pretrained = str(tmp_path)
-        made.objective.self_distillation.decay = 0.75
-        made.objective.self_distillation.every = 3
-        return Objective(made, LoftUp.from_pretrained(made.model.pretrained), model or backbone())
-
-    def test_begins_as_the_pretrained_student(self, tmp_path):
-        term = self.made(tmp_path)
-        saved = LoftUp.from_pretrained(tmp_path).state_dict()
-        teacher = term.teacher.state_dict()
-        assert teacher.keys() == saved.keys()
-        for name, value in teacher.items():
-            assert value.equal(saved[name])
-            assert value.data_ptr() != term.up.state_dict()[name].data_ptr()
-
-    def test_moves_by_the_moving_average_alone(self, tmp_path):
-        term = self.made(tmp_path)
-        optimizer = torch.optim.AdamW([p for p in term.parameters() if p.requires_grad], 1e-2)
-        expected = {name: value.clone() for name, value in term.teacher.state_dict().items()}
-        for step in range(7):
-            before = {name: value.clone() for name, value in term.up.state_dict().items()}
-            optimizer.zero_grad()
-            term(full_batch())[0].backward()
-            optimizer.step()
-            assert not term.up.state_dict()["upsampler.final_conv.0.weight"].equal(
-                before["upsampler.final_conv.0.weight"]
-            )
-            for name, value in term.teacher.state_dict().items():
-                assert value.equal(expected[name]), (step, name)
-            term.after_step(step)
-            if step in (2, 5):
-                for name, value in term.up.state_dict().items():
-                    if value.is_floating_point():
-                        expected[name] = 0.75 * expected[name] + 0.25 * value
-                    else:
-                        expected[name] = value.clone()
-                for name, value in term.teacher.state_dict().items():
-                    torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
-                expected = {name: value.clone() for name, value in term.teacher.state_dict().items()}
-        moved = term.teacher.state_dict()["upsampler.final_conv.0.weight"]
-        assert not moved.equal(LoftUp.from_pretrained(tmp_path).state_dict()["upsampler.final_conv.0.weight"])
-
-    def test_what_the_teacher_says_changes_when_it_moves(self, tmp_path):
-        term, data = self.made(tmp_path), full_batch()
-        with torch.no_grad():
-            before = term(data)[0]
-            for parameter in term.up.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-            moved_student = term(data)[0]
-            term.after_step(2)
-            moved_both = term(data)[0]
-        assert before != moved_student
-        assert moved_student != moved_both
-
-    def test_gets_no_gradient(self, tmp_path):
-        term = self.made(tmp_path)
-        assert not any(p.requires_grad for p in term.teacher.parameters())
-        term(full_batch())[0].backward()
-        assert all(p.grad is None for p in term.teacher.parameters())
-        assert all(p.grad is not None for p in term.up.upsampler.parameters())
-
-    def test_stays_in_evaluation_mode(self, tmp_path):
-        term = self.made(tmp_path, model__batch_norm="batch")
-        for mode in (True, False, True):
-            term.train(mode)
-            assert not any(module.training for module in term.teacher.modules())
-            assert all(module.training == mode for module in term.up.modules())
-        before = copy.deepcopy(term.teacher.state_dict())
-        term(full_batch())
-        assert all(value.equal(before[name]) for name, value in term.teacher.state_dict().items())
-
-    def test_running_statistics_move_with_the_weights(self, tmp_path):
-        term = self.made(tmp_path, model__batch_norm="batch")
-        name, count = "upsampler.first_conv.2.running_mean", "upsampler.first_conv.2.num_batches_tracked"
-        start = term.teacher.state_dict()[name].clone()
-        term(full_batch())
-        assert not term.up.state_dict()[name].equal(start)
-        assert term.teacher.state_dict()[name].equal(start)
-        term.after_step(2)
-        expected = 0.75 * start + 0.25 * term.up.state_dict()[name]
-        torch.testing.assert_close(term.teacher.state_dict()[name], expected)
-        assert term.teacher.state_dict()[count] == term.up.state_dict()[count]
-
-    def test_is_kept_and_restored_by_the_state_dict(self, tmp_path):
-        term = self.made(tmp_path)
-        with torch.no_grad():
-            term.up.upsampler.final_conv[0].bias.add_(1)
-        term.after_step(2)
-        again = self.made(tmp_path, term.backbone)
-        again.load_state_dict(term.state_dict())
-        for name, value in term.state_dict().items():
-            assert again.state_dict()[name].equal(value)
-        data = full_batch()
-        assert again(data)[0] == term(data)[0]
-
-    def test_is_there_only_for_self_distillation(self):
-        term = objective(config("mask_bicubic"))
-        assert term.teacher is None
-        assert term.downsampler is None
-        term.after_step(9)
-
-
-class TestNorms:
-    def norms(self, term):
-        return [m for m in term.up.modules() if isinstance(m, nn.BatchNorm2d)]
-
-    def test_frozen(self):
-        term = objective(config("mask_bicubic"))
-        assert term.up.training
-        assert not any(norm.training for norm in self.norms(term))
-        before = [norm.running_mean.clone() for norm in self.norms(term)]
-        term.eval().train()
-        term(batch())
-        assert all(norm.running_mean.equal(mean) for norm, mean in zip(self.norms(term), before, strict=True))
-
-    @pytest.mark.parametrize("on", [("mask_bicubic", "self_distillation"), ("self_distillation",)])
-    def test_batch_statistics_are_taken_once_and_of_whole_pictures(self, on):
-        term, data = objective(config(*on, model__batch_norm="batch")), full_batch()
-        other = copy.deepcopy(term.up)
-        loss, _ = term(data)
-        with torch.no_grad():
-            dense = other.upsampler(normalised(term, data.image), data.guidance)
-        for norm, expected in zip(
-            self.norms(term), [m for m in other.modules() if isinstance(m, nn.BatchNorm2d)], strict=True
-        ):
-            assert norm.num_batches_tracked == 1
-            torch.testing.assert_close(norm.running_mean, expected.running_mean)
-        if on == ("self_distillation",):
-            crop = data.crops[0]
-            with torch.no_grad():
-                target = term.teacher.upsampler(normalised(term, crop.image), crop.image)
-                target = F.adaptive_avg_pool2d(mask_refine(target, crop.masks), (10, 10))
-            close(loss, affinity_loss(cut(dense, crop.box)[..., 1:-1, 1:-1], target[..., 1:-1, 1:-1]))
 
 
 class TestBackbone:

@@ -235,21 +235,13 @@ class _Cropper:
         keep: Sequence[int] | None = None
         if count > limit:
             keep = torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
-        top, left, bottom, right = self._region(box, whole)
-        rows, columns = _whole(top, bottom, self.picture.height), _whole(left, right, self.picture.width)
-        masks = self.all_masks.crop((rows[0], columns[0], rows[1], columns[1]), (size, size), keep)
+        masks = self.all_masks.crop(self._region(box, whole), (size, size), keep)
         return masks.flip(-1) if self.view.mirrored else masks
 
     def _region(self, box: Region, whole: int) -> Region:
         top, left, bottom, right = self.view.region(box, whole)
         # Rounding may lead a hair's breadth out of the picture.
         return max(top, 0.0), max(left, 0.0), min(bottom, self.picture.height), min(right, self.picture.width)
-
-
-def _whole(low: float, high: float, length: int) -> tuple[int, int]:
-    """The nearest whole pixels, at least one, within a picture's length."""
-    first = min(round(low), length - 1)
-    return first, max(round(high), first + 1)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

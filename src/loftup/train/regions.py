@@ -13,7 +13,7 @@ from ..errors import LoftUpError
 
 __all__ = ["LabelMap", "Masks", "Picture", "RleMasks", "UnreadableError", "centres", "run_lengths"]
 
-Box = tuple[int, int, int, int]
+Region = tuple[float, float, float, float]
 Positions = NDArray[np.int64]
 
 
@@ -27,11 +27,11 @@ class Masks(Protocol):
     def __len__(self) -> int:
         """Count the masks."""
 
-    def crop(self, box: Box, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
+    def crop(self, box: Region, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
         """Cut a region out of the masks and resample it.
 
         Args:
-            box: (top, left, bottom, right) in pixels of the picture; bottom and right are outside the region.
+            box: (top, left, bottom, right) in pixels of the picture and fractions of them, from its top left corner.
             size: (h, w) of the result; each of its pixels takes the value at its centre (``nearest-exact``).
             keep: indices of the masks to consider, in the order in which they are wanted; None means all.
 
@@ -81,7 +81,7 @@ class LabelMap:
     def __len__(self) -> int:
         return len(self._values)
 
-    def crop(self, box: Box, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
+    def crop(self, box: Region, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
         """See :meth:`Masks.crop`."""
         height, width = self.labels.shape
         rows, columns = centres(box, size, height, width)
@@ -114,7 +114,7 @@ class RleMasks:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def crop(self, box: Box, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
+    def crop(self, box: Region, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
         """See :meth:`Masks.crop`."""
         height, width = self.size
         rows, columns = centres(box, size, height, width)
@@ -175,7 +175,7 @@ def _run_ends(code: Mapping[str, Any], size: tuple[int, int]) -> Positions:
     return ends
 
 
-def centres(box: Box, size: tuple[int, int], height: int, width: int) -> tuple[Positions, Positions]:
+def centres(box: Region, size: tuple[int, int], height: int, width: int) -> tuple[Positions, Positions]:
     """Rows and columns of the picture on which the centres of the new pixels lie."""
     top, left, bottom, right = box
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
@@ -183,7 +183,10 @@ def centres(box: Box, size: tuple[int, int], height: int, width: int) -> tuple[P
     if min(size) < 1:
         raise ValueError(f"size must be positive, got {tuple(size)}")
     rows, columns = (2 * np.arange(count, dtype=np.int64) + 1 for count in size)
-    return top + rows * (bottom - top) // (2 * size[0]), left + columns * (right - left) // (2 * size[1])
+    return (
+        np.floor(top + rows * (bottom - top) / (2 * size[0])).astype(np.int64),
+        np.floor(left + columns * (right - left) / (2 * size[1])).astype(np.int64),
+    )
 
 
 def _kept(keep: Sequence[int] | None, count: int) -> Positions:
