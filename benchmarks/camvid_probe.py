@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--points", type=int, default=500, help="pixels of every training frame and seed")
     parser.add_argument("--stride", type=int, default=1, help="judge every n-th validation frame")
+    parser.add_argument("--no-baseline", action="store_true", help="leave bilinear interpolation out")
     parser.add_argument("-o", "--output", type=Path, help="CSV file to append to")
     arguments = parser.parse_args()
     backbone = load_backbone(
@@ -120,7 +121,7 @@ def main() -> None:
         std=tuple(arguments.std) if arguments.std else None,
         **arguments.options,
     ).eval()
-    contenders: dict[str, LoftUp | Bilinear] = {"bilinear": Bilinear()}
+    contenders: dict[str, LoftUp | Bilinear] = {} if arguments.no_baseline else {"bilinear": Bilinear()}
     for pair in arguments.weights:
         name, _, path = pair.partition("=")
         contenders[name] = LoftUp.from_pretrained(path)

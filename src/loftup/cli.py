@@ -27,18 +27,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 some images failed, 2 nothing could be done)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # KEY=VALUE behind an option, which argparse does not find
+        if arguments.command != "train" or any(text.startswith("-") or "=" not in text for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     try:
         return int(arguments.run(arguments))
     except FAILURES as error:
         print(f"loftup {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = (
-            "; files already written are whole, run again to resume"
-            if arguments.command in ("features", "masks")
-            else ""
-        )
+        again = "; files already written are whole, run again to resume" * (arguments.command in ("features", "masks"))
         print(f"\nloftup {arguments.command}: interrupted{again}", file=sys.stderr)
         return 130
 
@@ -86,9 +87,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--backbone", default="dinov2_vits14", metavar="NAME", help="loftup's or timm's name (default: %(default)s)")
     add("--backbone-weights", metavar="FILE", help="local weights of the backbone; default: from the Hub")
-    add(
-        "--weights", metavar="NAME|PATH", help="LoftUp weights: name, repository, folder or file; default: --backbone's"
-    )
+    add("--weights", metavar="NAME|PATH", help="LoftUp weights: name, repository, folder, file; default: --backbone's")
     add("--layer", type=int, metavar="K", help="stage or block of the backbone to take; default: its last")
     add("--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="passed to timm, repeatable")
     add("--mean", nargs=3, type=float, metavar=("R", "G", "B"), help="image mean of the backbone; default: its own")

@@ -68,6 +68,13 @@ def test_an_entry_of_something_else_is_damaged(tmp_path, caplog):
     assert "is damaged" in caplog.text
 
 
+def test_an_entry_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
+    cache, key = FeatureCache(tmp_path), "ab" * 20
+    (tmp_path / "ab" / f"{key}.safetensors").mkdir(parents=True)
+    with pytest.raises(LoftUpError, match=r"cannot read features from .*abab\.safetensors: Is a directory; .*cache"):
+        cache.read(key)
+
+
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     import os
 
@@ -117,10 +124,5 @@ class TestFingerprint:
         assert open_cache(config(tmp_path, seed=5), backbone()).folder == folders[0]
 
 
-class TestOpenCache:
-    def test_none_wanted(self):
-        assert open_cache(TrainConfig(), backbone()) is None
-
-    def test_needs_fixed_views(self, tmp_path):
-        with pytest.raises(LoftUpError, match=r"data.cache=.* needs fixed views of the pictures, but data.views is 0"):
-            open_cache(config(tmp_path, views=0), backbone())
+def test_no_cache_is_opened_where_none_is_wanted():
+    assert open_cache(TrainConfig(), backbone()) is None

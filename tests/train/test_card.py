@@ -10,7 +10,7 @@ from small_run import make_material, small_config
 from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.train import card
 from loftup.train.card import machine, push, training_card, versions
-from loftup.train.config import TrainConfig, load_config
+from loftup.train.config import BackboneConfig, TrainConfig, load_config
 from loftup.train.engine import train
 
 
@@ -31,8 +31,33 @@ def test_a_card_holds_facts_numbers_and_a_config_that_reads_back(tmp_path):
 
 def test_a_card_without_hub_and_numbers():
     text = training_card(TrainConfig(output="runs/mine"), LoftUpConfig(32), {}, {})
-    assert 'LoftUp.from_pretrained("runs/mine")' in text
+    assert 'LoftUp.from_pretrained("./mine")' in text
     assert "Measured" not in text
+
+
+def test_a_card_tells_how_to_load_the_backbone():
+    config = TrainConfig()
+    config.backbone = BackboneConfig("resnet18", "/home/me/w.safetensors", 3, options={"img_size": 64})
+    text = training_card(config, LoftUpConfig(32), {}, {})
+    assert (
+        "from loftup import LoftUp, load_backbone\n\n"
+        "backbone = load_backbone('resnet18', weights='w.safetensors', layer=3, img_size=64)  # weights: your file\n"
+    ) in text
+    assert "\nbackbone = load_backbone('dinov2_vits14')\n" in training_card(TrainConfig(), LoftUpConfig(32), {}, {})
+
+
+def test_a_card_keeps_places_on_the_machine_to_itself():
+    config = TrainConfig(output="/home/me/runs/mine")
+    config.data.path, config.data.cache = ["/home/me/photos", "data/more"], "/home/me/cache"
+    config.validation.path, config.validation.probe = ["/home/me/val"], "/home/me/probe"
+    config.backbone.weights, config.model.pretrained = "/home/me/w.safetensors", "/home/me/first"
+    text = training_card(config, LoftUpConfig(32), {}, {"loss": 1.0})
+    assert "/home" not in text
+    assert "Measured on the validation pictures (val, probe) after the last step" in text
+    written = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert written["data"]["path"] == ["photos", "data/more"]
+    assert (written["output"], written["data"]["cache"]) == ("mine", "cache")
+    assert config.data.path[0] == "/home/me/photos"
 
 
 def test_the_machine(monkeypatch):

@@ -109,7 +109,7 @@ def test_differences_between_configs():
     now = {
         "seed": 0,
         "steps": 20,
-        "data": {"workers": 0, "flip": 0.1, "path": ["a"]},
+        "data": {"workers": 0, "flip": 0.1, "path": ["b"]},
         "validation": {"size": 4},
         "x": 1,
     }
@@ -131,10 +131,11 @@ def test_a_table_goes_on_after_the_step(tmp_path):
     table.add({"step": 3, "loss": 1 / 3})
     table.add({"step": 10, "loss": 0.1})
     assert path.read_text() == whole
-    with pytest.raises(
-        LoftUpError, match=r"log.csv has the columns \['step', 'loss'\], the run now gives \['step', 'other'\]"
-    ):
-        table.add({"step": 11, "other": 2})
+    table.add({"step": 11, "other": 2})
+    table.add({"step": 12, "other": 3, "loss": 4})
+    assert path.read_text() == whole.replace("\n", ",\n").replace("loss,", "loss,other") + "11,,2\n12,4,3\n"
+    Table(path, 10).add({"step": 11, "loss": 5})
+    assert path.read_text().endswith("10,0.1,\n11,5,\n")
     Table(path, 0).add({"step": 1, "other": 2})
     assert path.read_text() == "step,other\n1,2\n"
 

@@ -103,7 +103,7 @@ def test_ready_configs_are_those_promised():
             r"run.yaml: Value 'many' of type 'str' could not be converted to Integer at the key steps",
         ),
         ("", ["steps=1.5"], r"the command line: Value '1.5' of type 'float'.*at the key steps"),
-        ("", ["data.path=photos"], r"at the key data.path; a list is written \[a, b\]"),
+        ("", ["data.sizes=big"], r"at the key data.sizes; a list is written \[a, b\]"),
         ("data: photos\n", [], r"'data' in .*run.yaml holds 'photos', expected keys and values such as path"),
         ("- a\n", [], r"run.yaml holds \['a'\], expected keys and values such as backbone"),
         ("steps: [\n", [], r"cannot use the config in .*run.yaml: .*line 2, column 1"),
@@ -116,6 +116,14 @@ def test_ready_configs_are_those_promised():
 def test_what_cannot_be_read(write, text, overrides, message):
     with pytest.raises(LoftUpError, match=message):
         load_config(write(text), overrides)
+
+
+def test_values_of_another_type_that_mean_the_same(write):
+    """A single path is a list of one, a whole number may be written as a float."""
+    given = ["data.path=photos", "validation.path=val", "steps=1e3", "window=32.0", "data.sizes=[64.0]", "seed=7"]
+    config = load_config(write(SMALLEST), ["model.batch_norm=frozen", *given])
+    assert (config.data.path, config.validation.path) == (["photos"], ["val"])
+    assert (config.steps, config.window, config.data.sizes, config.seed) == (1000, 32, [64], 7)
 
 
 def test_no_such_file(tmp_path):

@@ -96,12 +96,12 @@ def test_an_error_of_the_main_process_reaches_all(material, tmp_path):
     config = small_config(material, tmp_path / "run")
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train.yaml").touch()
+    (tmp_path / "run" / "log.csv").write_text("step,loss\n1,0.5\n")
     done = subprocess.run(
         [*TORCHRUN, tmp_path / "run.yaml"], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert done.stderr.count("holds a run already (train.yaml)") == 2
+    assert done.stderr.count("holds a run already (log.csv)") == 2
 
 
 def _normalise(rank, folder, outcomes):
@@ -174,3 +174,14 @@ def test_one_process_speaks_for_itself(capsys):
 
     with pytest.raises(LoftUpError, match="no"):
         processes.from_main(fail)
+    with pytest.raises(LoftUpError, match="no"):
+        processes.together(fail)
+    assert processes.together(lambda: 4) == 4
+
+
+def test_an_error_of_another_process_reaches_this_one(monkeypatch):
+    processes = Processes()
+    processes.world = 2
+    monkeypatch.setattr(processes, "gather", lambda reason: [reason, "damaged"])
+    with pytest.raises(LoftUpError, match="damaged"):
+        processes.together(lambda: 4)

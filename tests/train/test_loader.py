@@ -91,17 +91,29 @@ class TestLoader:
         list(loader(config(data__path=[str(folder)], steps=1), backbone()))
         assert torch.get_rng_state().equal(state)
 
-    def test_errors_of_workers_say_what_is_wrong(self, folder):
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_errors_are_the_same_from_workers(self, folder, workers):
         for file in folder.glob("*.jpg"):
             file.write_bytes(b"")
-        made = config(data__path=[str(folder)], data__workers=1, steps=1)
-        with pytest.raises(LoftUpError, match=r"10 pictures in a row cannot be read; the last: cannot read the image"):
-            list(loader(made, backbone()))
+        made = config(data__path=[str(folder)], data__workers=workers, steps=1)
+        batches = iter(loader(made, backbone()))
+        with pytest.raises(LoftUpError) as caught:
+            next(batches)
+        assert str(caught.value).startswith("10 pictures in a row cannot be read; the last: cannot read the image")
+        assert str(caught.value).endswith("Check data.path")
+        assert batches._num_workers == workers
 
-    def test_a_cache_without_fixed_views_is_refused(self, folder):
-        made = config(data__path=[str(folder)], data__cache=str(folder / "cache"))
-        with pytest.raises(LoftUpError, match=r"data.cache=.* needs fixed views of the pictures, but data.views is 0"):
-            loader(made, backbone())
+    def test_masks_are_made_only_for_terms_that_take_them(self, folder, monkeypatch):
+        def refuse(*arguments, **options):
+            raise LoftUpError("masks were asked for")
+
+        monkeypatch.setattr("loftup.train.sources.felzenszwalb_map", refuse)
+        options = {"data__path": [str(folder)], "data__kind": "images", "steps": 1}
+        total = {"objective__mask_bicubic__weight": 0.0, "objective__total_variation__weight": 1.0}
+        (batch,) = loader(config(**options, **total), backbone())
+        assert batch.image.shape == (2, 3, 64, 64)
+        with pytest.raises(LoftUpError, match="masks were asked for"):
+            list(loader(config(**options), backbone()))
 
     def test_sizes_that_do_not_fit_are_refused(self, folder):
         with pytest.raises(

@@ -226,8 +226,8 @@ def test_folders_that_cannot_be_used_are_refused(photos, tmp_path):
         with pytest.raises(ValueError, match=r"out is inside .*photos, whose pictures include those below it"):
             make_masks(photos, QUICK, output)
     assert len(make_masks(photos, QUICK, photos, progress=False).counts) == 2
-    drawn_scene(30, 40).save(photos / "a.png")
-    with pytest.raises(LoftUpError, match=r"a.jpg and a.png in .* would share their masks; rename one, or take it out"):
+    drawn_scene(30, 40).save(photos / "a.webp")
+    with pytest.raises(LoftUpError, match=r"a.jpg and a.webp in .* would share their masks; rename one, or take"):
         make_masks(photos, QUICK)
     with pytest.raises(LoftUpError, match="no folder nowhere"):
         make_masks("nowhere", QUICK)

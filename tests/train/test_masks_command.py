@@ -126,10 +126,19 @@ def test_one_maker_at_a_time(photos, capsys):
     assert "--felzenszwalb: not allowed with argument --sam" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.seg0.png"])
+def test_folders_with_label_maps_are_ready_for_training(photos, capsys, name):
+    drawn_scene(30, 40).convert("L").save(photos / name)
+    assert main(["masks", str(photos), *QUICK]) == 2
+    err = capsys.readouterr().err
+    assert f"1 pictures in {photos} have label maps, such as {name} beside a.jpg: training takes those as masks" in err
+    assert not list(photos.rglob("*.json"))
+
+
 def test_previews_are_written(photos, tmp_path, capsys):
     assert main(["masks", str(photos), *QUICK, "--preview", str(tmp_path / "look")]) == 0
     assert f"wrote 2 previews to {tmp_path / 'look'}" in capsys.readouterr().err
-    for index, name in enumerate(("a.jpg", "deep/b.png")):
+    for index, name in enumerate(("a", "deep/b")):
         picture = SA1BFolder(photos).read(index, torch.Generator())
         stream = io.BytesIO()
         overlay(picture).save(stream, "JPEG", quality=90)
@@ -138,8 +147,38 @@ def test_previews_are_written(photos, tmp_path, capsys):
 
 def test_pictures_without_masks_have_no_preview(photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"x")
-    assert main(["masks", str(photos), *QUICK, "--preview", str(tmp_path / "look")]) == 1
+    command = ["masks", str(photos), *QUICK, "--preview", str(tmp_path / "look")]
+    assert main(command) == 1
     assert "wrote 2 previews" in capsys.readouterr().err
+    (photos / "broken.json").write_bytes((photos / "a.json").read_bytes())
+    assert main([*command, "--overwrite"]) == 1
+    err = capsys.readouterr().err
+    assert f"loftup masks: no preview: cannot read the image {photos / 'broken.jpg'}: " in err
+    assert "wrote 2 previews" in err
+
+
+def test_without_masks_there_are_no_previews(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"x")
+    assert main(["masks", str(tmp_path / "photos"), "--preview", str(tmp_path / "look")]) == 1
+    err = capsys.readouterr().err
+    assert "made the masks of 0 of 1 pictures" in err
+    assert "make masks with" not in err
+    assert not (tmp_path / "look").exists()
+
+
+def test_previews_are_drawn_again_only_with_their_masks(photos, tmp_path, capsys):
+    command = ["masks", str(photos), *QUICK, "--preview", str(tmp_path / "look")]
+    assert main(command) == 0
+    (tmp_path / "look" / "deep" / "b.jpg").unlink()
+    (tmp_path / "look" / "a.jpg").write_bytes(b"mine")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"1 previews are there already\nwrote 1 previews to {tmp_path / 'look'}\n" in capsys.readouterr().err
+    assert (tmp_path / "look" / "a.jpg").read_bytes() == b"mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert "wrote 2 previews" in capsys.readouterr().err
+    assert (tmp_path / "look" / "a.jpg").read_bytes() != b"mine"
 
 
 def test_an_overlay_by_hand():

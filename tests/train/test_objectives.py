@@ -237,7 +237,7 @@ class TestDistance:
         assert loss == distance(a.float(), b.float(), kind)
 
     def test_refuses(self):
-        with pytest.raises(ValueError, match="unknown distance 'l1'; expected l2, cosine, affinity"):
+        with pytest.raises(ValueError, match="unknown distance 'l1'; expected affinity, l2, cosine"):
             distance(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), "l1")
         with pytest.raises(ValueError, match=r"distance of \(1, 2, 3, 3\) and \(1, 1, 3, 3\)"):
             distance(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3), "l2")

@@ -103,6 +103,23 @@ class TestPlan:
         assert {plan.region[1] for plan in made} == {*range(0, 42, 4), 42}
         assert all(plan.region[2] - plan.region[0] == plan.region[3] - plan.region[1] == 14 for plan in made)
 
+    @pytest.mark.parametrize("factor", [1, 2, 3, 4])
+    def test_the_enlarged_part_always_shows_whole_cells_of_the_window(self, factor):
+        for cells, window in itertools.product(range(2 * factor - 1, 2 * factor + 3), (None, 4, 8, 12, 20)):
+            made = config(
+                data__sizes=[4 * cells],
+                window=window,
+                objective__high_resolution__weight=1.0,
+                objective__high_resolution__crop=True,
+                objective__high_resolution__factors=[factor],
+            )
+            for plan in plans(made, 40, 4):
+                window_cells = [edge // 4 for edge in plan.window or (0, 0, 4 * cells, 4 * cells)]
+                for low, high in ((0, 2), (1, 3)):
+                    first = max(window_cells[low], -(-plan.region[low] // factor))
+                    last = min(window_cells[high], plan.region[high] // factor)
+                    assert first < last
+
     def test_a_term_does_not_change_what_others_draw(self):
         alone = plans(config(window=48, data__sizes=[224, 336]), 20)
         options = {"objective__high_resolution__weight": 1.0, "objective__self_distillation__weight": 1.0}
@@ -174,6 +191,22 @@ class TestGeometry:
             (
                 {"data__ratios": [1.0, 3.0], "objective__self_distillation__weight": 1},
                 "data.ratios holds 3 and .*zoom begins at 2: .* zoom must be at least the ratio",
+            ),
+            (
+                {
+                    "data__sizes": [224, 84],
+                    "objective__high_resolution__weight": 1,
+                    "objective__high_resolution__crop": True,
+                },
+                "factors holds 4, .* part of 84 pixels .* 6 x 6 feature .* at most 3, data.sizes of at least 98, or",
+            ),
+            (
+                {
+                    "data__sizes": [28],
+                    "objective__self_distillation__weight": 1,
+                    "objective__self_distillation__zoom": [2.0, 60.0],
+                },
+                "zoom ends at 60, which leaves less than a pixel of an output of 28; take less than 56",
             ),
         ],
     )

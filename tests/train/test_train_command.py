@@ -30,6 +30,17 @@ def test_train_and_resume(file, tmp_path, capsys):
     assert LoftUp.from_pretrained(tmp_path / "run").config.channels == 32
 
 
+def test_values_behind_an_option(file, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(command, "train", lambda config, resume: asked.append((config.steps, config.batch, resume)))
+    assert main(["train", str(file), "batch=3", "--resume", "steps=7"]) == 0
+    assert asked == [(7, 3, True)]
+    for arguments in (["train", str(file), "--resum3"], ["train", str(file), "--resume", "x"], ["list", "steps=7"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(file, capsys):
     assert main(["train", str(file), "setps=1"]) == 2
     said = capsys.readouterr().err

@@ -191,13 +191,16 @@ def test_the_folder_of_another_run(config, tmp_path, capsys):
 
 def test_a_folder_killed_before_the_first_checkpoint(config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train.yaml").touch()
     (tmp_path / "run" / "log.csv").write_text("step,loss\n1,0.5\n")
     config.steps = 1
-    with pytest.raises(LoftUpError, match=r"holds a run already \(train.yaml\)"):
+    with pytest.raises(LoftUpError, match=r"holds a run already \(log.csv\)"):
         train(config)
     train(config, resume=True)
     assert steps_of(tmp_path / "run" / "log.csv") == [1]
+    for file in ("log.csv", "checkpoints/step_000001.pt"):
+        (tmp_path / "run" / file).unlink()
+    with pytest.raises(LoftUpError, match=r"holds a run already \(model.safetensors\)"):
+        train(config)
 
 
 def test_a_folder_that_cannot_be_written(config, tmp_path):

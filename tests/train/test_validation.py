@@ -10,8 +10,9 @@ from small_run import make_material, small_config
 
 from loftup import LoftUpConfig, LoftUpError
 from loftup.train.build import build_backbone
+from loftup.train.distributed import Processes
 from loftup.train.probe import fit_probe
-from loftup.train.validation import LinearProbe, Validation, save_picture
+from loftup.train.validation import LinearProbe, Validation, open_validation, report, save_picture
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_the_loss_is_that_of_stage_1(config, backbone, material):
 def test_evenly_spread_pictures(config, backbone):
     config.validation.images = 2
     cases = Validation(config, backbone)._cases.cases
-    assert [case.picture.name for case in cases] == ["p0.jpg", "p2.jpg"]
+    assert [case.name for case in cases] == ["p0.jpg", "p2.jpg"]
 
 
 def test_the_picture_has_a_row_for_every_image(config, backbone, tmp_path):
@@ -131,5 +132,38 @@ def test_what_cannot_be_measured(config, backbone, material, tmp_path):
     (tmp_path / "p0.jpg").write_bytes((material / "val" / "p0.jpg").read_bytes()[:100])
     (tmp_path / "p0.png").write_bytes((material / "val" / "p0.png").read_bytes())
     config.validation.path = [str(tmp_path)]
-    with pytest.raises(LoftUpError, match=r"no picture for validation can be read; the first: .*p0.jpg"):
-        Validation(config, backbone)
+    with pytest.raises(LoftUpError, match=r"no picture of validation.path can be read; the first: .*p0.jpg"):
+        open_validation(config, backbone, Processes())
+    assert Validation(config, backbone).picture(UP) is None
+
+
+def test_other_processes_pictures_count(config, backbone, material, tmp_path):
+    """The first process has none that can be read, the second one."""
+    for file in (material / "val").glob("p[01].*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: 100 if file.name == "p0.jpg" else None])
+    config.validation.path = [str(tmp_path)]
+    other = Validation(config, backbone, 1, 2)
+
+    class Two(Processes):
+        def gather(self, value):
+            return [value, (len(other), other.unreadable) if isinstance(value, tuple) else ""]
+
+    processes = Two()
+    processes.world = 2
+    found = open_validation(config, backbone, processes)
+    assert (len(found), len(other)) == (0, 1)
+    assert found.measure(UP).tolist() == [0, 0, 0]
+
+
+def test_masks_are_kept_packed(config, backbone):
+    case = Validation(config, backbone)._cases.cases[0]
+    assert (case.kept.dtype, case.kept.shape[1:]) == (torch.uint8, (32, 4))
+
+
+def test_the_report_tells_percentages_from_losses():
+    assert report({"loss": 0.5, "bicubic": 1.0, "ratio": 0.5}) == "loss 0.5, bicubic 1, ratio 0.5"
+    scores = {"miou": 52.46, "accuracy": 70.0, "boundary_miou": 41.0}
+    found = {**scores, **{f"bilinear_{name}": value - 5 for name, value in scores.items()}}
+    assert report(found) == (
+        "probe mIoU 52.5 (bilinear 47.5), accuracy 70.0 (bilinear 65.0), boundary mIoU 41.0 (bilinear 36.0) percent"
+    )

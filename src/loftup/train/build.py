@@ -1,19 +1,41 @@
 """The parts of a run, made from its config."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from ..backbones import Backbone, Upsampled, load_backbone
 from ..errors import LoftUpError
+from ..hub import UnreachableError
 from ..model import LoftUp, LoftUpConfig
-from .config import TrainConfig
+from .config import ObjectiveConfig, TrainConfig
 from .data import loader
+from .shards import is_pattern
 from .start import calibrate_batch_norm, start_as_interpolator
 
-__all__ = ["build_backbone", "build_upsampler", "calibrate"]
+__all__ = ["build_backbone", "build_upsampler", "calibrate", "check_paths"]
 
 CALIBRATION = 64  # pictures
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raise LoftUpError, which names the key, for a folder or file of the config that is not there."""
+    data, validation, weights = config.data, config.validation, config.backbone.weights
+    for key, paths, remedy in (
+        ("data.path", data.path, "data.path=[FOLDER]"),
+        ("validation.path", validation.path, "validation.path=[FOLDER], or validation.path=[] for none"),
+        ("validation.probe", filter(None, [validation.probe]), "validation.probe=FOLDER, or validation.probe=null"),
+    ):
+        for path in paths:
+            if not is_pattern(path) and not (folder := Path(path).expanduser()).is_dir():
+                what = "is a file" if folder.exists() else "is not there"
+                raise LoftUpError(f"{key} names {path}, which {what}, expected a folder; set {remedy}")
+    if weights is not None and not Path(weights).expanduser().is_file():
+        raise LoftUpError(
+            f"backbone.weights names {weights}, which is no file; set backbone.weights=FILE, or "
+            "backbone.weights=null for the published ones"
+        )
 
 
 def build_backbone(config: TrainConfig) -> Backbone:
@@ -36,7 +58,7 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
     """
     model = config.model
     if model.pretrained is not None:
-        up = LoftUp.from_pretrained(model.pretrained, dtype=torch.float32)
+        up = _pretrained(model.pretrained)
         Upsampled(backbone, up)  # refuses a pair that does not fit
         up.config = dataclasses.replace(up.config, backbone=backbone.name)
     else:
@@ -54,13 +76,28 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
         except ValueError as error:
             raise LoftUpError(f"the section model does not fit {backbone.name!r}: {error}; see model.heads") from error
         if model.start == "interpolator":
-            start_as_interpolator(up)
+            start_as_interpolator(up, max(2, max(config.data.sizes) // backbone.patch_size))
     return up
+
+
+def _pretrained(name: str) -> LoftUp:
+    try:
+        return LoftUp.from_pretrained(name, dtype=torch.float32)
+    except LoftUpError as error:
+        if Path(name).expanduser().exists() or not ("/" in name or name.startswith((".", "~"))):
+            raise
+        # What the Hub's client says is about other things than a folder that has not been made yet.
+        hub = "cannot be asked for such a" if isinstance(error, UnreachableError) else "gives no such"
+        raise LoftUpError(
+            f"there is no folder or file {name} (model.pretrained), and the Hub {hub} repository; train stage 1 "
+            "first, or set model.pretrained=FOLDER of a finished run"
+        ) from error
 
 
 def calibrate(up: LoftUp, config: TrainConfig, backbone: Backbone) -> None:
     """Set the batch norms of random weights to the statistics of the first pictures of the training data."""
     batches = max(1, CALIBRATION // config.batch)
     data = dataclasses.replace(config.data, workers=0, cache=None)
-    alone = dataclasses.replace(config, data=data, steps=batches, accumulate=1)
+    # Without terms, for the pictures alone are looked at.
+    alone = dataclasses.replace(config, data=data, objective=ObjectiveConfig(), steps=batches, accumulate=1)
     calibrate_batch_norm(up, (batch.guidance.to(up.device) for batch in loader(alone, backbone)))

@@ -33,7 +33,11 @@ class FeatureCache:
         return hashlib.blake2b(content, digest_size=20, key=repr(tuple(image.shape)).encode()).hexdigest()
 
     def read(self, key: str) -> Tensor | None:
-        """The features (C, h, w) of a key; None where there are none, or none that can be read, which is said."""
+        """The features (C, h, w) of a key; None where there are none, or damaged ones, which is said.
+
+        Raises:
+            LoftUpError: the file is there and cannot be read.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -42,6 +46,11 @@ class FeatureCache:
             return load(path.read_bytes())["features"]
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise LoftUpError(
+                f"cannot read features from {path}: {error.strerror}; let the file be read, remove it, or leave "
+                "data.cache out"
+            ) from error
         except (SafetensorError, KeyError) as error:
             log.warning("%s is damaged (%s); its features are computed anew", path, error)
             return None
@@ -68,18 +77,9 @@ class FeatureCache:
 
 
 def open_cache(config: TrainConfig, backbone: Backbone) -> FeatureCache | None:
-    """The cache that a run asks for, in a folder of its backbone's own; None if it asks for none.
-
-    Raises:
-        LoftUpError: the run draws a new view every time, so that nothing would ever be read again.
-    """
+    """The cache that a run asks for, in a folder of its backbone's own; None if it asks for none."""
     if config.data.cache is None:
         return None
-    if not config.data.views:
-        raise LoftUpError(
-            f"data.cache={config.data.cache} needs fixed views of the pictures, but data.views is 0, a new view every "
-            "time; set data.views to the number of views of a picture, or leave data.cache out"
-        )
     identity = fingerprint(backbone, config.backbone.options, config.precision)
     return FeatureCache(Path(config.data.cache) / identity)
 

@@ -1,5 +1,6 @@
 """The model card of a finished run: what was trained, on what, how, and what came out."""
 
+import copy
 import platform
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from ..model import LoftUpConfig
 from ..weights import CONFIG, SAFETENSORS, model_card
 from .config import TrainConfig, to_yaml
 
-__all__ = ["push", "training_card", "versions"]
+__all__ = ["push", "shown", "training_card", "versions"]
 
 CARD = "README.md"
 
@@ -38,21 +39,65 @@ def training_card(
         facts: rows of the first table, such as the number of pictures.
         measured: last numbers of the validation; may be empty.
     """
+    source = config.hub or f"./{Path(config.output).expanduser().resolve().name}"
+    text = model_card(up, source).rstrip().replace(*_with_backbone(config))
+    validated = ", ".join(map(shown, [*config.validation.path, *filter(None, [config.validation.probe])]))
     rows = {**facts, "versions": ", ".join(f"{name} {number}" for name, number in versions().items())}
     parts = [
-        model_card(up, config.hub or Path(config.output).as_posix()).rstrip(),
+        text,
         "## Training",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]
     if measured:
         parts += [
-            "Measured on held-out pictures after the last step (`loss`: squared distance to features interpolated "
+            f"Measured on the validation pictures ({validated}) after the last step "
+            "(`loss`: squared distance to features interpolated "
             "bicubically and refined by masks; `bicubic`: the same without the network; `ratio`: one over the other; "
             "`miou` and so on: a linear probe, in percent):",
             "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items()),
         ]
-    parts += ["The whole config, to train the same again with `loftup train`:", f"```yaml\n{to_yaml(config)}```"]
+    parts += [
+        "The whole config, to train the same again with `loftup train`:",
+        f"```yaml\n{to_yaml(_portable(config))}```",
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def shown(path: str) -> str:
+    """A path as others may see it: an absolute one, which holds on one machine only, by its last part."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _portable(config: TrainConfig) -> TrainConfig:
+    config = copy.deepcopy(config)
+    for section, name in (
+        (config.backbone, "weights"),
+        (config.model, "pretrained"),
+        (config.data, "path"),
+        (config.data, "cache"),
+        (config.validation, "path"),
+        (config.validation, "probe"),
+        (config, "output"),
+    ):
+        value = getattr(section, name)
+        if value is not None:
+            setattr(section, name, shown(value) if isinstance(value, str) else list(map(shown, value)))
+    return config
+
+
+def _with_backbone(config: TrainConfig) -> tuple[str, str]:
+    """Lines of the core's model card, and what stands there in that of a run, which knows its backbone."""
+    given = config.backbone
+    options = {"layer": given.layer, "mean": given.mean, "std": given.std, **given.options}
+    arguments = [repr(given.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
+    comment = ""
+    if given.weights is not None:
+        arguments.insert(1, f"weights={Path(given.weights).name!r}")
+        comment = "  # weights: your file"
+    before = "from loftup import LoftUp\n"
+    return before, (
+        f"from loftup import LoftUp, load_backbone\n\nbackbone = load_backbone({', '.join(arguments)}){comment}"
+    )
 
 
 def machine(device: torch.device, processes: int) -> str:

@@ -1,17 +1,27 @@
 """Values that a training config may have."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import LoftUpError
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-__all__ = ["check"]
+__all__ = ["check", "converted"]
 
 DISTANCES = ("affinity", "l2", "cosine")
 KINDS = ("auto", "sa1b", "shards", "labels", "images")
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """A value of YAML as a field's type has it where nothing is lost: 1e3 as 1000, and a text as a list of one."""
+    if kind == list[str] and isinstance(value, str) and not value.startswith("${"):
+        return [value]
+    if kind == list[int] and isinstance(value, list):
+        return [converted(item, int) for item in value]
+    whole = kind is int or int in get_args(kind)
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
 
 
 def check(config: "TrainConfig") -> None:

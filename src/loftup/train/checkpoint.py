@@ -1,9 +1,11 @@
 """Checkpoints: single files with all that a run needs to go on, written whole or not at all."""
 
 import io
+import math
 import pickle
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..errors import LoftUpError
 from ..weights import write_atomically
 
 __all__ = [
+    "Progress",
     "differences",
     "latest_checkpoint",
     "load_checkpoint",
@@ -24,7 +27,7 @@ __all__ = [
     "step_file",
 ]
 
-# A run goes on with these changed; the number of pictures a step is checked apart from its factors.
+# A run goes on with these changed: files may have moved. The numbers of pictures, a step and in all, are checked apart.
 FREE = (
     "output",
     "hub",
@@ -32,11 +35,34 @@ FREE = (
     "save_every",
     "log_every",
     "keep",
+    "data.path",
+    "data.cache",
     "data.workers",
+    "backbone.weights",
+    "compile",
+    "checkpointing",
     "validation",
     "batch",
     "accumulate",
 )
+
+
+@dataclass
+class Progress:
+    """What a checkpoint says of a run beside weights and random states."""
+
+    step: int = 0
+    best: float = math.inf  # of best_by, negated where more is better
+    best_by: str = ""
+    validated: int = 0  # the step of the last validation
+    seconds: float = 0.0
+    unreadable: int = 0
+    empty: int = 0
+    nonfinite: int = 0
+    streak: int = 0  # steps without a finite loss since the last finite one
+    sums: dict[str, float] = field(default_factory=dict)  # since the last line of the log
+    summed: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 def step_file(folder: Path, step: int) -> Path:

@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoftUpError
+from .check import check, converted
 
 __all__ = [
     "BackboneConfig",
@@ -78,7 +79,8 @@ class DataConfig:
         scale: smallest and largest side of the random square crop, as a share of the picture's short side.
         flip: probability of mirroring.
         views: 0 draws a new crop every time; K > 0 uses K fixed crops of every picture, whose features can be cached.
-        cache: folder for features on disk; needs ``views``.
+        cache: folder for features on disk; needs ``views``. It saves the backbone's pass over the student's images
+            alone, not over crops and enlarged images, and holds ``views`` entries of a picture for each of ``sizes``.
         workers: loader processes.
     """
 
@@ -211,7 +213,10 @@ class OptimizerConfig:
 
 @dataclass
 class ValidationConfig:
-    """What is measured and drawn on held-out pictures.
+    """What is measured and drawn on validation pictures.
+
+    checkpoints/best.pt is the student of the lowest loss of stage 1 on them; where there is a probe, of its highest
+    mIoU.
 
     Args:
         path: folder or shards; None validates nothing.
@@ -244,6 +249,7 @@ class TrainConfig:
         batch: images a step in each process and micro-batch.
         accumulate: micro-batches a step.
         window: side of the random window of output pixels that the loss sees, rounded to feature cells; None for all.
+            It is for the terms on the whole output: self-distillation computes its crops alone, whatever the window.
         precision: "float32" or "bfloat16" (autocast).
         compile: torch.compile the network.
         checkpointing: compute activations twice to save memory.
@@ -295,8 +301,6 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
         LoftUpError: there is no such file, it is not YAML, a key is unknown, a value is of the wrong type or out of
             range, or omegaconf is missing (extra ``train``).
     """
-    from .check import check
-
     try:
         from omegaconf import OmegaConf
     except ImportError as error:
@@ -311,8 +315,8 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
         (lambda: OmegaConf.from_dotlist(list(overrides)), "the command line"),
     ):
         try:
-            given = read()
-            _check_keys(OmegaConf.to_container(given), where)
+            given = OmegaConf.to_container(read())
+            _check_keys(given, where)
             merged = OmegaConf.merge(merged, given)
             config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
         except LoftUpError:
@@ -353,8 +357,8 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _check_keys(given: Any, where: str, kind: type = TrainConfig, prefix: str = "") -> None:
-    """Raise LoftUpError for a key that no dataclass has; keys that are near, in any section, are named."""
-    if not isinstance(given, Mapping):
+    """Raise LoftUpError for a key that no dataclass has, naming near ones; convert values in place."""
+    if not isinstance(given, dict):
         at = f"{prefix[:-1]!r} in {where}" if prefix else where
         raise LoftUpError(f"{at} holds {given!r}, expected keys and values such as {dataclasses.fields(kind)[0].name}")
     known = {entry.name: entry.type for entry in dataclasses.fields(kind)}
@@ -366,6 +370,7 @@ def _check_keys(given: Any, where: str, kind: type = TrainConfig, prefix: str = 
             meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             section = f"{prefix[:-1]!r}" if prefix else "the top level"
             raise LoftUpError(f"unknown key '{prefix}{key}' in {where}; {meant}Keys of {section}: {', '.join(known)}")
+        given[key] = converted(value, known[key])
         if dataclasses.is_dataclass(known[key]):
             _check_keys(value, where, known[key], f"{prefix}{key}.")  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,6 +189,16 @@ class TrainingViews(Dataset[Sample]):
             empty=bool(takes_masks) and not shown,
         )
 
+    def __getitems__(self, places: Sequence[Place]) -> list[Sample] | LoftUpError:
+        """What a loader asks for: samples, or why there are none as a value.
+
+        A worker's exception would reach the main process with the worker's traceback as its text.
+        """
+        try:
+            return [self[place] for place in places]
+        except LoftUpError as error:
+            return error
+
     def _read(self, step: int, slot: int, generator: torch.Generator) -> tuple[int, Picture, list[str]]:
         epoch, position = divmod(step * self._batch + slot, len(self.source))
         if self._order[0] != epoch:
@@ -231,11 +242,9 @@ class _Cropper:
 
     def masks(self, box: Region, whole: int, size: int, limit: int, generator: torch.Generator) -> Tensor:
         """The masks in that box as (M, size, size) bool; of more than ``limit`` a random choice, in their order."""
-        count = len(self.all_masks)
-        keep: Sequence[int] | None = None
-        if count > limit:
-            keep = torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
-        masks = self.all_masks.crop(self._region(box, whole), (size, size), keep)
+        masks = self.all_masks.crop(self._region(box, whole), (size, size))
+        if len(masks) > limit:
+            masks = masks[torch.randperm(len(masks), generator=generator)[:limit].sort().values]
         return masks.flip(-1) if self.view.mirrored else masks
 
     def _region(self, box: Region, whole: int) -> Region:
@@ -321,6 +330,36 @@ def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source
     return sources[0] if len(sources) == 1 else Several(sources)
 
 
+class _Loader(DataLoader[Sample]):
+    """A DataLoader whose iterator raises the LoftUpError that a dataset hands over instead of samples."""
+
+    def __iter__(self) -> Any:
+        return _Batches(super().__iter__())
+
+
+class _Batches:
+    """PyTorch's iterator, with all its attributes, which are needed to end its workers."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch: Batch | LoftUpError = next(self._batches)
+        if isinstance(batch, LoftUpError):
+            raise batch
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
+def _collate_or_fail(samples: Sequence[Sample] | LoftUpError) -> Batch | LoftUpError:
+    return samples if isinstance(samples, LoftUpError) else collate(samples)
+
+
 def loader(
     config: TrainConfig, backbone: Backbone, first_step: int = 0, rank: int = 0, world: int = 1
 ) -> "DataLoader[Sample]":
@@ -334,14 +373,15 @@ def loader(
         world: number of processes.
 
     Raises:
-        LoftUpError: the data cannot be opened, or the geometry does not fit the backbone.
+        LoftUpError: the data cannot be opened, or the geometry does not fit the backbone; while iterating, ten
+            pictures in a row cannot be read.
     """
     source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb)
     views = TrainingViews(source, config, backbone.patch_size, world, open_cache(config, backbone))
-    return DataLoader(
+    return _Loader(
         views,
         batch_sampler=StepSampler(config, first_step, rank, world),
-        collate_fn=collate,
+        collate_fn=_collate_or_fail,
         num_workers=config.data.workers,
         persistent_workers=config.data.workers > 0,
         # Its own, so that making an iterator leaves the global random state alone.

@@ -147,6 +147,19 @@ class Processes:
             raise LoftUpError(outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something in every process; a LoftUpError of one reaches all."""
+        outcome, reason = None, ""
+        try:
+            outcome = work()
+        except LoftUpError as error:
+            if self.world == 1:
+                raise
+            reason = str(error)
+        if reasons := list(filter(None, self.gather(reason))):
+            raise LoftUpError(reasons[0])
+        return outcome  # type: ignore[return-value]
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
         from accelerate.utils import gather_object

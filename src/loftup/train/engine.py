@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,39 +17,24 @@ from torch import Tensor
 
 from ..errors import LoftUpError
 from ..model import LoftUp, LoftUpConfig
-from .build import build_backbone, build_upsampler, calibrate
-from .card import CARD, machine, push, training_card, versions
+from .build import build_backbone, build_upsampler, calibrate, check_paths
+from .card import CARD, machine, push, shown, training_card, versions
 from .check import check
-from .checkpoint import prune, random_states, restore_random_states, save_checkpoint, step_file
-from .config import OptimizerConfig, TrainConfig
+from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
+from .config import TrainConfig
 from .data import Batch, loader
 from .distributed import Processes, synchronise_batch_norm
-from .folder import open_folder
+from .folder import check_data, open_folder, write_config
 from .logs import Board, Table
+from .schedule import adamw, learning_rate
 from .signals import Interrupted, StopSignal, ignore_signals
 from .terms import Objective
-from .validation import LinearProbe, Validation, save_picture
+from .validation import LinearProbe, Validation, open_validation, report, save_picture
 
 __all__ = ["Interrupted", "learning_rate", "train"]
 
 log = logging.getLogger("loftup")
 STREAK = 20  # steps in a row without a finite loss and gradient that end a run
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step: a linear warm-up, then constant or half a cosine down to ``final`` of the highest.
-
-    Args:
-        config: of the optimizer.
-        step: 0 .. steps - 1.
-        steps: of the run.
-    """
-    if step < config.warmup:
-        return config.rate * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.rate
-    progress = (step - config.warmup) / max(1, steps - config.warmup - 1)
-    return config.rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * min(1, progress))) / 2)
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -88,27 +74,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     return run.folder
 
 
-@dataclasses.dataclass
-class _Progress:
-    """What a checkpoint says of a run beside weights and random states."""
-
-    step: int = 0
-    best: float = math.inf
-    seconds: float = 0.0
-    unreadable: int = 0
-    empty: int = 0
-    nonfinite: int = 0
-    streak: int = 0  # steps without a finite loss since the last finite one
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # since the last line of the log
-    summed: int = 0
-    measured: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
 class _Run:
     def __init__(self, config: TrainConfig, processes: Processes, resume: bool) -> None:
         self.config, self.processes, self.warned = config, processes, 0
         self.folder = Path(config.output).expanduser()
         pictures = config.batch * config.accumulate * processes.world
+        check_paths(config)
         state = processes.from_main(lambda: open_folder(config, pictures, resume))
         if resume and not state:
             processes.say(f"no checkpoint in {self.folder} to resume from: a new run")
@@ -118,7 +89,7 @@ class _Run:
         known = LoftUpConfig.from_dict(state["loftup_config"]) if state else None
         up = LoftUp(known) if known else build_upsampler(config, backbone)
         up.to(processes.device).activation_checkpointing = config.checkpointing
-        self.progress = _Progress(**state["progress"]) if state else _Progress()
+        self.progress = Progress(**state["progress"]) if state else Progress()
         random = config.model.pretrained is None and config.model.start == "random"
         if random and not state and config.model.batch_norm == "frozen":
             calibrate(up, config, backbone)
@@ -126,18 +97,14 @@ class _Run:
             synchronise_batch_norm(up)
         self.objective = Objective(config, up, backbone)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            optimizer.rate,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            weight_decay=optimizer.weight_decay,
-        )
+        self.optimizer = adamw(config.optimizer, self.parameters)
         self.loader = loader(config, backbone, self.progress.step, processes.rank, processes.world)
         self.loader.worker_init_fn = ignore_signals
         self.pictures = len(self.loader.dataset.source)  # type: ignore[attr-defined]
+        if state:
+            check_data(config, state, self.pictures)
         self._open_validation(backbone)
-        self._open_logs()
+        processes.from_main(self._open_logs)
         if state:
             self._load(state)
         self.model = processes.prepare(self.objective)
@@ -148,69 +115,83 @@ class _Run:
         self._announce(backbone, "going on" if state else "starting")
 
     def _open_validation(self, backbone: Any) -> None:
-        self.validation = self.probe = None
+        self.validation: Validation | None = None
+        self.probe: LinearProbe | None = None
         if self.config.validation.path:
-            self.validation = Validation(self.config, backbone, self.processes.rank, self.processes.world)
+            self.validation = open_validation(self.config, backbone, self.processes)
             self._warn_of(self.validation.unreadable)
-        if self.config.validation.probe and self.processes.main:
-            self.probe = LinearProbe(self.config, backbone)
-            self._warn_of(self.probe.unreadable)
-            self.bilinear = {f"bilinear_{name}": value for name, value in self.probe.bilinear().items()}
+        if self.config.validation.probe:
+            self.processes.from_main(lambda: self._open_probe(backbone))
+
+    def _open_probe(self, backbone: Any) -> None:
+        self.probe = probe = LinearProbe(self.config, backbone)
+        self._warn_of(probe.unreadable)
+        self.bilinear = {f"bilinear_{name}": value for name, value in probe.bilinear().items()}
 
     def _open_logs(self) -> None:
-        if self.processes.main:
-            self.table = Table(self.folder / "log.csv", self.progress.step)
-            self.measurements = Table(self.folder / "validation.csv", self.progress.step)
-            self.board = Board(self.folder / "tensorboard", self.progress.step)
+        write_config(self.config)
+        self.table = Table(self.folder / "log.csv", self.progress.step)
+        self.measurements = Table(self.folder / "validation.csv", self.progress.step)
+        self.board = Board(self.folder / "tensorboard", self.progress.step)
 
     def _announce(self, backbone: Any, what: str) -> None:
         config, up = self.config, self.objective.up.config
+        start = f"from {config.model.pretrained}" if config.model.pretrained else f"start: {config.model.start}"
         trained = sum(p.numel() for p in self.parameters)
         window = f"windows of {config.window} pixels" if config.window else "whole pictures"
+        if {name for name, term in vars(config.objective).items() if term.weight} == {"self_distillation"}:
+            window = "crops"  # the student's output is computed there alone
         batch = f"{config.batch} pictures x {config.accumulate} x {self.processes.world} processes"
         name = backbone.name or config.backbone.name
         self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
-        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, width {up.width}, {self._start()}")
+        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, width {up.width}, {start}")
         self.processes.say(f"pictures   {self.pictures} of {', '.join(config.data.path)}; {batch} a step, {window}")
         on = machine(self.processes.device, self.processes.world)
         self.processes.say(f"device     {self.processes.device} ({on}), {config.precision}")
         self.processes.say(f"{what} at step {self.progress.step} of {config.steps}, in {self.folder}")
-
-    def _start(self) -> str:
-        return (
-            f"from {self.config.model.pretrained}"
-            if self.config.model.pretrained
-            else f"{self.config.model.start} start"
-        )
 
     def steps(self, stop: StopSignal) -> None:
         """Train to the last step, or until a signal comes."""
         from tqdm import tqdm
 
         config, progress = self.config, self.progress
-        batches: Iterator[Batch] = iter(self.loader)
         hidden = None if self.processes.main else True
-        started = time.perf_counter()
-        with tqdm(initial=progress.step, total=config.steps, unit="step", disable=hidden) as bar:
-            while progress.step < config.steps:
-                number = self._step(batches, stop)
-                now = time.perf_counter()
-                progress.seconds, started = progress.seconds + now - started, now
-                bar.update()
-                last = progress.step == config.steps
-                if progress.step % config.log_every == 0 or last:
-                    bar.set_postfix(self._log(bar.format_dict["rate"]), refresh=False)
-                best = False
-                if progress.step % config.validation.every == 0 or last:
-                    best = self._validate()
-                if best or progress.step % config.save_every == 0 or last or number:
-                    self._save(best)
-                if number and not last:
-                    raise Interrupted(
-                        f"stopped by {signal.Signals(number).name} after step {progress.step} of {config.steps}, saved "
-                        f"in {self.folder}; the same command with --resume goes on",
-                        number,
-                    )
+        try:
+            batches: Iterator[Batch] = iter(self.loader)
+            with tqdm(initial=progress.step, total=config.steps, unit="step", disable=hidden) as bar:
+                if self._to_validate():  # killed between saving and validating
+                    self._save(self._validate())
+                self._loop(batches, stop, bar)
+        finally:
+            # The workers ignore SIGTERM, by which multiprocessing would end them.
+            if (workers := getattr(self.loader, "_iterator", None)) is not None:
+                workers._shutdown_workers()
+
+    def _loop(self, batches: Iterator[Batch], stop: StopSignal, bar: Any) -> None:
+        config, progress = self.config, self.progress
+        started, seconds, steps = time.perf_counter(), 0.0, 0
+        while progress.step < config.steps:
+            before = time.perf_counter()
+            number = self._step(batches, stop)
+            seconds, steps = seconds + time.perf_counter() - before, steps + 1
+            bar.update()
+            last = progress.step == config.steps
+            if progress.step % config.log_every == 0 or last:
+                bar.set_postfix(self._log(steps / seconds), refresh=False)
+                seconds, steps = 0.0, 0
+            now = time.perf_counter()
+            progress.seconds, started = progress.seconds + now - started, now
+            due = progress.step % config.save_every == 0 or last or number
+            if due:
+                self._save(best=False)
+            if self._to_validate() and ((best := self._validate()) or due):
+                self._save(best)
+            if number and not last:
+                raise Interrupted(
+                    f"stopped by {signal.Signals(number).name} after step {progress.step} of {config.steps}, saved "
+                    f"in {self.folder}; the same command with --resume goes on",
+                    number,
+                )
 
     def _step(self, batches: Iterator[Batch], stop: StopSignal) -> int:
         """One step of the optimizer; returns the number of a signal that any process has got, or 0."""
@@ -281,47 +262,64 @@ class _Run:
                     "a picture is left out: %s%s", reason, "; further ones are only counted" * (self.warned == 5)
                 )
 
-    def _log(self, rate: float | None) -> dict[str, str]:
-        """Write a line of the log; returns what the progress bar shows."""
+    def _log(self, rate: float) -> dict[str, str]:
+        """Write a line of the log, given the steps a second; returns what the progress bar shows."""
         progress = self.progress
         means = {name: value / progress.summed for name, value in progress.sums.items()}
         progress.sums, progress.summed = {}, 0
-        if not self.processes.main:
-            return {}
+        self.processes.from_main(lambda: self._write_log(means, rate))
+        return {"loss": f"{means['loss']:.4g}"} if means else {}
+
+    def _write_log(self, means: dict[str, float], rate: float) -> None:
+        from tqdm import tqdm
+
+        config, progress = self.config, self.progress
         counts = {name: getattr(progress, name) for name in ("unreadable", "empty", "nonfinite")}
-        used = learning_rate(self.config.optimizer, progress.step - 1, self.config.steps)
+        used = learning_rate(config.optimizer, progress.step - 1, config.steps)
         if means:
             self.table.add({"step": progress.step, "rate": used, **means, **counts})
             self.board.add("train", {**means, "rate": used, **counts}, progress.step)
-        if rate:
-            pictures = rate * self.config.batch * self.config.accumulate * self.processes.world
-            self.board.add("speed", {"steps per second": rate, "pictures per second": pictures}, progress.step)
-        return {"loss": f"{means['loss']:.4g}"} if means else {}
+        pictures = rate * config.batch * config.accumulate * self.processes.world
+        self.board.add("speed", {"steps per second": rate, "pictures per second": pictures}, progress.step)
+        if not sys.stderr.isatty():  # where the progress bar does not show
+            loss = f"loss {means['loss']:.4g}" if means else "no finite loss"
+            left = tqdm.format_interval((config.steps - progress.step) / rate)
+            self.processes.say(f"step {progress.step} of {config.steps}: {loss}, {rate:.3g} steps/s, {left} left")
+
+    def _to_validate(self) -> bool:
+        step, settings = self.progress.step, self.config.validation
+        wanted = bool(settings.path or settings.probe) and step > self.progress.validated
+        return wanted and (step % settings.every == 0 or step == self.config.steps)
 
     def _validate(self) -> bool:
-        """Measure and draw; returns whether the loss is the lowest so far."""
-        if self.validation is None and not self.config.validation.probe:
-            return False
+        """Measure and draw; returns whether the probe's mIoU, or without a probe the loss, is the best so far."""
         up, progress, found = self.objective.up, self.progress, dict[str, float]()
         up.eval()
         if self.validation is not None:
             own, bicubic, count = self.processes.total(self.validation.measure(up)).tolist()
             found = {"loss": own / count, "bicubic": bicubic / count, "ratio": own / bicubic}
-            if self.config.validation.pictures and self.processes.main:
-                picture = self.validation.picture(up, self.objective.teacher)
-                save_picture(picture, self.folder / "pictures" / f"step_{progress.step:06d}.png")
-                self.board.picture("features", picture, progress.step)
-        if self.probe is not None:
-            found |= {**self.probe.measure(up), **self.bilinear}
+        progress.measured = found = self.processes.from_main(lambda: self._write_validation(found))
         self.objective.train()
-        progress.measured = found
-        if self.processes.main:
-            self.measurements.add({"step": progress.step, **found})
-            self.board.add("validation", found, progress.step)
-            self.processes.say(f"step {progress.step}: {', '.join(f'{name} {v:.4g}' for name, v in found.items())}")
-        best = found.get("loss", math.inf) < progress.best
-        progress.best = min(progress.best, found.get("loss", math.inf))
+        progress.validated = progress.step
+        by, value = ("miou", -found["miou"]) if "miou" in found else ("loss", found["loss"])
+        best = by != progress.best_by or value < progress.best
+        if best:
+            progress.best_by, progress.best = by, value
         return best
+
+    def _write_validation(self, found: dict[str, float]) -> dict[str, float]:
+        up, step = self.objective.up, self.progress.step
+        if self.validation is not None and self.config.validation.pictures:
+            picture = self.validation.picture(up, self.objective.teacher)
+            if picture is not None:
+                save_picture(picture, self.folder / "pictures" / f"step_{step:06d}.png")
+                self.board.picture("features", picture, step)
+        if self.probe is not None:
+            found = {**found, **self.probe.measure(up), **self.bilinear}
+        self.measurements.add({"step": step, **found})
+        self.board.add("validation", found, step)
+        self.processes.say(f"step {step}: {report(found)}")
+        return found
 
     def _save(self, best: bool) -> None:
         states = self.processes.gather(random_states())
@@ -340,6 +338,7 @@ class _Run:
             "random": states,
             "config": dataclasses.asdict(self.config),
             "pictures": self.config.batch * self.config.accumulate * self.processes.world,
+            "training_pictures": self.pictures,
             "seed": self.config.seed,
             "versions": versions(),
             "loftup_config": self.objective.up.config.to_dict(),
@@ -362,9 +361,10 @@ class _Run:
 
     def _export(self) -> None:
         up, progress, config = self.objective.up, self.progress, self.config
+        model = config.model
         facts = {
-            "pictures": f"{self.pictures} of {', '.join(config.data.path)}",
-            "start": self._start(),
+            "pictures": f"{self.pictures} of {', '.join(map(shown, config.data.path))}",
+            "start": f"from {shown(model.pretrained)}" if model.pretrained else model.start,
             "steps": f"{progress.step} of {config.batch * config.accumulate * self.processes.world} pictures each",
             "device": machine(self.processes.device, self.processes.world),
             "time": f"{progress.seconds / 60:.1f} minutes, validation included",

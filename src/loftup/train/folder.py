@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..weights import SAFETENSORS, write_atomically
 from .checkpoint import differences, latest_checkpoint, load_checkpoint
 from .config import TrainConfig, to_yaml
 
-__all__ = ["CONFIG", "open_folder"]
+__all__ = ["CONFIG", "check_data", "open_folder", "write_config"]
 
 CONFIG = "train.yaml"
 
 
 def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, Any] | None:
-    """Make a run's folder, or find the checkpoint to go on from; write the config there.
+    """Make a run's folder, or find the checkpoint to go on from.
+
+    A folder in which a start failed, without a checkpoint, weights or a line of the log, is as good as new.
 
     Args:
         config: of the run.
@@ -31,10 +33,9 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
     """
     folder = Path(config.output).expanduser()
     path = latest_checkpoint(folder / "checkpoints")
-    if not resume and (path or (folder / CONFIG).exists()):
+    if not resume and (held := path.name if path else _held(folder)):
         raise LoftUpError(
-            f"{folder} holds a run already ({path.name if path else CONFIG}); go on with it by --resume, or take "
-            "another folder: output=..."
+            f"{folder} holds a run already ({held}); go on with it by --resume, or take another folder: output=..."
         )
     if config.hub:
         import huggingface_hub
@@ -48,10 +49,40 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
         _check_same(config, pictures, state, str(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return state
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the config into the folder of a run that can start; LoftUpError if that fails."""
+    folder = Path(config.output).expanduser()
+    try:
         write_atomically(folder / CONFIG, to_yaml(config).encode())
     except OSError as error:
-        raise LoftUpError(f"cannot write to the folder {folder}: {error}; set another with output=...") from error
-    return state
+        raise _unwritable(folder, error) from error
+
+
+def check_data(config: TrainConfig, state: dict[str, Any], count: int) -> None:
+    """Raise LoftUpError unless there are as many training pictures as when the checkpoint was made."""
+    if (before := state["training_pictures"]) != count:
+        raise LoftUpError(
+            f"{', '.join(config.data.path)} (data.path) has {count} pictures, the run in {config.output} had {before}, "
+            "which decide about the order of the data; resume with the same pictures, or start a new run in another "
+            "folder, from its weights with model.pretrained=CHECKPOINT"
+        )
+
+
+def _held(folder: Path) -> str:
+    """The file that tells of a run without checkpoints, "" if there is none."""
+    table = folder / "log.csv"
+    if table.is_file() and table.read_bytes().count(b"\n") > 1:
+        return table.name
+    return SAFETENSORS if (folder / SAFETENSORS).exists() else ""
+
+
+def _unwritable(folder: Path, error: OSError) -> LoftUpError:
+    return LoftUpError(f"cannot write to the folder {folder}: {error}; set another with output=...")
 
 
 def _check_same(config: TrainConfig, pictures: int, state: dict[str, Any], path: str) -> None:

@@ -1,7 +1,8 @@
 """Finding pictures in folders of any depth, and reading them."""
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from .regions import UnreadableError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["by_stem", "decode_picture", "find_files", "find_pictures", "read_picture", "stem_of"]
+__all__ = ["by_stem", "decode_picture", "find_files", "find_pictures", "label_maps", "read_picture", "stem_of"]
 
 
 def find_files(folder: "str | os.PathLike[str]", suffixes: Iterable[str]) -> list[str]:
@@ -74,6 +75,36 @@ def by_stem(names: Iterable[str], folder: "str | os.PathLike[str]") -> dict[str,
 def stem_of(name: str) -> str:
     """A name without its suffix, folders kept."""
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def label_maps(names: Sequence[str], folder: "str | os.PathLike[str]") -> tuple[dict[str, list[str]], list[str]]:
+    """Pictures with the names of their label maps, and the files that have no partner."""
+    others = {stem_of(name) for name in names if not _is_png(name)}
+    maps: dict[str, list[str]] = {}
+    pictures: dict[str, list[str]] = {}
+    for name in names:
+        stem = stem_of(name)
+        if _is_png(name) and (match := re.fullmatch(r"(.+)\.seg\d+", stem)):
+            maps.setdefault(match[1], []).append(name)
+        elif _is_png(name) and stem in others:
+            maps.setdefault(stem, []).append(name)
+        else:
+            pictures.setdefault(stem, []).append(name)
+    both = maps.keys() & pictures.keys()
+    for stem in sorted(both):
+        by_stem(pictures[stem], folder)
+        if len({stem_of(name) == stem for name in maps[stem]}) > 1:
+            raise LoftUpError(
+                f"{pictures[stem][0]} in {folder} has label maps of two kinds, {' and '.join(sorted(maps[stem])[:2])}; "
+                "keep one kind"
+            )
+    found = {pictures[stem][0]: maps[stem] for stem in both}
+    alone = [name for group in (maps, pictures) for stem, own in group.items() if stem not in both for name in own]
+    return dict(sorted(found.items())), alone
+
+
+def _is_png(name: str) -> bool:
+    return name.lower().endswith(".png")
 
 
 def read_picture(path: Path) -> Tensor:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,45 +27,51 @@ class Table:
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
         if step == 0:
             path.unlink(missing_ok=True)
-        if not path.exists() or not path.stat().st_size:
-            return
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            # A line that a killed run left half-written lacks cells, or is of a step beyond.
-            rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
-            self._columns = list(reader.fieldnames or [])
-        write_atomically(path, self._text(rows, header=True).encode())
+        rows = self._read()
+        if self._columns:
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; floats are written so that they read back the same.
 
+        A column that is new is added to the rows before, and one that is missing left empty, as when a run is resumed
+        with other measurements.
+
         Raises:
-            LoftUpError: the columns are not those of the rows before, or the file cannot be written.
+            LoftUpError: the file cannot be written.
         """
-        new = self._columns is None
-        if self._columns is None:
-            self._columns = list(row)
-        if list(row) != self._columns:
-            raise LoftUpError(
-                f"{self.path} has the columns {self._columns}, the run now gives {list(row)}; it was written with "
-                "another config or version: move it away"
-            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", newline="", encoding="utf-8") as stream:
-                stream.write(self._text([row], header=new))
+            if row.keys() - self._columns:
+                rows = self._read()
+                self._columns = list(dict.fromkeys([*self._columns, *row]))
+                self._rewrite([*rows, row])
+            else:
+                with self.path.open("a", newline="", encoding="utf-8") as stream:
+                    stream.write(self._text([row]))
         except OSError as error:
             raise LoftUpError(f"cannot write {self.path}: {error}") from error
 
-    def _text(self, rows: list[Any], header: bool) -> str:
+    def _read(self) -> list[dict[str, str]]:
+        """The whole rows of the file; sets the columns."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            self._columns = list(reader.fieldnames or [])
+            # A line that a killed run left half-written lacks cells, or is of a step beyond.
+            return [row for row in reader if None not in row.values()]
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        header = dict(zip(self._columns, self._columns, strict=True))
+        write_atomically(self.path, self._text([header, *rows]).encode())
+
+    def _text(self, rows: Sequence[Mapping[str, Any]]) -> str:
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self._columns or [], lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
+        csv.DictWriter(buffer, self._columns, lineterminator="\n").writerows(rows)
         return buffer.getvalue()
 
 

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import LoftUpError
 from ..pictures import open_picture
 from ..resume import stamp
-from .folders import by_stem, find_pictures
+from .folders import by_stem, find_pictures, label_maps
 from .regions import LabelMap, centres
 from .sa1b import Annotation, annotate, write_file, write_sa1b
 
@@ -241,8 +241,8 @@ def make_masks(
         What was done. A picture that cannot be read is counted there and leaves the others alone.
 
     Raises:
-        LoftUpError: no pictures; two of them would share a json; a json is there already that was made with other
-            settings, of another picture of the name or by another program.
+        LoftUpError: no pictures; some have label maps; two would share a json; a json is there already that was
+            made with other settings, of another picture of the name or by another program.
         ValueError: ``output`` is inside ``images``.
         OSError: a file cannot be written; it is named, and nothing half-written remains.
     """
@@ -251,7 +251,15 @@ def make_masks(
     folder = Path(images).expanduser()
     target = folder if output is None else Path(output).expanduser()
     check_outside(folder, target)
-    pictures = by_stem(find_pictures(folder), folder)
+    names = find_pictures(folder)
+    if labelled := label_maps(names, folder)[0]:
+        name, (first, *_) = next(iter(labelled.items()))
+        raise LoftUpError(
+            f"{len(labelled)} pictures in {folder} have label maps, such as {first} beside {name}: training takes "
+            "those as masks, with data.kind=labels, and no others are needed. To make masks all the same, or if these "
+            "are no label maps, take the .png files out"
+        )
+    pictures = by_stem(names, folder)
     settings = {stem: _settings(maker.settings, folder / name) for stem, name in pictures.items()}
     waiting = {
         stem: name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .masks import FelzenszwalbMaker, MaskMaker, MaskReport, SamMaker, check_outside, make_masks
-from .regions import Picture
+from .regions import Picture, UnreadableError
 from .sa1b import write_file
 from .sources import SA1BFolder
 
@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     report = make_masks(folder, _maker(arguments), arguments.output, overwrite=arguments.overwrite)
     target = arguments.output or folder
     _tell(report, target)
-    if arguments.preview:
-        count = _write_previews(SA1BFolder(target), arguments.preview)
-        print(f"wrote {count} previews to {arguments.preview}", file=sys.stderr)
-    return 1 if report.failed else 0
+    failed = len(report.failed)
+    if arguments.preview and (report.counts or report.finished):
+        failed += _write_previews(SA1BFolder(target), arguments.preview)
+    return 1 if failed else 0
 
 
 def _maker(arguments: argparse.Namespace) -> MaskMaker:
@@ -72,15 +72,33 @@ def _tell(report: MaskReport, target: Path) -> None:
 
 
 def _write_previews(source: SA1BFolder, folder: Path) -> int:
-    generator = torch.Generator()
-    for index in range(len(source)):
-        picture = source.read(index, generator)
-        path = folder / f"{picture.name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Draw all that are missing or older than their masks; returns the number that failed."""
+    from tqdm import tqdm
+
+    paths = [(folder / name).with_suffix(".jpg") for name in source.names]
+    masks = [(source.path / name).with_suffix(".json") for name in source.names]
+    waiting = [index for index, path in enumerate(paths) if not _newer(path, masks[index])]
+    unreadable: list[str] = []
+    for index in tqdm(waiting, unit="image", desc="previews", disable=None):
+        try:
+            picture = source.read(index, torch.Generator())
+        except UnreadableError as error:
+            unreadable.append(str(error))
+            continue
+        paths[index].parent.mkdir(parents=True, exist_ok=True)
         stream = BytesIO()
         overlay(picture).save(stream, "JPEG", quality=90)
-        write_file(path, stream.getvalue())
-    return len(source)
+        write_file(paths[index], stream.getvalue())
+    for reason in unreadable:
+        print(f"loftup masks: no preview: {reason}", file=sys.stderr)
+    if there := len(paths) - len(waiting):
+        print(f"{there} previews are there already", file=sys.stderr)
+    print(f"wrote {len(waiting) - len(unreadable)} previews to {folder}", file=sys.stderr)
+    return len(unreadable)
+
+
+def _newer(path: Path, masks: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns >= masks.stat().st_mtime_ns
 
 
 def overlay(picture: Picture, keep: Sequence[int] | None = None, opacity: float = 0.6) -> "Image.Image":

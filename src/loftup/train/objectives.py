@@ -5,14 +5,14 @@ Features here are normalised by the channel norm. Shapes: low-resolution ``featu
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .check import DISTANCES
+
 __all__ = [
-    "DISTANCES",
     "affinity_loss",
     "crop_border",
     "distance",
@@ -21,9 +21,6 @@ __all__ = [
     "pool_to",
     "total_variation",
 ]
-
-Distance = Literal["l2", "cosine", "affinity"]
-DISTANCES: tuple[str, ...] = get_args(Distance)
 
 
 def mask_refine(features: Tensor, masks: Sequence[Tensor], alpha: float = 0.8, limit: int = 150) -> Tensor:

@@ -156,10 +156,24 @@ def check_geometry(config: TrainConfig, patch_size: int) -> None:
                 f"objective.high_resolution.factors holds {factor}, a target finer than the output, which has "
                 f"{finest:g} pixels for a feature cell; take smaller factors or larger data.ratios"
             )
+        # So many k-ths of cells hold a whole cell wherever they begin.
+        if objective.high_resolution.crop and (cells := min(data.sizes) // patch_size) < 2 * factor - 1:
+            raise LoftUpError(
+                f"objective.high_resolution.factors holds {factor}, and with objective.high_resolution.crop=true the "
+                f"part of {min(data.sizes)} pixels that is seen enlarged may hold none of the {cells} x {cells} "
+                f"feature cells whole; take factors of at most {(cells + 1) // 2}, data.sizes of at least "
+                f"{(2 * factor - 1) * patch_size}, or crop=false"
+            )
     if objective.self_distillation.weight and max(data.ratios) > (zoom := min(objective.self_distillation.zoom)):
         raise LoftUpError(
             f"data.ratios holds {max(data.ratios):g} and objective.self_distillation.zoom begins at {zoom:g}: the "
             "teacher's output of a crop would be coarser than the student's; zoom must be at least the ratio"
+        )
+    smallest = min(round(size * ratio) for size, ratio in itertools.product(data.sizes, data.ratios))
+    if objective.self_distillation.weight and round(smallest / (zoom := max(objective.self_distillation.zoom))) < 1:
+        raise LoftUpError(
+            f"objective.self_distillation.zoom ends at {zoom:g}, which leaves less than a pixel of an output of "
+            f"{smallest}; take less than {2 * smallest}"
         )
 
 

@@ -55,6 +55,9 @@ class StopSignal:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For loader workers: the signal that goes to all processes of a run is the main process's to answer."""
+    """For loader workers: the signal that goes to all processes of a run is the main process's to answer.
+
+    It must also end them, with the loader's iterator: multiprocessing would do so by SIGTERM, and wait for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,9 +4,9 @@ import dataclasses
 import inspect
 import logging
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import LoftUpError
 from ..pictures import IMAGE_SUFFIXES
-from .folders import by_stem, find_files, find_pictures, read_picture, stem_of
+from .folders import by_stem, find_files, find_pictures, label_maps, read_picture, stem_of
 from .masks import SCALES, felzenszwalb_map
-from .regions import LabelMap, Masks, Picture, RleMasks, UnreadableError
+from .regions import LabelMap, Masks, Picture, Region, RleMasks, UnreadableError
 from .sa1b import read_sa1b
 from .shards import SA1BShards, is_pattern
 
@@ -87,6 +88,11 @@ class SA1BFolder:
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def names(self) -> list[str]:
+        """The pictures' names relative to the folder, in their order."""
+        return [str(name) for name in self._names]
+
     def read(self, index: int, generator: torch.Generator) -> Picture:
         """See :meth:`Source.read`."""
         name = _at(self._names, index)
@@ -115,7 +121,7 @@ class LabelFolder:
 
     def __init__(self, path: "str | os.PathLike[str]") -> None:
         self.path = Path(path).expanduser()
-        maps, alone = _label_maps(find_files(self.path, IMAGE_SUFFIXES), self.path)
+        maps, alone = label_maps(find_files(self.path, IMAGE_SUFFIXES), self.path)
         if not maps:
             raise LoftUpError(
                 f"none of the {len(alone)} pictures in {self.path} has a label map NAME.png or NAME.segK.png beside it"
@@ -144,8 +150,8 @@ class LabelFolder:
 class ImageFolder:
     """A folder, and folders below it, of plain pictures; masks are Felzenszwalb's at a scale picked at random.
 
-    They are made on the fly, a fifth of a second for a picture of 320x480; for many epochs they are better made once,
-    with ``loftup masks``.
+    They are made when they are first asked for, in a fifth of a second for a picture of 320x480; for many epochs they
+    are better made once, with ``loftup masks``.
 
     Args:
         path: of the folder.
@@ -182,7 +188,25 @@ class ImageFolder:
         name = _at(self._names, index)
         image = read_picture(self.path / name)
         scale = self.scales[_pick(len(self.scales), generator)]
-        return Picture(name, image, felzenszwalb_map(image, scale, **self.options))
+        return Picture(name, image, _LazyMasks(lambda: felzenszwalb_map(image, scale, **self.options)))
+
+
+class _LazyMasks:
+    """Masks that are made when they are first asked for: not every objective takes any."""
+
+    def __init__(self, make: Callable[[], Masks]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Masks:
+        return self._make()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def crop(self, box: Region, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
+        """See :meth:`Masks.crop`."""
+        return self._made.crop(box, size, keep)
 
 
 class Several:
@@ -259,45 +283,18 @@ def _kind(path: "str | os.PathLike[str]") -> str:
         found.append("shards")
     if any(name.lower().endswith(".json") and stem_of(name) in stems for name in names):
         found.append("sa1b")
-    if pictures and _label_maps(pictures, folder)[0]:
+    if pictures and label_maps(pictures, folder)[0]:
         found.append("labels")
     if len(found) > 1:
-        raise LoftUpError(f"{folder} holds data of kinds {' and '.join(found)}; say which with kind=")
+        raise LoftUpError(
+            f"{folder} holds data of kinds {' and '.join(found)}; say which: in Python as kind=..., for training in "
+            "data.kind or validation.kind"
+        )
     if not found and not pictures:
         raise LoftUpError(
             f"{folder} holds neither tar files nor pictures; looked for .tar, {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     return found[0] if found else "images"
-
-
-def _label_maps(names: Sequence[str], folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Pictures with the names of their label maps, and the files that have no partner."""
-    others = {stem_of(name) for name in names if not _is_png(name)}
-    maps: dict[str, list[str]] = {}
-    pictures: dict[str, list[str]] = {}
-    for name in names:
-        stem = stem_of(name)
-        if _is_png(name) and (match := re.fullmatch(r"(.+)\.seg\d+", stem)):
-            maps.setdefault(match[1], []).append(name)
-        elif _is_png(name) and stem in others:
-            maps.setdefault(stem, []).append(name)
-        else:
-            pictures.setdefault(stem, []).append(name)
-    both = maps.keys() & pictures.keys()
-    for stem in sorted(both):
-        by_stem(pictures[stem], folder)
-        if len({stem_of(name) == stem for name in maps[stem]}) > 1:
-            raise LoftUpError(
-                f"{pictures[stem][0]} in {folder} has label maps of two kinds, {' and '.join(sorted(maps[stem])[:2])}; "
-                "keep one kind"
-            )
-    found = {pictures[stem][0]: maps[stem] for stem in both}
-    alone = [name for group in (maps, pictures) for stem, own in group.items() if stem not in both for name in own]
-    return dict(sorted(found.items())), alone
-
-
-def _is_png(name: str) -> bool:
-    return name.lower().endswith(".png")
 
 
 def _read_labels(path: Path) -> NDArray[Any]:

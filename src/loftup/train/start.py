@@ -70,7 +70,8 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     Args:
         up: a module on the CPU with ``position_code="sine"``, at least 2 frequencies, and heads of width 4 or more.
         grid: number of feature cells along a side for which the interpolation is made, at least 2; others come out
-            somewhat smoother (finer grids) or sharper (coarser ones).
+            somewhat smoother (finer grids) or sharper (coarser ones), and shifted by part of a cell near the borders,
+            because pixels are placed by grid / (grid - 1).
         sharpness: standard deviation of the interpolation's bell in cells of such a grid.
 
     Raises:

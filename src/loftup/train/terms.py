@@ -15,13 +15,11 @@ from .cache import open_cache
 from .config import TrainConfig
 from .data import Batch
 from .multiview import AttentionDownsampler, draw_motions
-from .objectives import DISTANCES, crop_border, distance, mask_refine, pool_to, total_variation
+from .objectives import crop_border, distance, mask_refine, pool_to, total_variation
 from .start import freeze_batch_norm
 from .window import Box, upsample_window
 
-__all__ = ["TERMS", "Objective"]
-
-TERMS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
@@ -31,7 +29,7 @@ class Objective(nn.Module):
     before; :meth:`after_step` alone changes it.
 
     Args:
-        config: of the run; terms of weight 0 cost nothing.
+        config: of the run, whose values :func:`loftup.train.check.check` has accepted; terms of weight 0 cost nothing.
         up: the student, float32; its channel norm is not trained, because the targets live in the space it makes.
         backbone: in evaluation mode, on the student's device.
 
@@ -41,9 +39,7 @@ class Objective(nn.Module):
         downsampler: of the multi-view consistency; None without it.
 
     Raises:
-        LoftUpError: no term has a weight, one has an unknown distance, or the multi-view
-            consistency is to work on a window or on outputs of several ratios; or see
-            :func:`loftup.train.cache.open_cache`.
+        LoftUpError: the multi-view consistency is to work on a window or on outputs of several ratios.
         ValueError: the backbone is in training mode, or has another number of channels than the student.
     """
 
@@ -51,7 +47,7 @@ class Objective(nn.Module):
 
     def __init__(self, config: TrainConfig, up: LoftUp, backbone: Backbone) -> None:
         super().__init__()
-        _check(config)
+        _check_multi_view(config)
         if backbone.training:
             raise ValueError("the backbone is in training mode, which changes its features; call backbone.eval()")
         if backbone.channels != up.config.channels:
@@ -240,23 +236,15 @@ def _cut(x: Tensor, box: Box | None) -> Tensor:
     return x if box is None else x[..., box[0] : box[2], box[1] : box[3]]
 
 
-def _check(config: TrainConfig) -> None:
-    objective = config.objective
-    weights = {name: getattr(objective, name).weight for name in TERMS}
-    if not any(weights.values()):
-        raise LoftUpError(
-            f"every weight in objective is 0; expected one above 0 for {', '.join(TERMS)}, for example "
-            "objective.mask_bicubic.weight=1"
-        )
-    for name in ("self_distillation", "high_resolution"):
-        if (kind := getattr(objective, name).distance) not in DISTANCES:
-            raise LoftUpError(f"unknown objective.{name}.distance {kind!r}; expected {', '.join(DISTANCES)}")
-    if objective.multi_view.weight and config.window is not None:
+def _check_multi_view(config: TrainConfig) -> None:
+    if not config.objective.multi_view.weight:
+        return
+    if config.window is not None:
         raise LoftUpError(
             f"objective.multi_view moves and downsamples the whole output, but window={config.window} leaves a part of "
             "it; set window to null"
         )
-    if objective.multi_view.weight and len(set(config.data.ratios)) > 1:
+    if len(set(config.data.ratios)) > 1:
         raise LoftUpError(
             f"objective.multi_view learns a downsampler for one ratio of output to input, data.ratios holds "
             f"{', '.join(f'{ratio:g}' for ratio in config.data.ratios)}; give one"

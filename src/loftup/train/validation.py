@@ -1,11 +1,12 @@
 """Measuring and drawing on held-out pictures, while training goes on."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..viz import compare
 from ..weights import write_atomically
 from .config import TrainConfig
 from .data import open_data
+from .distributed import Processes
 from .objectives import mask_bicubic_target
 from .plan import seeded
 from .probe import fit_probe, score
@@ -26,31 +28,47 @@ from .sources import Source, open_source
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["LinearProbe", "Validation", "save_picture"]
+__all__ = ["LinearProbe", "Validation", "open_validation", "report", "save_picture"]
 
 POINTS = 512  # pixels of every picture that a probe learns from
 
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A centre crop: image (1, 3, S, S) in [0, 1], features (1, C, h, w)."""
+    """A centre crop: image (1, 3, S, S) in [0, 1], features (1, C, h, w), masks or labels as they were kept."""
 
-    picture: Picture
+    name: str
     image: Tensor
     features: Tensor
+    kept: Tensor
 
 
 class _Cases:
-    """Centre crops of evenly spread pictures of a source, on a device."""
+    """Centre crops of evenly spread pictures of a source, on a device.
 
-    def __init__(self, source: Source, config: TrainConfig, backbone: Backbone, share: slice = slice(None)) -> None:
+    Args:
+        source: of the pictures.
+        config: of the run.
+        backbone: on the device.
+        keep: what to keep of a picture beside its crop, given the side S.
+        share: of the pictures.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: TrainConfig,
+        backbone: Backbone,
+        keep: Callable[[Picture, int], Tensor],
+        share: slice = slice(None),
+    ) -> None:
         size, patch = config.validation.size, backbone.patch_size
         if size % patch:
             near = ", ".join(str(n) for n in (size // patch * patch, (size // patch + 1) * patch) if n)
             raise LoftUpError(
                 f"validation.size is {size}, expected a multiple of the backbone's patch size {patch}, such as {near}"
             )
-        self.size = size
+        self.size, self._keep = size, keep
         self.unreadable: list[str] = []
         count = min(config.validation.images, len(source))
         wanted = [index * len(source) // count for index in range(count)]
@@ -71,11 +89,7 @@ class _Cases:
             image = image.clamp(0, 1)
             with torch.no_grad():
                 features = backbone((image - mean) / std).float()
-            yield _Case(picture, image, features)
-
-    def masks(self, case: _Case) -> Tensor:
-        """(M, S, S) bool."""
-        return case.picture.masks.crop(_centre(case.picture), (self.size, self.size)).to(case.image.device)
+            yield _Case(picture.name, image, features, self._keep(picture, self.size))
 
 
 def _centre(picture: Picture) -> tuple[int, int, int, int]:
@@ -83,6 +97,20 @@ def _centre(picture: Picture) -> tuple[int, int, int, int]:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return top, left, top + side, left + side
+
+
+def _packed_masks(picture: Picture, size: int) -> Tensor:
+    """(M, S, ceil(S / 8)) uint8 on the CPU, eight pixels a byte: pictures hold hundreds of masks."""
+    masks = picture.masks.crop(_centre(picture), (size, size))
+    return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
+
+
+def _labels(picture: Picture, size: int) -> Tensor:
+    """(S, S) int64 on the CPU."""
+    assert isinstance(picture.masks, LabelMap)
+    labels = picture.masks.labels
+    rows, columns = centres(_centre(picture), (size, size), *labels.shape)
+    return torch.from_numpy(labels[rows][:, columns].astype("int64"))
 
 
 class Validation:
@@ -95,17 +123,18 @@ class Validation:
         world: number of processes.
 
     Raises:
-        LoftUpError: ``validation.size`` does not fit the backbone, or none of the pictures can be read.
+        LoftUpError: ``validation.size`` does not fit the backbone.
     """
 
     def __init__(self, config: TrainConfig, backbone: Backbone, rank: int = 0, world: int = 1) -> None:
         source = open_data(config.validation.path, config.validation.kind, config.data.felzenszwalb)
-        self._cases = _Cases(source, config, backbone, slice(rank, None, world))
+        self._cases = _Cases(source, config, backbone, _packed_masks, slice(rank, None, world))
         self._refine = (config.objective.mask_bicubic.alpha, config.objective.mask_bicubic.masks)
         self._pictures = config.validation.pictures
         self.unreadable = self._cases.unreadable
-        if rank == 0 and not self._cases.cases:
-            raise LoftUpError(f"no picture for validation can be read; the first: {self.unreadable[0]}")
+
+    def __len__(self) -> int:
+        return len(self._cases.cases)
 
     @torch.no_grad()
     def measure(self, up: LoftUp) -> Tensor:
@@ -122,15 +151,23 @@ class Validation:
         size = (self._cases.size, self._cases.size)
         for case in self._cases.cases:
             normalised = up.channelnorm(case.features)
-            target = mask_bicubic_target(normalised, [self._cases.masks(case)], size, *self._refine)
+            target = mask_bicubic_target(normalised, [self._masks(case)], size, *self._refine)
             bicubic = F.interpolate(normalised, size, mode="bicubic", align_corners=False)
             student = up(case.features, case.image)
             total += torch.tensor([float(F.mse_loss(student, target)), float(F.mse_loss(bicubic, target)), 1.0])
         return total
 
+    def _masks(self, case: _Case) -> Tensor:
+        """(M, S, S) bool."""
+        masks = np.unpackbits(case.kept.numpy(), axis=-1, count=self._cases.size)
+        return torch.from_numpy(masks).bool().to(case.image.device)
+
     @torch.no_grad()
-    def picture(self, up: LoftUp, teacher: LoftUp | None = None) -> "Image.Image":
-        """Rows of image, features, bilinear interpolation, student and teacher, coloured by principal components."""
+    def picture(self, up: LoftUp, teacher: LoftUp | None = None) -> "Image.Image | None":
+        """Rows of image, features, bilinear interpolation, student and teacher, coloured by principal components.
+
+        None if this process has no picture.
+        """
         from PIL import Image
 
         sheets = []
@@ -144,10 +181,22 @@ class Validation:
             if teacher is not None:
                 maps["teacher"] = teacher(case.features, case.image)
             sheets.append(compare(case.image, maps))
+        if not sheets:
+            return None
         grid = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), "white")
         for index, sheet in enumerate(sheets):
             grid.paste(sheet, (0, sum(above.height for above in sheets[:index])))
         return grid
+
+
+def open_validation(config: TrainConfig, backbone: Backbone, processes: Processes) -> Validation:
+    """The share of each process; LoftUpError in all if one fails, or none can read any picture."""
+    validation = processes.together(lambda: Validation(config, backbone, processes.rank, processes.world))
+    shares = processes.gather((len(validation), validation.unreadable[:1]))
+    if not any(count for count, _ in shares):
+        first = next(reason for _, reasons in shares for reason in reasons)
+        raise LoftUpError(f"no picture of validation.path can be read; the first: {first}")
+    return validation
 
 
 class LinearProbe:
@@ -163,7 +212,7 @@ class LinearProbe:
 
     def __init__(self, config: TrainConfig, backbone: Backbone) -> None:
         assert config.validation.probe is not None
-        self._cases = _Cases(open_source(config.validation.probe, "labels"), config, backbone)
+        self._cases = _Cases(open_source(config.validation.probe, "labels"), config, backbone, _labels)
         self._classes, self._seed = config.validation.probe_classes, config.seed
         self.unreadable = self._cases.unreadable
         cases = self._cases.cases
@@ -180,10 +229,7 @@ class LinearProbe:
 
     def _labels(self, case: _Case) -> Tensor:
         """(S, S) int64; -1 where the label is none of the classes."""
-        masks, size = case.picture.masks, (self._cases.size, self._cases.size)
-        assert isinstance(masks, LabelMap)
-        rows, columns = centres(_centre(case.picture), size, *masks.labels.shape)
-        labels = torch.from_numpy(masks.labels[rows][:, columns].astype("int64")).to(case.image.device)
+        labels = case.kept.to(case.image.device)
         return labels.where((labels >= 0) & (labels < self._classes), -1)
 
     def _choose(self, label: Tensor, index: int) -> Tensor:
@@ -222,6 +268,18 @@ class LinearProbe:
     def _score(self, found: list[Tensor]) -> dict[str, float]:
         scores = score(zip(found, (label[None] for _, label in self._judge), strict=True), self._classes)
         return {"miou": scores.miou, "accuracy": scores.accuracy, "boundary_miou": scores.boundary_miou}
+
+
+def report(found: Mapping[str, float]) -> str:
+    """The numbers of :meth:`Validation.measure`, means, and of the probe, as a line of text."""
+    parts = [f"{name} {found[name]:.4g}" for name in ("loss", "bicubic", "ratio") if name in found]
+    if "miou" in found:
+        scores = [
+            f"{name} {found[key]:.1f} (bilinear {found[f'bilinear_{key}']:.1f})"
+            for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"), ("boundary mIoU", "boundary_miou"))
+        ]
+        parts.append(f"probe {', '.join(scores)} percent")
+    return ", ".join(parts)
 
 
 def save_picture(picture: "Image.Image", path: Path) -> None:
