@@ -58,3 +58,10 @@ def test_the_commands_parse():
 def test_the_two_commands_are_there():
     assert 'python -m pip install ".[viz]" && loftup demo -o demo.png' in README
     assert 'python -m pip install -e ".[dev]" && python -m pytest' in README
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", *(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))], ids=str
+)
+def test_nothing_is_left_to_be_filled_in(file):
+    assert not re.findall(r"@[A-Z0-9]+@|TODO|FIXME", (ROOT / file).read_text("utf-8"))

@@ -23,6 +23,15 @@ def material(tmp_path_factory):
     return make_material(tmp_path_factory.mktemp("material"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that torchrun starts: sums in another order differ in their last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def torchrun(*arguments):
     done = subprocess.run(
         [*TORCHRUN, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, check=False
