@@ -132,7 +132,11 @@ class Backbone(nn.Module):
                 image, resolve_size(size, image), mode="bicubic", align_corners=False, antialias=True
             )
             image = resized.clamp(0, 1)  # bicubic weights overshoot at edges
-        mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return self.normalise(image)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Subtract ``mean`` from an image (B, 3, H, W) or (3, H, W) in [0, 1], float, and divide by ``std``."""
+        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (image - mean) / std
 
 

@@ -1,0 +1,16 @@
+"""Readers of the datasets' real layouts, by name."""
+
+from .base import Dataset, GeometrySample, InteractiveSample, SegmentationSample, VideoSequence
+from .registry import TASKS, names, open_dataset, register
+
+__all__ = [
+    "TASKS",
+    "Dataset",
+    "GeometrySample",
+    "InteractiveSample",
+    "SegmentationSample",
+    "VideoSequence",
+    "names",
+    "open_dataset",
+    "register",
+]

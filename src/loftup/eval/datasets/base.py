@@ -1,0 +1,96 @@
+"""What the readers give the tasks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+__all__ = ["Dataset", "GeometrySample", "InteractiveSample", "SegmentationSample", "VideoSequence"]
+
+
+@dataclass(frozen=True)
+class SegmentationSample:
+    """A picture with a class for every pixel.
+
+    Args:
+        name: unique in its split.
+        image: (3, H, W) uint8.
+        labels: (H, W) int64 in [0, classes), -1 where there is none.
+    """
+
+    name: str
+    image: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class GeometrySample:
+    """A picture with depth and surface normals.
+
+    Args:
+        name: unique in its split.
+        image: (3, H, W) uint8.
+        depth: (H, W) float32 in metres, NaN where unknown.
+        normals: (3, H, W) float32, unit vectors in camera coordinates (x right, y down, z forward, so that a surface
+            that faces the camera has z = -1), NaN where unknown.
+    """
+
+    name: str
+    image: Tensor
+    depth: Tensor
+    normals: Tensor
+
+
+@dataclass(frozen=True)
+class InteractiveSample:
+    """A picture with one object in it to select.
+
+    Args:
+        name: unique in its split.
+        image: (3, H, W) uint8.
+        mask: (H, W) int64: 1 object, 0 not, -1 not judged.
+    """
+
+    name: str
+    image: Tensor
+    mask: Tensor
+
+
+class VideoSequence(Protocol):
+    """Frames of a video, read one at a time; all of one size."""
+
+    @property
+    def name(self) -> str:
+        """Unique in its split."""
+
+    def __len__(self) -> int:
+        """Number of frames."""
+
+    def frame(self, index: int) -> Tensor:
+        """(3, H, W) uint8."""
+
+    def annotation(self, index: int) -> Tensor:
+        """(H, W) int64: 0 background, 1, 2, ... objects, -1 not judged; those of frame 0 are to be followed."""
+
+
+T = TypeVar("T", covariant=True)
+
+
+@dataclass(frozen=True)
+class Dataset(Generic[T]):
+    """Splits of a dataset. Samples are read when they are asked for.
+
+    Args:
+        name: of the dataset.
+        train: to learn heads from; empty where a task learns nothing.
+        val: to judge by.
+        classes: names of the classes, for segmentation.
+        colours: (R, G, B) in 0..255 of every class; empty for colours made up.
+    """
+
+    name: str
+    train: Sequence[T]
+    val: Sequence[T]
+    classes: tuple[str, ...] = ()
+    colours: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)

@@ -1,0 +1,70 @@
+"""Reading the files of datasets, with errors that say what was expected where."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import LoftUpError
+from ...pictures import open_picture, require_pillow
+
+__all__ = ["expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
+
+
+def expect_folder(folder: Path, what: str) -> Path:
+    """The folder, or LoftUpError if there is none."""
+    if not folder.is_dir():
+        raise LoftUpError(f"expected a folder with {what} at {folder}, found {_found(folder)}")
+    return folder
+
+
+def expect_file(file: Path, what: str) -> Path:
+    """The file, or LoftUpError if there is none."""
+    if not file.is_file():
+        raise LoftUpError(f"expected {what} at {file}, found {_found(file)}")
+    return file
+
+
+def list_files(folder: Path, pattern: str, what: str) -> list[Path]:
+    """Files of a folder that match a pattern, sorted; LoftUpError if there are none."""
+    files = sorted(expect_folder(folder, what).glob(pattern))
+    if not files:
+        raise LoftUpError(f"expected {what} as {pattern} in {folder}, found no such file")
+    return files
+
+
+def read_lines(file: Path, what: str) -> list[str]:
+    """Lines of a text file that are not empty."""
+    lines = [line.strip() for line in expect_file(file, what).read_text().splitlines()]
+    return [line for line in lines if line]
+
+
+def read_image(file: Path) -> Tensor:
+    """(3, H, W) uint8."""
+    expect_file(file, "a picture")
+    try:
+        return torch.from_numpy(np.array(open_picture(file))).movedim(-1, 0).contiguous()
+    except OSError as error:
+        raise LoftUpError(str(error)) from error
+
+
+def read_map(file: Path, what: str = "a label map") -> Tensor:
+    """(H, W) int64 of a picture with one channel, palette indices as they are; a map in three channels (3, H, W)."""
+    expect_file(file, what)
+    try:
+        with require_pillow().open(file) as picture:
+            values = torch.from_numpy(np.array(picture).astype(np.int64))
+    except Exception as error:  # a damaged file raises SyntaxError, struct.error and others
+        raise LoftUpError(f"cannot read {what} from {file}: {error}") from error
+    return values if values.ndim == 2 else values.movedim(-1, 0)[:3]
+
+
+def _found(path: Path) -> str:
+    if path.exists():
+        return "a file" if path.is_file() else "a folder"
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    inside = sorted(child.name for child in parent.iterdir())[:6]
+    return f"nothing; {parent} holds {', '.join(inside) or 'nothing'}"

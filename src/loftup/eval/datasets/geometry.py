@@ -1,0 +1,116 @@
+"""Readers of depth and surface normal datasets."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import LoftUpError
+from .base import Dataset, GeometrySample
+from .files import expect_file, list_files, read_image, read_map
+from .registry import register
+
+__all__ = ["NaviSplit", "NyuSplit", "navi", "normals_from_depth", "nyuv2"]
+
+
+@dataclass(frozen=True)
+class NyuSplit(Sequence[GeometrySample]):
+    """One split of NYUv2 in folders ``rgb``, ``depth`` and ``normals``."""
+
+    pictures: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        picture = self.pictures[index]
+        split = picture.parent.parent
+        depth = read_map(split / "depth" / f"{picture.stem}.png", "a 16-bit depth map in millimetres").float() / 1000
+        depth[depth == 0] = float("nan")
+        colours = read_map(split / "normals" / f"{picture.stem}.png", "a normal map in three channels")
+        return GeometrySample(picture.stem, read_image(picture), depth, _decode_normals(colours))
+
+
+@register("nyuv2", "depth", "normals")
+def nyuv2(root: Path) -> Dataset[GeometrySample]:
+    """NYUv2 as ``{train,test}/{rgb,depth,normals}/NAME.png``.
+
+    Depth is in millimetres, 16 bits, 0 where unknown. Normals are 8-bit RGB, 127.5 (n + 1), (0, 0, 0) or
+    (128, 128, 128) where unknown, in camera coordinates with x right, y down and z forward.
+    """
+    train, test = (list_files(root / name / "rgb", "*.*", "NYUv2 pictures") for name in ("train", "test"))
+    return Dataset("nyuv2", NyuSplit(train), NyuSplit(test))
+
+
+def _decode_normals(colours: Tensor) -> Tensor:
+    normals = colours.float() / 127.5 - 1
+    unknown = (colours == 0).all(0) | (colours == 128).all(0)
+    return F.normalize(normals, dim=0).masked_fill(unknown, float("nan"))
+
+
+@dataclass(frozen=True)
+class NaviSplit(Sequence[GeometrySample]):
+    """Pictures of NAVI: (folder of the scene, its entry in ``annotations.json``)."""
+
+    entries: list[tuple[Path, dict[str, Any]]]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        scene, entry = self.entries[index]
+        image = read_image(scene / "images" / entry["filename"])
+        stem = Path(entry["filename"]).stem
+        depth = read_map(scene / "depth" / f"{stem}.png", "a 16-bit depth map in millimetres").float() / 1000
+        depth[depth == 0] = float("nan")
+        focal = float(entry["camera"]["focal_length"])
+        name = f"{scene.parent.name}/{scene.name}/{stem}"
+        return GeometrySample(name, image, depth, normals_from_depth(depth, focal))
+
+
+@register("navi", "depth", "normals")
+def navi(root: Path) -> Dataset[GeometrySample]:
+    """NAVI v1: ``OBJECT/SCENE/{images,depth}`` with ``annotations.json``, depth 16-bit PNG in millimetres.
+
+    Depth and normals are known on the object alone. Normals follow from depth and the focal length, as NAVI has none.
+    An entry's ``split`` ("train" or "val"/"valid"/"test") decides its split.
+    """
+    splits: dict[str, list[tuple[Path, dict[str, Any]]]] = {"train": [], "val": []}
+    for file in list_files(root, "*/*/annotations.json", "NAVI scenes"):
+        try:
+            entries = json.loads(expect_file(file, "annotations").read_text())
+            for entry in entries:
+                splits["train" if entry["split"] == "train" else "val"].append((file.parent, entry))
+                entry["filename"], entry["camera"]["focal_length"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise LoftUpError(
+                f"{file} is not NAVI's: expected a list of entries with filename, split and camera.focal_length "
+                f"({type(error).__name__}: {error})"
+            ) from error
+    return Dataset("navi", NaviSplit(splits["train"]), NaviSplit(splits["val"]))
+
+
+def normals_from_depth(depth: Tensor, focal: float) -> Tensor:
+    """Surface normals (3, H, W) of a depth map (H, W), by the cross product of central differences of its points.
+
+    Args:
+        depth: in metres along the optical axis, NaN where unknown.
+        focal: focal length in pixels; the principal point is the picture's centre.
+
+    Returns:
+        Unit vectors that face the camera (z negative), NaN where a neighbour's depth is unknown.
+    """
+    height, width = depth.shape
+    y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    points = torch.stack([x * depth / focal, y * depth / focal, depth])
+    padded = F.pad(points, (1, 1, 1, 1), value=float(np.nan))
+    across = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    normals = F.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
+    return normals.masked_fill(depth.isnan(), float("nan"))

@@ -1,0 +1,116 @@
+"""Readers of interactive segmentation datasets: one object of one picture is a sample."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import LoftUpError
+from .base import Dataset, InteractiveSample
+from .files import expect_file, list_files, read_image, read_lines, read_map
+from .registry import register
+
+__all__ = ["Objects", "berkeley", "davis_objects", "grabcut", "sbd"]
+
+
+@dataclass(frozen=True)
+class Objects(Sequence[InteractiveSample]):
+    """Objects to select: (picture, mask file, number of the object in it), and how a mask file is read.
+
+    ``read(file, number)`` gives (H, W) int64 of 1 object, 0 not, -1 not judged.
+    """
+
+    entries: list[tuple[Path, Path, int]]
+    read: Callable[[Path, int], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        picture, file, number = self.entries[index]
+        image, mask = read_image(picture), self.read(file, number)
+        if mask.shape != image.shape[1:]:
+            raise LoftUpError(f"{file} is {tuple(mask.shape)}, but its picture {picture} is {tuple(image.shape[1:])}")
+        return InteractiveSample(f"{picture.stem}/{number}", image, mask)
+
+
+@register("grabcut", "interactive")
+def grabcut(root: Path) -> Dataset[InteractiveSample]:
+    """GrabCut: ``images/*`` and ``masks/NAME.png`` or ``.bmp``: 0 not, 255 object, 128 void. No training split."""
+    return Dataset("grabcut", [], _images_and_masks(root))
+
+
+@register("berkeley", "interactive")
+def berkeley(root: Path) -> Dataset[InteractiveSample]:
+    """Berkeley: ``images/*`` and ``masks/NAME[#k].png``, one object a mask. No training split."""
+    return Dataset("berkeley", [], _images_and_masks(root))
+
+
+def _images_and_masks(root: Path) -> Objects:
+    pictures = {picture.stem: picture for picture in list_files(root / "images", "*.*", "pictures")}
+    entries = []
+    for mask in list_files(root / "masks", "*.*", "masks"):
+        stem, _, number = mask.stem.partition("#")
+        if stem not in pictures:
+            raise LoftUpError(f"expected the picture of the mask {mask} as images/{stem}.jpg or .png in {root}")
+        entries.append((pictures[stem], mask, int(number or 1)))
+    return Objects(entries, _trimap)
+
+
+def _trimap(file: Path, number: int) -> Tensor:
+    values = read_map(file, "a mask")
+    values = values if values.ndim == 2 else values[0]
+    if values.max() <= 1:  # masks as 0 and 1
+        return values
+    return (values == 255).long().masked_fill((values > 0) & (values < 255), -1)
+
+
+@register("davis", "interactive")
+def davis_objects(root: Path) -> Dataset[InteractiveSample]:
+    """Every object of every tenth frame of DAVIS-2017's validation sequences. No training split."""
+    entries = []
+    for name in read_lines(root / "ImageSets" / "2017" / "val.txt", "names of sequences"):
+        for frame in list_files(root / "JPEGImages" / "480p" / name, "*.jpg", f"frames of {name}")[::10]:
+            file = root / "Annotations" / "480p" / name / f"{frame.stem}.png"
+            numbers = read_map(file, "a palette picture with object numbers").unique().tolist()
+            entries += [(frame, file, number) for number in numbers if 0 < number < 255]
+    return Dataset("davis", [], Objects(entries, _davis_object))
+
+
+def _davis_object(file: Path, number: int) -> Tensor:
+    values = read_map(file, "a palette picture with object numbers")
+    return (values == number).long().masked_fill(values == 255, -1)
+
+
+@register("sbd", "interactive")
+def sbd(root: Path) -> Dataset[InteractiveSample]:
+    """SBD: ``dataset/img/NAME.jpg``, ``dataset/inst/NAME.mat``, ``dataset/train.txt`` and ``val.txt``.
+
+    The root may also be the folder ``dataset`` itself. Every instance is a sample.
+    """
+    inner = root / "dataset"
+    root = inner if inner.is_dir() else root
+
+    def split(name: str) -> Objects:
+        entries = []
+        for stem in read_lines(root / f"{name}.txt", "names of pictures"):
+            file = root / "inst" / f"{stem}.mat"
+            numbers = _instances(file).unique().tolist()
+            entries += [(root / "img" / f"{stem}.jpg", file, number) for number in numbers if 0 < number < 255]
+        return Objects(entries, lambda file, number: (_instances(file) == number).long())
+
+    return Dataset("sbd", split("train"), split("val"))
+
+
+def _instances(file: Path) -> Tensor:
+    expect_file(file, "SBD's instances")
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise LoftUpError('SBD\'s .mat files need SciPy: pip install "loftup[eval]"') from error
+    try:
+        return torch.from_numpy(loadmat(str(file))["GTinst"]["Segmentation"][0, 0].astype("int64"))
+    except Exception as error:  # SciPy raises many kinds on a damaged file
+        raise LoftUpError(f"cannot read SBD's instances (GTinst.Segmentation) from {file}: {error}") from error

@@ -1,0 +1,74 @@
+"""Datasets by name, open to others."""
+
+import difflib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ...errors import LoftUpError
+from .base import Dataset
+
+__all__ = ["TASKS", "names", "open_dataset", "register"]
+
+TASKS = ("segmentation", "open_vocabulary", "depth", "normals", "video", "interactive")
+Reader = Callable[[Path], Dataset[Any]]
+_READERS: dict[tuple[str, str], Reader] = {}
+# Modules of this package that register readers when they are imported.
+_MODULES = ("segmentation", "geometry", "video", "interactive")
+
+
+def register(name: str, *tasks: str) -> Callable[[Reader], Reader]:
+    """Add a reader, a function of the dataset's folder, under a name for some tasks, as its decorator.
+
+    Raises:
+        ValueError: there is such a dataset for such a task already, or no such task.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
+        if (name, task) in _READERS:
+            raise ValueError(f"there is a dataset {name!r} for {task} already; choose another name")
+
+    def add(reader: Reader) -> Reader:
+        _READERS.update({(name, task): reader for task in tasks})
+        return reader
+
+    return add
+
+
+def names(task: str) -> list[str]:
+    """Datasets that a task can be done on, "synthetic" among them."""
+    for module in _MODULES:
+        import_module(f".{module}", __package__)
+    return ["synthetic", *(name for name, its_task in _READERS if its_task == task)]
+
+
+def open_dataset(spec: str, task: str) -> Dataset[Any]:
+    """Open ``"NAME:PATH"``, or ``"synthetic"`` for rendered scenes, for a task.
+
+    Args:
+        spec: name and folder of the dataset; see :func:`names` and each reader for the files expected in it.
+        task: "segmentation", "open_vocabulary", "depth", "normals", "video" or "interactive".
+
+    Raises:
+        LoftUpError: there is no such dataset for the task, or a file or folder of it is missing; it names the file.
+    """
+    name, _, path = spec.partition(":")
+    known = names(task)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(known)}"
+        raise LoftUpError(f"there is no dataset {name!r} for {task}; {hint}")
+    if name == "synthetic":
+        from ..synthetic import synthetic
+
+        if path:
+            raise LoftUpError(f"'synthetic' is rendered and has no folder, got {spec!r}; write synthetic")
+        return synthetic(task)
+    if not path:
+        raise LoftUpError(f"the dataset {name!r} needs its folder; write {name}:FOLDER")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise LoftUpError(f"the folder of {name!r} is not there: {folder}")
+    return _READERS[name, task](folder)

@@ -1,0 +1,376 @@
+"""Rendered scenes of textured shapes with exact labels, depth, normals and motion: every task without a download."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..errors import LoftUpError
+from .datasets.base import Dataset, GeometrySample, InteractiveSample, SegmentationSample
+from .upsamplers.registry import Upsampler
+
+__all__ = ["CLASSES", "COLOURS", "FOCAL", "Oracle", "Rendered", "SyntheticVideo", "render", "synthetic"]
+
+CLASSES = ("ground", "wall", "ball", "box", "triangle", "star", "cross", "ring")
+COLOURS = (
+    (120, 110, 90),
+    (170, 180, 200),
+    (220, 60, 50),
+    (60, 130, 220),
+    (250, 200, 40),
+    (160, 70, 200),
+    (60, 180, 90),
+    (240, 130, 190),
+)
+FOCAL = 1.2  # focal length, in widths of the picture
+CAMERA_HEIGHT, WALL = 1.0, 7.0  # metres
+LIGHT = (-0.4, -0.7, -0.6)
+MOST_OBJECTS = 4
+SMALLEST = 0.01  # visible share of the picture that makes a shape an object to select
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    kind: int  # index into CLASSES, from 2
+    centre: tuple[float, float]  # of the picture, x right and y down, in widths
+    radius: float
+    depth: float  # of the centre in metres
+    tilt: tuple[float, float]  # slope of the plane, in x and y of the normal
+    angle: float
+    phase: float
+    colour: tuple[float, float, float]
+    velocity: tuple[float, float]  # in widths a frame
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A scene as a pinhole camera sees it.
+
+    Args:
+        image: (3, H, W) uint8.
+        classes: (H, W) int64, indices into CLASSES.
+        objects: (H, W) int64: 0 background, 1, 2, ... the shapes.
+        depth: (H, W) float32 in metres.
+        normals: (3, H, W) float32, unit vectors that face the camera.
+    """
+
+    image: Tensor
+    classes: Tensor
+    objects: Tensor
+    depth: Tensor
+    normals: Tensor
+
+
+def render(seed: int, size: int, time: float = 0.0) -> Rendered:
+    """Render the scene of a seed as a square picture.
+
+    Args:
+        seed: tells shapes, textures and colours.
+        size: pixels of a side.
+        time: frames since the beginning; every shape moves in a straight line.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = _shapes(generator)
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size - 0.5] * 2, indexing="ij")
+    rays = torch.stack([x / FOCAL, y / FOCAL, torch.ones_like(x)])
+
+    ground = torch.where(y > 0, CAMERA_HEIGHT * FOCAL / y.clamp(min=1e-6), math.inf)
+    depth = ground.clamp(max=WALL)
+    classes = (ground >= WALL).long()
+    objects = torch.zeros_like(classes)
+    normals = torch.where(
+        classes == 0, torch.tensor([0.0, -1, 0])[:, None, None], torch.tensor([0.0, 0, -1])[:, None, None]
+    )
+    # Textures live on the surfaces: of the ground and the wall, in metres.
+    points = rays * depth
+    albedo = torch.where(
+        classes == 0,
+        _paint(points[0], points[2], 0, (0.47, 0.43, 0.36), 0.3),
+        _paint(points[0], points[1], 1, (0.66, 0.7, 0.78), 0.7),
+    )
+    for number, shape in enumerate(shapes, start=1):
+        moved = replace(
+            shape,
+            centre=tuple(c + v * time for c, v in zip(shape.centre, shape.velocity, strict=True)),  # type: ignore[arg-type]
+        )
+        covered, its_depth, its_normals, paint = _project(moved, x, y, rays)
+        nearer = covered & (its_depth < depth)
+        depth, classes = torch.where(nearer, its_depth, depth), torch.where(nearer, shape.kind, classes)
+        objects = torch.where(nearer, number, objects)
+        normals, albedo = torch.where(nearer, its_normals, normals), torch.where(nearer, paint, albedo)
+    light = F.normalize(torch.tensor(LIGHT), dim=0)
+    shading = 0.55 + 0.45 * (normals * light[:, None, None]).sum(0).clamp(min=0)
+    grain = 0.02 * torch.randn(3, size, size, generator=generator)
+    image = ((albedo * shading + grain).clamp(0, 1) * 255).round().byte()
+    return Rendered(image, classes, objects, depth.float(), normals.float())
+
+
+def _shapes(generator: torch.Generator) -> list[_Shape]:
+    def draw(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+    shapes = []
+    for _ in range(int(draw(2, MOST_OBJECTS + 1))):
+        kind = int(draw(2, len(CLASSES)))
+        base = [channel / 255 for channel in COLOURS[kind]]
+        colour = tuple(min(1.0, max(0.0, channel + draw(-0.1, 0.1))) for channel in base)
+        shapes.append(
+            _Shape(
+                kind,
+                (draw(-0.35, 0.35), draw(-0.3, 0.35)),
+                draw(0.08, 0.2),
+                draw(1.2, 2.6),
+                (draw(-0.35, 0.35), draw(-0.35, 0.35)),
+                draw(0, 2 * math.pi),
+                draw(0, 10),
+                colour,  # type: ignore[arg-type]
+                (draw(-0.012, 0.012), draw(-0.008, 0.008)),
+            )
+        )
+    return shapes
+
+
+def _project(shape: _Shape, x: Tensor, y: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a shape alone would show: where it is, its depth, normals and colours."""
+    u, v = (x - shape.centre[0]) / shape.radius, (y - shape.centre[1]) / shape.radius
+    cosine, sine = math.cos(shape.angle), math.sin(shape.angle)
+    u, v = cosine * u + sine * v, cosine * v - sine * u
+    distance = (u**2 + v**2).sqrt()
+    paint = _paint(u, v, shape.kind, shape.colour, shape.phase)
+    if CLASSES[shape.kind] == "ball":
+        covered = distance < 1
+        bulge = (1 - distance.clamp(max=1) ** 2).sqrt()
+        metres = shape.radius * shape.depth / FOCAL
+        outward = torch.stack([(x - shape.centre[0]) / shape.radius, (y - shape.centre[1]) / shape.radius, -bulge])
+        return covered, shape.depth - metres * bulge, F.normalize(outward, dim=0), paint
+    normal = F.normalize(torch.tensor([*shape.tilt, -1.0]), dim=0)
+    centre = shape.depth * torch.tensor([shape.centre[0] / FOCAL, shape.centre[1] / FOCAL, 1.0])
+    depth = (normal @ centre) / (normal[:, None, None] * rays).sum(0)
+    return _OUTLINES[CLASSES[shape.kind]](u, v, distance), depth, normal[:, None, None].expand(3, *x.shape), paint
+
+
+def _star(u: Tensor, v: Tensor, distance: Tensor) -> Tensor:
+    return distance < 0.7 + 0.3 * torch.cos(5 * torch.atan2(v, u))
+
+
+_OUTLINES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "box": lambda u, v, distance: (u.abs() < 0.8) & (v.abs() < 0.6),
+    "triangle": lambda u, v, distance: (v < 0.6) & (v > 1.8 * u.abs() - 1),
+    "star": _star,
+    "cross": lambda u, v, distance: ((u.abs() < 0.3) & (v.abs() < 1)) | ((v.abs() < 0.3) & (u.abs() < 1)),
+    "ring": lambda u, v, distance: (distance < 1) & (distance > 0.45),
+}
+
+
+def _paint(u: Tensor, v: Tensor, kind: int, colour: tuple[float, float, float], phase: float) -> Tensor:
+    """Colour (3, H, W) of a texture at surface coordinates; every class has a pattern of its own."""
+    wave = (
+        lambda: torch.sin(3 * u + phase) * torch.sin(2.3 * v + 2 * phase),  # ground: patches
+        lambda: torch.sin(9 * v + phase).sign() * 0.6,  # wall: courses
+        lambda: torch.sin(5 * v + 2 * torch.sin(2 * u + phase)),  # ball: wavy bands
+        lambda: torch.sin(10 * u + phase).sign(),  # box: stripes
+        lambda: (torch.sin(9 * u + phase) * torch.sin(9 * v)).sign(),  # triangle: checks
+        lambda: torch.cos(14 * (u**2 + v**2).sqrt() + phase),  # star: rings
+        lambda: torch.sin(12 * (u + v) + phase),  # cross: diagonals
+        lambda: ((torch.sin(8 * u + phase) > 0.3) & (torch.sin(8 * v) > 0.3)).float() * 2 - 1,  # ring: dots
+    )[kind]()
+    return torch.tensor(colour)[:, None, None] * (0.85 + 0.15 * wave)
+
+
+@dataclass(frozen=True)
+class Rendering(Sequence[T], Generic[T]):
+    """Samples that are rendered when they are asked for; the seed of each is ``first + index``."""
+
+    make: Callable[[int, int], T]
+    first: int
+    scenes: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.scenes
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if not -self.scenes <= index < self.scenes:
+            raise IndexError(index)
+        return self.make(self.first + index % self.scenes, self.size)
+
+
+def _segmentation(seed: int, size: int) -> SegmentationSample:
+    scene = render(seed, size)
+    return SegmentationSample(str(seed), scene.image, scene.classes)
+
+
+def _geometry(seed: int, size: int) -> GeometrySample:
+    scene = render(seed, size)
+    return GeometrySample(str(seed), scene.image, scene.depth, scene.normals)
+
+
+def _interactive(seed: int, size: int) -> InteractiveSample:
+    scene = render(seed, size)
+    areas = scene.objects.flatten().bincount()
+    areas[0] = 0
+    if areas.max() < SMALLEST * size**2:  # nothing to click on: another scene
+        return _interactive(seed + 1_000_003, size)
+    return InteractiveSample(str(seed), scene.image, (scene.objects == areas.argmax()).long())
+
+
+@dataclass(frozen=True)
+class SyntheticVideo:
+    """Shapes in motion; they stay in front of one another in the order of their depths."""
+
+    seed: int
+    size: int
+    frames: int = 10
+
+    @property
+    def name(self) -> str:
+        """The seed."""
+        return str(self.seed)
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def frame(self, index: int) -> Tensor:
+        """(3, H, W) uint8."""
+        return render(self.seed, self.size, index).image
+
+    def annotation(self, index: int) -> Tensor:
+        """(H, W) int64: 0 background, then the shapes that are seen in frame 0."""
+        first = render(self.seed, self.size).objects.unique()
+        numbers = torch.zeros(MOST_OBJECTS + 1, dtype=torch.int64)
+        shown = first[first > 0]
+        numbers[shown] = torch.arange(1, len(shown) + 1)
+        return numbers[render(self.seed, self.size, index).objects]
+
+
+_MAKERS: dict[str, Callable[[int, int], Any]] = {
+    "segmentation": _segmentation,
+    "open_vocabulary": _segmentation,
+    "depth": _geometry,
+    "normals": _geometry,
+    "interactive": _interactive,
+    "video": SyntheticVideo,
+}
+
+
+def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> Dataset[Any]:
+    """Rendered scenes for a task: 6 kinds of shapes on a ground before a wall, up to 4 in a picture.
+
+    Args:
+        task: "segmentation", "open_vocabulary", "depth", "normals", "video" (as many sequences of 10 frames as
+            ``val // 4``) or "interactive".
+        train: scenes to learn from.
+        val: scenes to judge by, others.
+        size: pixels of a side.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if task not in _MAKERS:
+        raise ValueError(f"there are no scenes for the task {task!r}; expected one of {', '.join(_MAKERS)}")
+    make = _MAKERS[task]
+    if task == "video":
+        train, val = 0, max(1, val // 4)
+    return Dataset("synthetic", Rendering(make, 0, train, size), Rendering(make, 500_000, val, size), CLASSES, COLOURS)
+
+
+class Oracle:
+    """A backbone whose features are the mean truth of every cell, and the upsampler that knows every pixel's.
+
+    The truth is one-hot classes (segmentation), one-hot objects (video, interactive), depth and 1, or the normal. It
+    recognises a picture by its bytes. What a task makes of the perfect upsampler is the best that it can give.
+
+    Args:
+        dataset: whose pictures it knows, from :func:`synthetic`.
+        task: that the dataset was made for.
+        patch_size: side of a cell in pixels.
+    """
+
+    def __init__(self, dataset: Dataset[Any], task: str, patch_size: int = 16) -> None:
+        self.dataset = dataset
+        self.task = task
+        channels = {"depth": 2, "normals": 3, "video": MOST_OBJECTS + 1, "interactive": 2}.get(task, len(CLASSES))
+        self.backbone = Backbone(
+            nn.Identity(),
+            lambda image: F.avg_pool2d(self._truth(image), patch_size),
+            channels=channels,
+            patch_size=patch_size,
+            name="oracle",
+            mean=(0, 0, 0),
+            std=(1, 1, 1),
+        ).eval()
+        self.upsampler: Upsampler = self._upsample
+
+    def _upsample(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        truth = self._truth(image)
+        return truth if truth.shape[-2:] == size else F.interpolate(truth, size, mode="nearest-exact")
+
+    def _truth(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) of pictures (B, 3, H, W) in [0, 1]."""
+        made = []
+        for each in image:
+            find = self._known.get(_print((each * 255).round().byte()))
+            if find is None:
+                raise LoftUpError(
+                    f"the oracle knows the pictures of its dataset in their own size alone, got another of size "
+                    f"{tuple(each.shape[1:])}; give the task the size of the pictures"
+                )
+            made.append(find())
+        return torch.stack(made)
+
+    @cached_property
+    def _known(self) -> dict[int, Callable[[], Tensor]]:
+        known: dict[int, Callable[[], Tensor]] = {}
+        for sample in (*self.dataset.train, *self.dataset.val):
+            if self.task == "video":
+                for index in range(len(sample)):
+                    known[_print(sample.frame(index))] = _VideoTruth(sample, index)
+            else:
+                known[_print(sample.image)] = _Truth(sample, self.backbone.channels)
+        return known
+
+
+@dataclass(frozen=True)
+class _Truth:
+    sample: Any
+    channels: int
+
+    def __call__(self) -> Tensor:
+        if isinstance(self.sample, SegmentationSample):
+            return _one_hot(self.sample.labels, self.channels)
+        if isinstance(self.sample, InteractiveSample):
+            return _one_hot(self.sample.mask, self.channels)
+        if self.channels == 2:
+            return torch.stack([self.sample.depth, torch.ones_like(self.sample.depth)])
+        return self.sample.normals  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _VideoTruth:
+    video: SyntheticVideo
+    index: int
+
+    def __call__(self) -> Tensor:
+        return _one_hot(self.video.annotation(self.index), MOST_OBJECTS + 1)
+
+
+def _one_hot(labels: Tensor, channels: int) -> Tensor:
+    return F.one_hot(labels, channels).movedim(-1, 0).float()
+
+
+@lru_cache(maxsize=1)
+def _weights(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 2**40, (count,), generator=generator)
+
+
+def _print(image: Tensor) -> int:
+    """A number that tells uint8 pictures apart."""
+    return int((image.flatten().long() * _weights(image.numel())).sum())

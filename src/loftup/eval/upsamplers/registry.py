@@ -1,0 +1,90 @@
+"""Upsamplers by name, open to others."""
+
+import difflib
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor
+
+from ...backbones import Backbone
+from ...errors import LoftUpError
+
+__all__ = ["Factory", "Upsampler", "create", "names", "register"]
+
+
+class Upsampler(Protocol):
+    """What every upsampler is: a callable, often an ``nn.Module`` in ``eval()`` mode.
+
+    One that need not make the whole map may also have ``at(features, image, points, size)`` and take ``head=``, as
+    :class:`loftup.LoftUp` does; :mod:`loftup.eval.features` uses them where they are.
+    """
+
+    def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Upsample features.
+
+        Args:
+            features: (B, C, h, w) float, straight from the backbone.
+            image: (B, 3, H, W) float in [0, 1], the picture that the features were taken from.
+            size: (H', W') of the result in pixels.
+
+        Returns:
+            (B, C, H', W') in the dtype of ``features``.
+        """
+
+
+Factory = Callable[[Backbone, str], Upsampler]
+_FACTORIES: dict[str, Factory] = {}
+# Modules of this package that register upsamplers when they are imported.
+_MODULES = ("simple", "bilateral", "implicit", "hub", "learned")
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Add an upsampler under a name, as a decorator of its factory.
+
+    >>> @register("zeros")
+    ... def zeros(backbone, argument):
+    ...     return lambda features, image, size: features.new_zeros(*features.shape[:2], *size)
+
+    The factory is called with the backbone and the text behind the colon of ``"name:text"`` ("" without a colon): the
+    weights of a learned upsampler, the factor of an enlargement.
+
+    Raises:
+        ValueError: the name is taken, or holds a colon, a comma or an equals sign.
+    """
+    if not name or set(name) & set(":,="):
+        raise ValueError(f"the name of an upsampler must not be empty or hold any of ':,=', got {name!r}")
+
+    def add(factory: Factory) -> Factory:
+        if name in _FACTORIES:
+            raise ValueError(f"there is an upsampler {name!r} already; choose another name")
+        _FACTORIES[name] = factory
+        return factory
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all upsamplers, in the order of their registration."""
+    for module in _MODULES:
+        import_module(f".{module}", __package__)
+    return list(_FACTORIES)
+
+
+def create(spec: str, backbone: Backbone) -> Upsampler:
+    """Make the upsampler that ``"name"`` or ``"name:argument"`` stands for.
+
+    Args:
+        spec: of the upsampler, such as ``"bilinear"``, ``"large_input:4"`` or ``"loftup:runs/stage1"``.
+        backbone: that the features come from.
+
+    Raises:
+        LoftUpError: there is no such name, or its factory refuses the argument or the backbone.
+    """
+    name, _, argument = spec.partition(":")
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(known)}"
+        raise LoftUpError(f"there is no upsampler {name!r}; {hint}")
+    return _FACTORIES[name](backbone, argument)

@@ -1,0 +1,100 @@
+"""Upsamplers without parameters: interpolation of the features, and larger inputs."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backbones import Backbone
+from ...errors import LoftUpError
+from ..features import extract
+from .registry import Upsampler, register
+
+__all__ = ["Interpolation", "LargeInput", "LowResolution"]
+
+
+class Interpolation:
+    """``F.interpolate`` of the features; the image is not looked at.
+
+    Args:
+        mode: "nearest", "bilinear" or "bicubic".
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
+    def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, h, w) to (B, C, H', W')."""
+        if self.mode == "nearest":
+            return F.interpolate(features, size, mode="nearest-exact")
+        return F.interpolate(features, size, mode=self.mode, align_corners=False)
+
+
+class LowResolution(Interpolation):
+    """What a task sees without an upsampler: every pixel has the vector of its cell.
+
+    Attributes:
+        native: True. Tasks that predict from every vector alone may predict on the grid of the features and enlarge
+            the predictions bilinearly, which is how the paper's tables treat their low-resolution row.
+    """
+
+    native = True
+
+    def __init__(self) -> None:
+        super().__init__("nearest")
+
+
+class LargeInput:
+    """The backbone's features of a larger image, interpolated bilinearly: the expensive way to finer features.
+
+    Args:
+        backbone: that the features come from.
+        factor: how many times larger the image is made, in each direction (bicubically).
+    """
+
+    def __init__(self, backbone: Backbone, factor: int = 2) -> None:
+        self.backbone = backbone
+        self.factor = factor
+
+    def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, h, w) and the image (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
+        height, width = image.shape[-2:]
+        large = F.interpolate(
+            image, (self.factor * height, self.factor * width), mode="bicubic", align_corners=False
+        ).clamp(0, 1)
+        finer = extract(self.backbone, large).to(features.dtype)
+        return F.interpolate(finer, size, mode="bilinear", align_corners=False)
+
+
+@register("lowres")
+def _lowres(backbone: Backbone, argument: str) -> Upsampler:
+    return no_argument("lowres", argument, LowResolution())
+
+
+@register("nearest")
+def _nearest(backbone: Backbone, argument: str) -> Upsampler:
+    return no_argument("nearest", argument, Interpolation("nearest"))
+
+
+@register("bilinear")
+def _bilinear(backbone: Backbone, argument: str) -> Upsampler:
+    return no_argument("bilinear", argument, Interpolation("bilinear"))
+
+
+@register("bicubic")
+def _bicubic(backbone: Backbone, argument: str) -> Upsampler:
+    return no_argument("bicubic", argument, Interpolation("bicubic"))
+
+
+@register("large_input")
+def _large_input(backbone: Backbone, argument: str) -> Upsampler:
+    if argument and not (argument.isdecimal() and int(argument) > 1):
+        raise LoftUpError(
+            f"the factor of 'large_input' must be an integer above 1, got {argument!r}; write large_input:2"
+        )
+    return LargeInput(backbone, int(argument or 2))
+
+
+def no_argument(name: str, argument: str, upsampler: Upsampler) -> Upsampler:
+    """Give back the upsampler; LoftUpError if the user wrote an argument behind its name."""
+    if argument:
+        raise LoftUpError(f"the upsampler {name!r} takes no argument, got {name}:{argument}; write {name}")
+    return upsampler
