@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -14,7 +15,7 @@ from .data import loader
 from .shards import is_pattern
 from .start import calibrate_batch_norm, start_as_interpolator
 
-__all__ = ["build_backbone", "build_upsampler", "calibrate", "check_paths"]
+__all__ = ["build_backbone", "build_upsampler", "calibrate", "check_paths", "rebuild"]
 
 CALIBRATION = 64  # pictures
 
@@ -57,6 +58,8 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
             does not go with the backbone's.
     """
     model = config.model
+    if model.architecture != "loftup":
+        return rebuild({"architecture": model.architecture, "channels": backbone.channels, "backbone": backbone.name})
     if model.pretrained is not None:
         up = _pretrained(model.pretrained)
         Upsampled(backbone, up)  # refuses a pair that does not fit
@@ -78,6 +81,16 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
         if model.start == "interpolator":
             start_as_interpolator(up, max(2, max(config.data.sizes) // backbone.patch_size))
     return up
+
+
+def rebuild(config: dict[str, Any]) -> LoftUp:
+    """A network from its config: LoftUp, or one that it is compared with, which has in common what training needs."""
+    if "architecture" not in config:
+        return LoftUp(LoftUpConfig.from_dict(config))
+    from ..eval.upsamplers.base import LearnedConfig
+    from ..eval.upsamplers.learned import build
+
+    return cast(LoftUp, build(LearnedConfig.from_dict(config)))
 
 
 def _pretrained(name: str) -> LoftUp:

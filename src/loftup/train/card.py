@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from ..model import LoftUpConfig
 from ..weights import CONFIG, SAFETENSORS, model_card
 from .config import TrainConfig, to_yaml
 
-__all__ = ["push", "shown", "training_card", "versions"]
+__all__ = ["how_to_load", "push", "shown", "training_card", "versions"]
 
 CARD = "README.md"
 
@@ -40,7 +40,7 @@ def training_card(
         measured: last numbers of the validation; may be empty.
     """
     source = config.hub or f"./{Path(config.output).expanduser().resolve().name}"
-    text = model_card(up, source).rstrip().replace(*_with_backbone(config))
+    text = _card(up, source, config).rstrip()
     validated = ", ".join(map(shown, [*config.validation.path, *filter(None, [config.validation.probe])]))
     rows = {**facts, "versions": ", ".join(f"{name} {number}" for name, number in versions().items())}
     parts = [
@@ -85,8 +85,20 @@ def _portable(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _with_backbone(config: TrainConfig) -> tuple[str, str]:
-    """Lines of the core's model card, and what stands there in that of a run, which knows its backbone."""
+def _card(up: LoftUpConfig, source: str, config: TrainConfig) -> str:
+    """The model card, with the run's backbone in it."""
+    backbone = _backbone(config)
+    if config.model.architecture == "loftup":
+        line = "from loftup import LoftUp\n"
+        return model_card(up, source).replace(line, f"from loftup import LoftUp, load_backbone\n\n{backbone}")
+    from ..eval.upsamplers.learned import card
+
+    line = "from loftup.eval.upsamplers import create\n"
+    return card(cast(Any, up), source).replace(line, f"from loftup import load_backbone\n{line}\n{backbone}")
+
+
+def _backbone(config: TrainConfig) -> str:
+    """The line that makes the run's backbone."""
     given = config.backbone
     options = {"layer": given.layer, "mean": given.mean, "std": given.std, **given.options}
     arguments = [repr(given.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
@@ -94,10 +106,14 @@ def _with_backbone(config: TrainConfig) -> tuple[str, str]:
     if given.weights is not None:
         arguments.insert(1, f"weights={Path(given.weights).name!r}")
         comment = "  # weights: your file"
-    before = "from loftup import LoftUp\n"
-    return before, (
-        f"from loftup import LoftUp, load_backbone\n\nbackbone = load_backbone({', '.join(arguments)}){comment}"
-    )
+    return f"backbone = load_backbone({', '.join(arguments)}){comment}"
+
+
+def how_to_load(config: TrainConfig, folder: Path) -> str:
+    """The expression that loads the weights of a run's folder."""
+    if config.model.architecture == "loftup":
+        return f"LoftUp.from_pretrained({str(folder)!r})"
+    return f"loftup.eval.upsamplers.create({f'{config.model.architecture}:{folder}'!r}, backbone)"
 
 
 def machine(device: torch.device, processes: int) -> str:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "converted"]
 
+ARCHITECTURES = ("loftup", "featup_jbu", "lift", "resize_conv", "liif")
 DISTANCES = ("affinity", "l2", "cosine")
 KINDS = ("auto", "sa1b", "shards", "labels", "images")
 
@@ -29,6 +30,7 @@ def check(config: "TrainConfig") -> None:
     model, data, objective, optimizer = config.model, config.data, config.objective, config.optimizer
     validation, distillation, views = config.validation, objective.self_distillation, objective.multi_view
 
+    _choice("model.architecture", model.architecture, ARCHITECTURES)
     _choice("model.start", model.start, ("interpolator", "random"))
     _choice("model.position_code", model.position_code, ("sine", "learnable"))
     _choice("model.batch_norm", model.batch_norm, ("frozen", "batch"))
@@ -120,7 +122,15 @@ def _together(config: "TrainConfig") -> None:
             "all weights of the objective are 0; expected one above 0, such as objective.mask_bicubic.weight=1; the "
             f"terms are {', '.join(weights)}"
         )
-    if model.batch_norm == "batch" and config.window is not None:
+    if model.architecture != "loftup":
+        if model.pretrained is not None:
+            raise LoftUpError(
+                f"model.pretrained={model.pretrained} with model.architecture={model.architecture}: only LoftUp goes "
+                "on from weights; set model.pretrained=null"
+            )
+        if config.compile:
+            raise LoftUpError(f"compile=true knows LoftUp alone, not {model.architecture}; set compile=false")
+    elif model.batch_norm == "batch" and config.window is not None:
         raise LoftUpError(
             f"model.batch_norm=batch with window={config.window}: the statistics of a window hold the mean of its "
             "position code, so that the norm would take from every pixel where it is. Set model.batch_norm=frozen, or "

@@ -48,6 +48,8 @@ class ModelConfig:
     """The upsampler and its first weights.
 
     Args:
+        architecture: "loftup", or one that it is compared with: "featup_jbu", "lift", "resize_conv" or "liif" (see
+            :mod:`loftup.eval.upsamplers`), for which all below is without effect: they start near interpolation.
         pretrained: weights to go on from, as :meth:`loftup.LoftUp.from_pretrained` takes them; None starts anew.
         start: "interpolator" (:func:`loftup.train.start.start_as_interpolator`) or "random"; without ``pretrained``.
         position_code: "sine" or "learnable"; with ``pretrained`` that of the weights.
@@ -57,6 +59,7 @@ class ModelConfig:
         batch_norm: "frozen" (running statistics, calibrated on whole images before a random start) or "batch".
     """
 
+    architecture: str = "loftup"
     pretrained: str | None = None
     start: str = "random"
     position_code: str = "sine"

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoftUpError
-from ..model import LoftUp, LoftUpConfig
-from .build import build_backbone, build_upsampler, calibrate, check_paths
-from .card import CARD, machine, push, shown, training_card, versions
+from .build import build_backbone, build_upsampler, calibrate, check_paths, rebuild
+from .card import CARD, how_to_load, machine, push, shown, training_card, versions
 from .check import check
 from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
 from .config import TrainConfig
@@ -86,14 +85,14 @@ class _Run:
         processes.seed(config.seed)
         backbone = processes.main_first(lambda: build_backbone(config)).to(processes.device)
         # A resumed run gets its weights from the checkpoint; what it started from need not be there any more.
-        known = LoftUpConfig.from_dict(state["loftup_config"]) if state else None
-        up = LoftUp(known) if known else build_upsampler(config, backbone)
+        up = rebuild(state["loftup_config"]) if state else build_upsampler(config, backbone)
         up.to(processes.device).activation_checkpointing = config.checkpointing
         self.progress = Progress(**state["progress"]) if state else Progress()
-        random = config.model.pretrained is None and config.model.start == "random"
+        ours = config.model.architecture == "loftup"
+        random = ours and config.model.pretrained is None and config.model.start == "random"
         if random and not state and config.model.batch_norm == "frozen":
             calibrate(up, config, backbone)
-        if config.model.batch_norm == "batch" and processes.world > 1:
+        if ours and config.model.batch_norm == "batch" and processes.world > 1:
             synchronise_batch_norm(up)
         self.objective = Objective(config, up, backbone)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
@@ -135,7 +134,7 @@ class _Run:
         self.board = Board(self.folder / "tensorboard", self.progress.step)
 
     def _announce(self, backbone: Any, what: str) -> None:
-        config, up = self.config, self.objective.up.config
+        config, architecture = self.config, self.config.model.architecture
         start = f"from {config.model.pretrained}" if config.model.pretrained else f"start: {config.model.start}"
         trained = sum(p.numel() for p in self.parameters)
         window = f"windows of {config.window} pixels" if config.window else "whole pictures"
@@ -144,7 +143,8 @@ class _Run:
         batch = f"{config.batch} pictures x {config.accumulate} x {self.processes.world} processes"
         name = backbone.name or config.backbone.name
         self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
-        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, width {up.width}, {start}")
+        how = f"width {self.objective.up.config.width}, {start}" if architecture == "loftup" else architecture
+        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, {how}")
         self.processes.say(f"pictures   {self.pictures} of {', '.join(config.data.path)}; {batch} a step, {window}")
         on = machine(self.processes.device, self.processes.world)
         self.processes.say(f"device     {self.processes.device} ({on}), {config.precision}")
@@ -362,9 +362,10 @@ class _Run:
     def _export(self) -> None:
         up, progress, config = self.objective.up, self.progress, self.config
         model = config.model
+        start = f"from {shown(model.pretrained)}" if model.pretrained else model.start
         facts = {
             "pictures": f"{self.pictures} of {', '.join(map(shown, config.data.path))}",
-            "start": f"from {shown(model.pretrained)}" if model.pretrained else model.start,
+            **({} if model.architecture != "loftup" else {"start": start}),
             "steps": f"{progress.step} of {config.batch * config.accumulate * self.processes.world} pictures each",
             "device": machine(self.processes.device, self.processes.world),
             "time": f"{progress.seconds / 60:.1f} minutes, validation included",
@@ -384,7 +385,7 @@ class _Run:
             f"{progress.unreadable} unreadable pictures replaced, {progress.empty} pictures without masks, "
             f"{progress.nonfinite} steps left out as not finite"
         )
-        self.processes.say(f"finished: LoftUp.from_pretrained({str(self.folder)!r})")
+        self.processes.say(f"finished: {how_to_load(config, self.folder)}")
         if config.hub:
             self.processes.say(f"pushed to {push(self.folder, config.hub)}")
 

@@ -1,5 +1,7 @@
 """Upsamplers without parameters: interpolation of the features, and larger inputs."""
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,7 +10,9 @@ from ...errors import LoftUpError
 from ..features import extract
 from .registry import Upsampler, register
 
-__all__ = ["Interpolation", "LargeInput", "LowResolution"]
+__all__ = ["Interpolation", "LargeInput", "LowResolution", "no_argument"]
+
+T = TypeVar("T")
 
 
 class Interpolation:
@@ -93,8 +97,8 @@ def _large_input(backbone: Backbone, argument: str) -> Upsampler:
     return LargeInput(backbone, int(argument or 2))
 
 
-def no_argument(name: str, argument: str, upsampler: Upsampler) -> Upsampler:
-    """Give back the upsampler; LoftUpError if the user wrote an argument behind its name."""
+def no_argument(name: str, argument: str, value: T) -> T:
+    """Give back the value; LoftUpError if the user wrote an argument behind an upsampler's name."""
     if argument:
         raise LoftUpError(f"the upsampler {name!r} takes no argument, got {name}:{argument}; write {name}")
-    return upsampler
+    return value

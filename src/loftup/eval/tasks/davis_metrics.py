@@ -1,0 +1,115 @@
+"""J and F of video object segmentation, as the official DAVIS toolkits define them (Perazzi et al. 2016)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import LoftUpError
+
+__all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "statistics"]
+
+BOUND_TH = 0.008  # tolerance of the boundary measure, in picture diagonals
+BINS = 4  # of the decay
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one object's values over the frames, NaN where no frame is judged.
+
+    Args:
+        mean: of the values.
+        recall: share of the frames with a value above 0.5.
+        decay: mean of the first quarter of the frames less that of the last: what is lost over time.
+    """
+
+    mean: float
+    recall: float
+    decay: float
+
+
+def jaccard(prediction: Tensor, truth: Tensor, void: Tensor | None = None) -> float:
+    """Region similarity J: intersection over union, 1 where both masks are empty.
+
+    Args:
+        prediction: (H, W) bool.
+        truth: (H, W) bool.
+        void: (H, W) bool, pixels not to count.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: the masks are not three bool maps of one size.
+    """
+    prediction, truth = _judged(prediction, truth, void)
+    union = int((prediction | truth).sum())
+    return int((prediction & truth).sum()) / union if union else 1.0
+
+
+def boundary_f(prediction: Tensor, truth: Tensor, void: Tensor | None = None, bound_th: float = BOUND_TH) -> float:
+    """Boundary accuracy F: of the boundaries' pixels matched within a tolerance, 2 P R / (P + R).
+
+    Without a boundary in one mask, precision and recall are 1 and 0 or 0 and 1, so that F is 0; without any in both it
+    is 1. A mask that fills the picture has no boundary, as an empty one.
+
+    Args:
+        prediction: (H, W) bool.
+        truth: (H, W) bool.
+        void: (H, W) bool, pixels not to count: in neither mask.
+        bound_th: tolerance, in picture diagonals (rounded up to whole pixels); from 1 on, in pixels.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: the masks are not three bool maps of one size.
+    """
+    prediction, truth = _judged(prediction, truth, void)
+    radius = bound_th if bound_th >= 1 else math.ceil(bound_th * math.hypot(*truth.shape))
+    ours, theirs = boundary_map(prediction), boundary_map(truth)
+    if not ours.any() or not theirs.any():
+        return float(ours.any() == theirs.any())
+    precision = int((ours & _dilated(theirs, radius)).sum()) / int(ours.sum())
+    recall = int((theirs & _dilated(ours, radius)).sum()) / int(theirs.sum())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def boundary_map(mask: Tensor) -> Tensor:
+    """Pixels (H, W) bool of a mask (H, W) bool that differ from their neighbour to the right, below or both."""
+    # Beyond the last row and column stands their own copy; the corner then has nothing to differ from.
+    padded = torch.cat([mask, mask[-1:]])
+    padded = torch.cat([padded, padded[:, -1:]], 1)
+    edge: Tensor = (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+    return edge
+
+
+def statistics(values: list[float]) -> Statistics:
+    """Mean, recall and decay of an object's values over the frames, in their order."""
+    if not values:
+        return Statistics(math.nan, math.nan, math.nan)
+    found = np.asarray(values, dtype=np.float64)
+    # The official bins share their end frames, and half a frame rounds up.
+    ends = np.round(np.linspace(1, len(found), BINS + 1) + 1e-10).astype(int) - 1
+    decay = found[ends[0] : ends[1] + 1].mean() - found[ends[-2] : ends[-1] + 1].mean()
+    return Statistics(float(found.mean()), float((found > 0.5).mean()), float(decay))
+
+
+def _judged(prediction: Tensor, truth: Tensor, void: Tensor | None) -> tuple[Tensor, Tensor]:
+    void = torch.zeros_like(truth) if void is None else void
+    masks = {"prediction": prediction, "truth": truth, "void": void}
+    if truth.ndim != 2 or any(mask.shape != truth.shape or mask.dtype != torch.bool for mask in masks.values()):
+        got = ", ".join(f"{name} {mask.dtype} {tuple(mask.shape)}" for name, mask in masks.items())
+        raise ValueError(f"masks must be bool and of one size (H, W), got {got}")
+    return (prediction & ~void).cpu(), (truth & ~void).cpu()
+
+
+def _dilated(mask: Tensor, radius: float) -> Tensor:
+    """Pixels within a radius of the mask, as a dilation by a disk; the mask has at least one pixel."""
+    try:
+        from scipy.ndimage import distance_transform_edt
+    except ImportError as error:
+        raise LoftUpError('the boundary measure needs SciPy: pip install "loftup[eval]"') from error
+    return torch.from_numpy(distance_transform_edt(~mask.numpy()) <= radius)

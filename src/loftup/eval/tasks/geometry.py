@@ -1,0 +1,342 @@
+"""Depth and surface normals from upsampled features (paper section 4, table 2)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbones import Backbone
+from ..colour import map_picture, picture
+from ..datasets.base import Dataset, GeometrySample
+from ..datasets.prepare import fit
+from ..features import at_pixels, extract, with_head
+from ..progress import bar
+from ..result import Metric, Result
+from ..upsamplers.registry import Upsampler
+from .dpt import DptHead
+from .geometry_scores import (
+    DEPTH_METRICS,
+    NORMALS_METRICS,
+    cosine_loss,
+    depth_scores,
+    normals_scores,
+    scale_invariant_log_loss,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["DEPTH_METRICS", "NORMALS_METRICS", "GeometryConfig", "depth", "normals"]
+
+NEAREST = 1e-3  # metres: a prediction below is none
+
+
+@dataclass
+class GeometryConfig:
+    """Protocol of depth and surface normals; the defaults are the paper's.
+
+    Args:
+        size: [height, width] that pictures are scaled to cover and cut to.
+        output: share of ``size`` at which features are upsampled and judged.
+        head: "dpt" trains :class:`loftup.eval.tasks.dpt.DptHead` on whole pictures (AdamW); "linear" solves ridge
+            regression of depth in metres, or of the normals' coordinates, on pixels drawn from every picture, in one
+            pass over the pictures for all seeds.
+        epochs: of "dpt".
+        batch: pictures a step, of "dpt".
+        rate: learning rate of "dpt".
+        hidden: channels of "dpt"; its activations take most of the memory.
+        points: pixels drawn from every picture and seed, of "linear".
+        ridge: penalty of "linear" on the weights of standardised features, as a share of the samples' number.
+        seeds: heads to train, each with its own initial weights, order and pixels.
+        pictures: of the validation split, to show.
+        device: to compute on.
+
+    Raises:
+        ValueError: a value is none of those named here.
+    """
+
+    size: list[int] = field(default_factory=lambda: [224, 224])
+    output: float = 1.0
+    head: str = "dpt"
+    epochs: int = 10
+    batch: int = 8
+    rate: float = 5e-4
+    hidden: int = 128
+    points: int = 500
+    ridge: float = 1e-4
+    seeds: int = 3
+    pictures: int = 4
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.head not in ("dpt", "linear"):
+            raise ValueError(f"head must be 'dpt' or 'linear', got {self.head!r}")
+        if len(self.size) != 2 or min(self.size) < 1 or not 0 < self.output <= 1:
+            raise ValueError(f"size must be [height, width] and output in (0, 1], got {self.size} and {self.output}")
+        if min(self.seeds, self.epochs, self.batch, self.points, self.hidden) < 1:
+            raise ValueError(f"seeds, epochs, batch, points and hidden must be 1 or more, got {self}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H', W') of the upsampled features."""
+        return max(1, round(self.size[0] * self.output)), max(1, round(self.size[1] * self.output))
+
+
+def depth(
+    backbone: Backbone,
+    upsampler: Upsampler,
+    dataset: Dataset[GeometrySample],
+    config: GeometryConfig | None = None,
+) -> Result:
+    """Train heads that predict depth on the training split and judge them on the validation split.
+
+    The "dpt" head predicts log depth and learns by :func:`~loftup.eval.tasks.geometry_scores.scale_invariant_log_loss`. Scores are made picture by
+    picture and averaged over the pictures; pixels and pictures without known depth do not count.
+
+    Args:
+        backbone: frozen, in ``eval()`` mode.
+        upsampler: of its features.
+        dataset: with depth in metres.
+        config: of the protocol; None for the paper's.
+
+    Returns:
+        DEPTH_METRICS, one value a seed; "pictures" in the details; pictures of the first seed.
+
+    Raises:
+        ValueError: a split is empty or knows no depth.
+    """
+    return _Task(backbone, upsampler, dataset, config or GeometryConfig(), _DEPTH).run()
+
+
+def normals(
+    backbone: Backbone,
+    upsampler: Upsampler,
+    dataset: Dataset[GeometrySample],
+    config: GeometryConfig | None = None,
+) -> Result:
+    """Train heads that predict surface normals on the training split and judge them on the validation split.
+
+    The "dpt" head learns by :func:`~loftup.eval.tasks.geometry_scores.cosine_loss`. Otherwise as :func:`depth`, with NORMALS_METRICS.
+    """
+    return _Task(backbone, upsampler, dataset, config or GeometryConfig(), _NORMALS).run()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What tells depth from normals."""
+
+    outputs: int
+    metrics: dict[str, Metric]
+    truth: Callable[[GeometrySample], Tensor]  # (outputs, H, W)
+    from_dpt: Callable[[Tensor], Tensor]  # what the head gives, (B, outputs, H, W), to a prediction
+    from_linear: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    scores: Callable[[Tensor, Tensor], dict[str, float]]
+    picture: Callable[[Tensor, Tensor], "Image.Image"]  # of a map (outputs, H, W) beside the truth
+
+
+def _depth_picture(values: Tensor, truth: Tensor) -> "Image.Image":
+    known = truth[truth.isfinite()]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    return map_picture(values[0], low, high)
+
+
+def _normals_picture(values: Tensor, truth: Tensor) -> "Image.Image":
+    # The usual colours: red to the right, green up, blue towards the camera.
+    towards = values * values.new_tensor([1, -1, -1])[:, None, None]
+    return picture(((towards + 1) / 2).nan_to_num(0))
+
+
+_DEPTH = _Kind(
+    1,
+    DEPTH_METRICS,
+    lambda sample: sample.depth[None].where(sample.depth > 0, math.nan),
+    lambda raw: raw.exp(),
+    lambda raw: raw.clamp(min=NEAREST),
+    scale_invariant_log_loss,
+    depth_scores,
+    _depth_picture,
+)
+_NORMALS = _Kind(
+    3,
+    NORMALS_METRICS,
+    lambda sample: sample.normals,
+    lambda raw: F.normalize(raw, dim=1),
+    lambda raw: F.normalize(raw, dim=1),
+    cosine_loss,
+    normals_scores,
+    _normals_picture,
+)
+
+
+@dataclass
+class _Task:
+    backbone: Backbone
+    upsampler: Upsampler
+    dataset: Dataset[GeometrySample]
+    config: GeometryConfig
+    kind: _Kind
+
+    def run(self) -> Result:
+        train, val = len(self.dataset.train), len(self.dataset.val)
+        if not train or not val:
+            raise ValueError(f"{self.dataset.name} has {train} training and {val} validation pictures")
+        if self.config.head == "linear":
+            return self.judge(self.solve())
+        return self.judge([self.train(seed) for seed in range(self.config.seeds)])
+
+    def load(self, samples: Sequence[GeometrySample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), features (B, C, h, w) and truth (B, outputs, H', W')."""
+        height, width = self.config.size
+        pairs = [fit(sample.image, self.kind.truth(sample), size=(height, width)) for sample in samples]
+        image, truth = (torch.stack(tensors).to(self.config.device) for tensors in zip(*pairs, strict=True))
+        return image, extract(self.backbone, image), F.interpolate(truth, self.config.grid, mode="nearest")
+
+    @property
+    def native(self) -> bool:
+        return bool(getattr(self.upsampler, "native", False))
+
+    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
+        """What a head of several pixels looks at."""
+        with torch.no_grad():
+            return features if self.native else self.upsampler(features, image, self.config.grid)
+
+    def enlarge(self, raw: Tensor) -> Tensor:
+        """What the head gave, at the size of the truth."""
+        return F.interpolate(raw, self.config.grid, mode="bilinear", align_corners=False) if self.native else raw
+
+    def train(self, seed: int) -> DptHead:
+        config, samples = self.config, self.dataset.train
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = DptHead(self.backbone.channels, self.kind.outputs, config.hidden)
+        head.to(config.device)
+        optimizer = torch.optim.AdamW(head.parameters(), config.rate)
+        steps = [
+            chosen
+            for _ in range(config.epochs)
+            for chosen in torch.randperm(len(samples), generator=generator).split(config.batch)
+        ]
+        known = False
+        for chosen in bar(steps, f"train head {seed + 1}/{config.seeds}"):
+            image, features, truth = self.load([samples[int(index)] for index in chosen])
+            known |= bool(truth.isfinite().any())
+            raw = self.enlarge(head(self.upsample(features, image).float()))
+            loss = self.kind.loss(self.kind.from_dpt(raw), truth)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if not known:
+            raise self.unknown("training")
+        return head.eval()
+
+    def solve(self) -> nn.Conv2d:
+        """All seeds' linear heads in one 1x1 convolution."""
+        config, channels = self.config, self.backbone.channels
+        generator = torch.Generator().manual_seed(7)
+        sums = [_Moments(channels, self.kind.outputs) for _ in range(config.seeds)]
+        for sample in bar(self.dataset.train, "draw pixels", len(self.dataset.train)):
+            image, features, truth = self.load([sample])
+            known = truth[0].isfinite().all(0).nonzero().cpu()
+            if not len(known):
+                continue
+            draws = torch.randint(len(known), (config.seeds * config.points,), generator=generator)
+            pixels = known[draws].to(truth.device)
+            vectors = at_pixels(self.upsampler, features, image, config.grid, pixels[None])[0]
+            values = truth[0][:, pixels[:, 0], pixels[:, 1]].T
+            for seed, moments in enumerate(sums):
+                moments.add(vectors[seed :: config.seeds], values[seed :: config.seeds])
+        if not sums[0].count:
+            raise self.unknown("training")
+        solved = [moments.solve(config.ridge) for moments in sums]
+        head: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, channels, config.seeds * self.kind.outputs, 1)
+        with torch.no_grad():
+            head.weight.copy_(torch.cat([weight for weight, _ in solved])[:, :, None, None])
+            head.bias.copy_(torch.cat([bias for _, bias in solved]))  # type: ignore[union-attr]
+        return head.to(config.device)
+
+    def predictions(self, image: Tensor, features: Tensor, heads: "list[DptHead] | nn.Conv2d") -> list[Tensor]:
+        """(outputs, H', W') of every seed, of one picture."""
+        if isinstance(heads, nn.Conv2d):
+            if self.native:
+                raw = self.enlarge(heads(features))
+            else:
+                raw = with_head(self.upsampler, features, image, self.config.grid, heads)
+            return [self.kind.from_linear(each)[0] for each in raw.split(self.kind.outputs, 1)]
+        dense = self.upsample(features, image).float()
+        return [self.kind.from_dpt(self.enlarge(head(dense)))[0] for head in heads]
+
+    @torch.no_grad()
+    def judge(self, heads: "list[DptHead] | nn.Conv2d") -> Result:
+        scores: list[list[dict[str, float]]] = [[] for _ in range(self.config.seeds)]
+        details: dict[str, dict[str, float]] = {}
+        pictures: list[dict[str, Image.Image]] = []
+        for sample in bar(self.dataset.val, "judge", len(self.dataset.val)):
+            image, features, truth = self.load([sample])
+            made = self.predictions(image, features, heads)
+            known = truth[0].isfinite().all(0)
+            if known.any():
+                rows = [self.kind.scores(each[:, known], truth[0][:, known]) for each in made]
+                for row, its_scores in zip(rows, scores, strict=True):
+                    its_scores.append(row)
+                details[sample.name] = {name: _mean(row[name] for row in rows) for name in self.kind.metrics}
+            if len(pictures) < self.config.pictures:
+                shown = F.interpolate(image, self.config.grid, mode="bilinear", align_corners=False, antialias=True)
+                pictures.append(
+                    {
+                        "image": picture(shown[0]),
+                        "truth": self.kind.picture(truth[0], truth[0]),
+                        "ours": self.kind.picture(made[0], truth[0]),
+                    }
+                )
+        if not details:
+            raise self.unknown("validation")
+        metrics = {name: [_mean(row[name] for row in rows) for rows in scores] for name in self.kind.metrics}
+        return Result(metrics, {"pictures": details}, pictures)
+
+    def unknown(self, split: str) -> ValueError:
+        what = "depth" if self.kind is _DEPTH else "normal"
+        return ValueError(f"no picture of {self.dataset.name}'s {split} split has a pixel of known {what}")
+
+
+class _Moments:
+    """Sums for least squares, in float64: samples are seen once and not kept."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        self.count = 0
+        self.inputs = torch.zeros(channels, dtype=torch.float64)
+        self.outputs = torch.zeros(outputs, dtype=torch.float64)
+        self.squares = torch.zeros(channels, channels, dtype=torch.float64)
+        self.products = torch.zeros(channels, outputs, dtype=torch.float64)
+
+    def add(self, features: Tensor, values: Tensor) -> None:
+        """Features (N, C) and values (N, outputs)."""
+        x, y = features.cpu().double(), values.cpu().double()
+        self.count += len(x)
+        self.inputs += x.sum(0)
+        self.outputs += y.sum(0)
+        self.squares += x.T @ x
+        self.products += x.T @ y
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weight (outputs, C) and bias (outputs,) of ridge regression on standardised features."""
+        mean, target = self.inputs / self.count, self.outputs / self.count
+        covariance = self.squares / self.count - mean[:, None] * mean
+        variance = covariance.diagonal()
+        # What never varies must not be blown up: its weight becomes 0.
+        varies = variance > 1e-9 * self.squares.diagonal() / self.count
+        scale = variance.clamp(min=1e-300).sqrt().where(varies, math.inf)
+        system = covariance / scale[:, None] / scale + ridge * torch.eye(len(mean), dtype=torch.float64)
+        right = (self.products / self.count - mean[:, None] * target) / scale[:, None]
+        weight = (torch.linalg.solve(system, right) / scale[:, None]).T
+        return weight.float(), (target - weight @ mean).float()
+
+
+def _mean(values: Iterator[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

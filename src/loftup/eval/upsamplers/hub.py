@@ -1,0 +1,99 @@
+"""Upsamplers of other projects, through their own torch.hub entry points; nothing is loaded before it is asked for."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...backbones import Backbone
+from ...backbones.vit import IMAGENET
+from ...errors import LoftUpError
+from .registry import Upsampler, register
+from .simple import no_argument
+
+__all__ = ["HubUpsampler"]
+
+Order = Literal["anyup", "naf", "featup", "uplift", "loftup"]
+
+
+class HubUpsampler(nn.Module):
+    """Another project's upsampler behind our call.
+
+    Args:
+        network: as torch.hub gave it.
+        order: how it is called:
+            "anyup": ``network(image, features, output_size=size)``;
+            "naf": ``network(image, features, size)``;
+            "featup": ``network.upsampler(network.model[1](features), image)``, its channel norm and its stack, 16 times
+            the grid, then bilinearly to the size;
+            "uplift": ``network(image, features, size)``, after ``network.enable_iterative(4)``;
+            "loftup": ``network(features, image)`` with the image at output size.
+    """
+
+    def __init__(self, network: nn.Module, order: Order) -> None:
+        super().__init__()
+        self.network = network
+        self.order = order
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, h, w) and the image (B, 3, H, W) in [0, 1], which these see with ImageNet's mean and deviation."""
+        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in IMAGENET)
+        image = (image - mean) / std
+        network: Any = self.network
+        if self.order == "anyup":
+            made = network(image, features, output_size=size)
+        elif self.order in ("naf", "uplift"):
+            made = network(image, features, size)
+        elif self.order == "featup":
+            made = network.upsampler(network.model[1](features), image)
+        else:
+            guidance = F.interpolate(image, size, mode="bilinear", align_corners=False)
+            made = network(features, guidance)
+        if made.shape[-2:] != size:
+            made = F.interpolate(made, size, mode="bilinear", align_corners=False)
+        return made.to(features.dtype)  # type: ignore[no-any-return]
+
+
+def _load(repository: str, entry: str, **options: Any) -> Any:
+    try:
+        return torch.hub.load(repository, entry, trust_repo=True, **options)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        # torch.hub says "Missing dependencies: natten" in a RuntimeError.
+        if isinstance(error, ImportError) or "issing dependencies" in str(error):
+            remedy = "install NATTEN for your torch (natten.org)" if "natten" in str(error).lower() else "install it"
+            raise LoftUpError(f"{entry} of {repository} needs a package that is missing: {error}; {remedy}") from error
+        raise LoftUpError(
+            f"cannot load {entry} of {repository}: {error}. torch.hub needs a network once; afterwards it takes the "
+            f"copy in {torch.hub.get_dir()}"
+        ) from error
+
+
+def _fixed(name: str, repository: str, order: Order) -> None:
+    @register(name)
+    def factory(backbone: Backbone, argument: str) -> Upsampler:
+        return HubUpsampler(_load(repository, no_argument(name, argument, name), pretrained=True), order)
+
+
+def _named(name: str, repository: str, order: Order, example: str, **options: Any) -> None:
+    @register(name)
+    def factory(backbone: Backbone, argument: str) -> Upsampler:
+        if not argument:
+            raise LoftUpError(
+                f"the upsampler {name!r} needs the name of an entry point of {repository}; write for example "
+                f"{name}:{example}"
+            )
+        network = _load(repository, argument, pretrained=True, **options)
+        if order == "uplift":
+            network.enable_iterative(4)
+        return HubUpsampler(network, order)
+
+
+_fixed("anyup", "wimmerth/anyup", "anyup")
+_fixed("anyup_multi_backbone", "wimmerth/anyup", "anyup")
+_fixed("naf", "valeoai/NAF", "naf")
+_named("featup", "mhamilton723/FeatUp", "featup", "dinov2")
+_named("uplift", "mwalmer-umd/UPLiFT", "uplift", "uplift_dinov2_s14", include_extractor=False)
+_named("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")
