@@ -1,4 +1,4 @@
-"""The command ``loftup``: demo, features, list, masks, train."""
+"""The command ``loftup``: demo, features, list, masks, train, eval."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .options import add_eval_commands, add_mask_options, add_model_options
 from .pictures import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ __all__ = ["main"]
 
 # What a user's files, names and machine can cause: LoftUpError is a ValueError, torch's out-of-memory a RuntimeError.
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loftup {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; files already written are whole, run again to resume" * (arguments.command in ("features", "masks"))
+        again = "; files already written are whole, run again to resume" * (
+            arguments.command in ("features", "masks", "eval")
+        )
         print(f"\nloftup {arguments.command}: interrupted{again}", file=sys.stderr)
         return 130
 
@@ -55,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="picture of an image's features: low-res, bilinear, LoftUp")
     demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="photograph; a drawn scene if left out")
-    _add_model_options(demo)
+    add_model_options(demo)
     demo.add_argument("-o", "--output", type=Path, default=Path("loftup_demo.png"), metavar="FILE")
     demo.set_defaults(run=_demo)
 
     features = commands.add_parser("features", help="write upsampled features of images as float16 safetensors")
     features.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
-    _add_model_options(features)
+    add_model_options(features)
     features.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     features.add_argument("--overwrite", action="store_true", help="write files anew that are there already")
     features.set_defaults(run=_features)
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_list)
 
     masks = commands.add_parser("masks", help="make class-agnostic masks of pictures, to train on")
-    _add_mask_options(masks)
+    add_mask_options(masks)
     masks.set_defaults(run=_masks)
 
     train = commands.add_parser("train", help="train an upsampler for a backbone")
@@ -80,80 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     train.add_argument("--push-to-hub", metavar="REPO", help="upload the weights at the end; same as hub=REPO")
     train.set_defaults(run=_train)
+
+    evaluation = commands.add_parser("eval", help="compare upsamplers on segmentation, depth, tracking and more")
+    add_eval_commands(evaluation)
+    evaluation.set_defaults(run=_eval)
     return parser
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--backbone", default="dinov2_vits14", metavar="NAME", help="loftup's or timm's name (default: %(default)s)")
-    add("--backbone-weights", metavar="FILE", help="local weights of the backbone; default: from the Hub")
-    add("--weights", metavar="NAME|PATH", help="LoftUp weights: name, repository, folder, file; default: --backbone's")
-    add("--layer", type=int, metavar="K", help="stage or block of the backbone to take; default: its last")
-    add("--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="passed to timm, repeatable")
-    add("--mean", nargs=3, type=float, metavar=("R", "G", "B"), help="image mean of the backbone; default: its own")
-    add("--std", nargs=3, type=float, metavar=("R", "G", "B"), help="image deviation of the backbone; default: its own")
-    add(
-        "--size",
-        nargs=2,
-        type=_positive,
-        metavar=("H", "W"),
-        help="of the result; default: the image's, at most 512 long",
-    )
-    add(
-        "--input",
-        type=_positive,
-        default=224,
-        metavar="N",
-        help="short side of the backbone's input (default: %(default)s)",
-    )
-    add("--device", default="cpu", help="torch device (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the LoftUp network (default: %(default)s)")
-
-
-def _add_mask_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="pictures, and folders of them")
-    add("-o", "--output", type=Path, metavar="DIR", help="copy the pictures there, beside their masks; default: FOLDER")
-    maker = parser.add_mutually_exclusive_group()
-    maker.add_argument("--sam", metavar="MODEL", help="by a SAM model of transformers: name on the Hub, or folder")
-    maker.add_argument(
-        "--felzenszwalb", action="store_true", help="by Felzenszwalb's segments (the default: it needs no download)"
-    )
-    add("--scales", nargs="+", type=float, metavar="K", help="Felzenszwalb: sizes of segments (default: 300 600 1200)")
-    add("--sigma", type=float, metavar="S", help="Felzenszwalb: smoothing in pixels (default: 0.8)")
-    add("--min-size", type=_positive, metavar="N", help="Felzenszwalb: smallest segment in pixels (default: 100)")
-    add("--side", type=_positive, metavar="N", help="Felzenszwalb: short side to reduce pictures to (default: 480)")
-    add("--points-per-side", type=_positive, metavar="N", help="SAM: of the grid of prompts (default: 32)")
-    add("--points-per-batch", type=_positive, metavar="N", help="SAM: prompts decoded at once (default: 64)")
-    add("--pred-iou-threshold", type=float, metavar="T", help="SAM: lowest quality it gives itself (default: 0.88)")
-    add("--stability-threshold", type=float, metavar="T", help="SAM: lowest stability of a mask (default: 0.95)")
-    add("--device", default="cpu", help="SAM: torch device (default: %(default)s)")
-    add("--overwrite", action="store_true", help="make masks anew that are there already")
-    add("--preview", type=Path, metavar="DIR", help="write all pictures there with their masks in random colours")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE; the value as JSON where it is JSON (16, true, [1,2]), else as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
     """Backbone and upsampler that the options name, on the device, checked against each other."""
     import torch
 
-    from .backbones import Upsampled, load_backbone
+    from .backbones import Upsampled
     from .hub import UnreachableError
     from .model import LoftUp
 
@@ -169,6 +109,15 @@ def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
             f"{error}. The backbone's weights are needed too{_repository(arguments.backbone)}: give both --weights and "
             "--backbone-weights"
         ) from error
+    backbone = backbone_of(arguments)
+    Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
+    return backbone, up
+
+
+def backbone_of(arguments: argparse.Namespace) -> "Backbone":
+    """The backbone that the options name, on the device."""
+    from .backbones import load_backbone
+
     backbone = load_backbone(
         arguments.backbone,
         weights=arguments.backbone_weights,
@@ -177,8 +126,7 @@ def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
         std=tuple(arguments.std) if arguments.std else None,
         **dict(arguments.option),
     )
-    Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
-    return backbone.eval().to(arguments.device), up
+    return backbone.eval().to(arguments.device)
 
 
 def _check_device(device: str) -> None:
@@ -392,6 +340,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from .train.command import run
 
     return run(arguments)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from .eval.command import run
+
+    if arguments.task not in ("list", "table"):
+        _check_device(arguments.device)
+    return run(arguments, backbone_of)
 
 
 if __name__ == "__main__":

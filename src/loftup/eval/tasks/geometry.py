@@ -94,8 +94,8 @@ def depth(
 ) -> Result:
     """Train heads that predict depth on the training split and judge them on the validation split.
 
-    The "dpt" head predicts log depth and learns by :func:`~loftup.eval.tasks.geometry_scores.scale_invariant_log_loss`. Scores are made picture by
-    picture and averaged over the pictures; pixels and pictures without known depth do not count.
+    The "dpt" head predicts log depth and learns by the scale-invariant log loss (Eigen et al. 2014). Scores are made
+    picture by picture and averaged over the pictures; pixels and pictures without known depth do not count.
 
     Args:
         backbone: frozen, in ``eval()`` mode.
@@ -120,7 +120,7 @@ def normals(
 ) -> Result:
     """Train heads that predict surface normals on the training split and judge them on the validation split.
 
-    The "dpt" head learns by :func:`~loftup.eval.tasks.geometry_scores.cosine_loss`. Otherwise as :func:`depth`, with NORMALS_METRICS.
+    The "dpt" head learns by 1 less the cosine. Otherwise as :func:`depth`, with NORMALS_METRICS.
     """
     return _Task(backbone, upsampler, dataset, config or GeometryConfig(), _NORMALS).run()
 

@@ -19,6 +19,7 @@ from ..progress import bar
 from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
 from .davis_metrics import boundary_f, jaccard, statistics
+from .overlay import overlay
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,8 +112,8 @@ def video(
             pictures.append(
                 {
                     "image": picture(to_float(image)),
-                    "truth": picture(_overlay(image, truth, colours)),
-                    "ours": picture(_overlay(image, prediction, colours)),
+                    "truth": picture(overlay(to_float(image), truth, colours)),
+                    "ours": picture(overlay(to_float(image), prediction, colours)),
                 }
             )
     return Result({name: [_mean(objects, name)] for name in METRICS}, {"sequences": details}, pictures)
@@ -240,10 +241,3 @@ def _follow(
 
 def _mean(rows: list[dict[str, float]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)
-
-
-def _overlay(image: Tensor, labels: Tensor, colours: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """Objects in their colours over the image (3, H, W) uint8, as float in [0, 1]."""
-    table = torch.tensor(colours) / 255
-    painted = table[labels.clamp(min=0)].movedim(-1, 0)
-    return torch.where(labels > 0, 0.4 * to_float(image) + 0.6 * painted, to_float(image))

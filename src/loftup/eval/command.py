@@ -1,0 +1,81 @@
+"""``loftup eval``: a task for several upsamplers, tables of results, and what there is."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..backbones import Backbone
+from ..errors import LoftUpError
+from ..weights import write_atomically
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace], Backbone]) -> int:
+    """Do what the command line says; returns the exit status, 1 where an upsampler failed.
+
+    Args:
+        arguments: of :func:`loftup.options.add_eval_commands`.
+        backbone_of: makes the backbone that they name.
+    """
+    if arguments.task == "list":
+        return _list(arguments)
+    if arguments.task == "table":
+        return _table(arguments)
+    from .run import Comparison
+
+    settings = dict(arguments.set)
+    settings["device"] = arguments.device
+    if arguments.seeds is not None:
+        settings["seeds"] = arguments.seeds
+    oracle = arguments.backbone == "oracle"
+    described: dict[str, Any] = {"name": arguments.backbone}
+    if not oracle:
+        described |= {"layer": arguments.layer, **dict(arguments.option)}
+        described |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
+    comparison = Comparison(
+        arguments.task,
+        getattr(arguments, "dataset", None),
+        None if oracle else backbone_of(arguments),
+        described,
+        settings,
+        arguments.output,
+        arguments.overwrite,
+    )
+    failed = comparison.run(arguments.upsampler, lambda text: print(text, file=sys.stderr, flush=True))
+    print(f"wrote {arguments.output}" if comparison.rows else "nothing to write", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from .table import comma_separated, markdown, read_results
+
+    metrics = arguments.metrics.split(",") if arguments.metrics else None
+    results = read_results(arguments.folders)
+    if arguments.output is None:
+        print(markdown(results, metrics))
+        return 0
+    makers = {".md": markdown, ".csv": comma_separated}
+    if arguments.output.suffix not in makers:
+        raise LoftUpError(f"expected a file with one of the suffixes {', '.join(makers)}, got {arguments.output}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(arguments.output, makers[arguments.output.suffix](results, metrics).encode())
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from .datasets import TASKS, names
+    from .upsamplers import names as upsamplers
+
+    found = {"upsamplers": upsamplers(), "datasets": {task: names(task) for task in TASKS}}
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(f"upsamplers: {', '.join(upsamplers())}\n")
+    width = max(map(len, TASKS))
+    for task in TASKS:
+        print(f"{task.ljust(width)}  {', '.join(names(task))}")
+    print(f"{'efficiency'.ljust(width)}  (no dataset)")
+    return 0

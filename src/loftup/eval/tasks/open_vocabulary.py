@@ -1,0 +1,154 @@
+"""Open-vocabulary segmentation: a CLIP's dense features, averaged where upsampled features agree (paper table 4).
+
+The proxy attention is that of Lan et al., *ProxyCLIP: Proxy Attention Improves CLIP for Open-Vocabulary Segmentation*,
+ECCV 2024.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backbones import Backbone
+from ..colour import label_picture, palette, picture
+from ..datasets.base import Dataset, SegmentationSample
+from ..datasets.prepare import fit
+from ..features import extract
+from ..progress import bar
+from ..result import Metric, Result
+from ..text import Clip, OpenClip, embed, templates
+from ..upsamplers.registry import Upsampler
+from .scores import Confusion, class_details
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["METRICS", "OpenVocabularyConfig", "open_vocabulary", "proxy_attention"]
+
+METRICS = {
+    "miou": Metric("mIoU %", 2),
+    "accuracy": Metric("accuracy %", 2),
+    "boundary_miou": Metric("boundary mIoU %", 2),
+}
+QUERIES_AT_ONCE = 4096
+
+
+@dataclass
+class OpenVocabularyConfig:
+    """Protocol of open-vocabulary segmentation; the defaults are the paper's and ProxyCLIP's.
+
+    Args:
+        size: [height, width] that pictures are scaled to cover and cut to.
+        factor: output grid, in cells of the backbone's features.
+        clip: "MODEL/PRETRAINED" of open_clip.
+        beta: share of the mean similarity below which a cell is not looked at.
+        gamma: sharpness of the attention.
+        boundary: pixels this close to a label edge count for the boundary scores.
+        pictures: of the validation split, to show.
+        device: to compute on.
+
+    Raises:
+        ValueError: a size or the factor is not positive.
+    """
+
+    size: list[int] = field(default_factory=lambda: [336, 336])
+    factor: int = 8
+    clip: str = "ViT-B-16/openai"
+    beta: float = 1.2
+    gamma: float = 3.0
+    boundary: int = 3
+    pictures: int = 4
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1 or self.factor < 1:
+            raise ValueError(f"size must be [height, width] and factor at least 1, got {self.size} and {self.factor}")
+
+
+@torch.no_grad()
+def open_vocabulary(
+    backbone: Backbone,
+    upsampler: Upsampler,
+    dataset: Dataset[SegmentationSample],
+    config: OpenVocabularyConfig | None = None,
+    *,
+    clip: Clip | None = None,
+) -> Result:
+    """Segment the validation split by the names of its classes; nothing is trained.
+
+    A CLIP's dense features are averaged by attention of every pixel's upsampled feature of ``backbone`` (the proxy) to
+    the backbone's features on CLIP's grid; each pixel gets the class whose text is nearest. ProxyCLIP averages inside
+    CLIP's last block, before its last projection; here the dense features come out of :func:`loftup.wrap` whole, and
+    are averaged after it.
+
+    Args:
+        backbone: the proxy, in ``eval()`` mode.
+        upsampler: of its features.
+        dataset: with classes, whose names are the texts (synonyms separated by commas).
+        config: of the protocol; None for the paper's.
+        clip: to use instead of the config's.
+
+    Returns:
+        The metrics of METRICS, one value each as nothing is random; "classes" in the details.
+
+    Raises:
+        LoftUpError: the CLIP cannot be loaded, or torchmetrics is missing.
+        ValueError: the validation split is empty.
+    """
+    config = config or OpenVocabularyConfig()
+    if not len(dataset.val):
+        raise ValueError(f"{dataset.name} has no validation pictures")
+    clip = clip or OpenClip(config.clip, config.device)
+    texts = embed(clip, dataset.classes, templates()).to(config.device)
+    confusion = Confusion(len(dataset.classes), config.boundary)
+    colours = dataset.colours or palette(len(dataset.classes))
+    pictures: list[dict[str, Image.Image]] = []
+    for sample in bar(dataset.val, "segment", len(dataset.val)):
+        image, labels = fit(sample.image, sample.labels, size=(config.size[0], config.size[1]))
+        image = image[None].to(config.device)
+        low = extract(backbone, image)
+        size = (low.shape[2] * config.factor, low.shape[3] * config.factor)
+        values = clip.dense(image).float()
+        averaged = proxy_attention(upsampler(low, image, size), low, values, config.beta, config.gamma)
+        logits = torch.einsum("bdhw,kd->bkhw", F.normalize(averaged, dim=1), texts)
+        logits = F.interpolate(logits, labels.shape, mode="bilinear", align_corners=False)
+        found = logits.argmax(1)
+        confusion.update(found, labels[None])
+        if len(pictures) < config.pictures:
+            truth, ours = label_picture(labels, colours), label_picture(found[0], colours)
+            pictures.append({"image": picture(image[0]), "truth": truth, "ours": ours})
+    scores = {name: [value] for name, value in confusion.scores().items()}
+    return Result(scores, {"classes": class_details(dataset.classes, [confusion])}, pictures)
+
+
+def proxy_attention(queries: Tensor, keys: Tensor, values: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Tensor:
+    """Average values over the cells that a pixel's feature resembles.
+
+    Similarities are cosines less ``beta`` times their mean, times ``gamma``; what is negative is not looked at. A pixel
+    that resembles no cell so much takes the one that it resembles most.
+
+    Args:
+        queries: (B, C, H, W), upsampled features of the proxy.
+        keys: (B, C, h, w), the proxy's features; interpolated to the values' grid.
+        values: (B, D, n, m), dense features of a CLIP.
+        beta: see above.
+        gamma: see above.
+
+    Returns:
+        (B, D, H, W), in float32.
+    """
+    keys = F.interpolate(keys.float(), values.shape[-2:], mode="bilinear", align_corners=False)
+    q = F.normalize(queries.float(), dim=1).flatten(2).mT
+    k, v = F.normalize(keys, dim=1).flatten(2), values.float().flatten(2).mT
+    # The mean of all similarities is the product of the means.
+    mean = (q.mean(1, keepdim=True) @ k.mean(2, keepdim=True)).squeeze(-1)[..., None]
+    averaged = []
+    for part in q.split(QUERIES_AT_ONCE, dim=1):
+        similarity = gamma * (part @ k - beta * mean)
+        best = similarity >= similarity.amax(-1, keepdim=True)
+        weights = similarity.masked_fill((similarity < 0) & ~best, -torch.inf).softmax(-1)
+        averaged.append(weights @ v)
+    height, width = queries.shape[-2:]
+    return torch.cat(averaged, 1).mT.reshape(len(queries), -1, height, width)

@@ -1,0 +1,104 @@
+"""Embeddings of class names, and the CLIP that they are compared in."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..backbones import Backbone, wrap
+from ..errors import LoftUpError
+from ..weights import write_atomically
+
+__all__ = ["Clip", "OpenClip", "embed", "templates"]
+
+
+class Clip(Protocol):
+    """A CLIP with dense features in the space of its texts."""
+
+    @property
+    def name(self) -> str:
+        """Tells the weights, for the cache of text embeddings."""
+
+    def dense(self, image: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to features (B, D, h, w)."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to embeddings (len(texts), D)."""
+
+
+class OpenClip:
+    """A CLIP of open_clip; dense features by its value path, see :func:`loftup.wrap`.
+
+    Args:
+        name: "MODEL/PRETRAINED" as open_clip names them, "ViT-B-16/openai" for example.
+        device: to compute on.
+
+    Raises:
+        LoftUpError: open_clip is missing or does not know the name, or the weights cannot be fetched.
+    """
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        try:
+            import open_clip
+        except ImportError as error:
+            raise LoftUpError('texts need open_clip: pip install "loftup[eval]"') from error
+        model, _, pretrained = name.partition("/")
+        if not pretrained:
+            raise LoftUpError(f"expected a CLIP as MODEL/PRETRAINED, got {name!r}; write ViT-B-16/openai")
+        try:
+            self.model: Any = open_clip.create_model(
+                model, pretrained=pretrained, force_quick_gelu=pretrained == "openai"
+            )
+            self._tokenize = open_clip.get_tokenizer(model)
+        except Exception as error:  # the Hub's client and open_clip raise many kinds
+            raise LoftUpError(f"cannot load the CLIP {name!r} of open_clip: {error}") from error
+        self.model.eval().to(device)
+        self.name = name
+        self.device = device
+        self.backbone: Backbone = wrap(self.model)
+
+    @torch.no_grad()
+    def dense(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, D, h, w)."""
+        return self.backbone(self.backbone.normalise(image))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), D)."""
+        return self.model.encode_text(self._tokenize(list(texts)).to(self.device))  # type: ignore[no-any-return]
+
+
+def templates() -> list[str]:
+    """Sentences with a {} for the class name, whose embeddings are averaged."""
+    return json.loads((Path(__file__).parent / "templates.json").read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def embed(clip: Clip, classes: Sequence[str], sentences: Sequence[str], cache: Path | None = None) -> Tensor:
+    """Unit vectors (K, D) of class names: means over the sentences of the unit embeddings, kept on disk.
+
+    Args:
+        clip: whose text tower to use.
+        classes: names; several names of one class are separated by commas, and averaged.
+        sentences: with a {} for the name.
+        cache: folder to keep the vectors in; None means ``$LOFTUP_CACHE``, or ``~/.cache/loftup``.
+    """
+    folder = cache or Path(os.environ.get("LOFTUP_CACHE", "~/.cache/loftup")).expanduser()
+    key = hashlib.sha256(json.dumps([clip.name, list(classes), list(sentences)]).encode()).hexdigest()[:16]
+    file = folder / "texts" / f"{key}.safetensors"
+    if file.is_file():
+        return load_file(file)["vectors"]
+    vectors = []
+    for name in classes:
+        texts = [sentence.format(synonym.strip()) for synonym in name.split(",") for sentence in sentences]
+        vectors.append(F.normalize(F.normalize(clip.texts(texts).float(), dim=-1).mean(0), dim=0).cpu())
+    result = torch.stack(vectors)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, save({"vectors": result}))
+    return result
