@@ -169,6 +169,15 @@ def test_normals_are_shown_in_the_usual_colours():
     assert result.pictures[0]["ours"].getpixel((0, 0)) == (128, 128, 255)
 
 
+def test_an_untrained_head_predicts_the_mean_of_its_first_batch():
+    near, far = flat(2.0, names="a"), flat(8.0, names="b")
+    near[0].depth[:, 4:] = NAN
+    config = GeometryConfig(**{**FLAT, "epochs": 1}, rate=0.0)
+    result = depth(GREY, Interpolation("nearest"), Dataset("flat", [*near, *far], near), config)
+    # The mean of the logarithms over 32 pixels of 2 m and 64 of 8 m.
+    assert result.metrics["abs_rel"][0] == pytest.approx((2 * 8 * 8) ** (1 / 3) / 2 - 1)
+
+
 @pytest.mark.parametrize("head", ["linear", "dpt"])
 def test_low_resolution_predicts_on_the_backbones_grid(head):
     class Spy(LowResolution):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -118,7 +119,7 @@ class Comparison:
         for label, spec in _specs(upsamplers):
             known = self.rows.get(label)
             if known is not None:
-                if known["upsampler"] != spec:
+                if known["upsampler"] != _shown(spec):
                     raise LoftUpError(
                         f"{self.folder / RESULTS} has {label!r} already, of {known['upsampler']}; name this one "
                         f"otherwise: LABEL={spec}"
@@ -141,7 +142,7 @@ class Comparison:
         arguments = (self.backbone, upsampler) if self.dataset is None else (self.backbone, upsampler, self.dataset)
         result = self.function(*arguments, self.config)
         self.rows[label] = {
-            "upsampler": spec,
+            "upsampler": _shown(spec),
             "parameters": sum(p.numel() for p in upsampler.parameters()) if isinstance(upsampler, nn.Module) else 0,
             "metrics": result.metrics,
             "details": result.details,
@@ -266,10 +267,9 @@ def _environment(device: str) -> dict[str, str]:
     return found
 
 
-def _shown(argument: str) -> str:
-    """An argument as others may see it: of absolute paths the last part."""
-    head, colon, path = argument.rpartition(":")
-    return f"{head}{colon}{Path(path).name}" if Path(path).is_absolute() else argument
+def _shown(text: str) -> str:
+    """A text as others may see it: of absolute paths the last part."""
+    return re.sub(r"(?<![\w.~])(?:/[^\s,:=/]+)*/([^\s,:=/]+)/?", r"\1", text)
 
 
 def _commit() -> str | None:

@@ -58,7 +58,7 @@ class Rendered:
         classes: (H, W) int64, indices into CLASSES.
         objects: (H, W) int64: 0 background, 1, 2, ... the shapes.
         depth: (H, W) float32 in metres.
-        normals: (3, H, W) float32, unit vectors that face the camera.
+        normals: (3, H, W) float32, unit vectors that face the camera; those of balls as seen from far away.
     """
 
     image: Tensor

@@ -88,7 +88,12 @@ def embed(clip: Clip, classes: Sequence[str], sentences: Sequence[str], cache: P
         classes: names; several names of one class are separated by commas, and averaged.
         sentences: with a {} for the name.
         cache: folder to keep the vectors in; None means ``$LOFTUP_CACHE``, or ``~/.cache/loftup``.
+
+    Raises:
+        ValueError: there are no sentences, or one has no {}.
     """
+    if not sentences or not all("{}" in sentence for sentence in sentences):
+        raise ValueError(f"expected sentences with a {{}} for the class name, got {list(sentences)}")
     folder = cache or Path(os.environ.get("LOFTUP_CACHE", "~/.cache/loftup")).expanduser()
     key = hashlib.sha256(json.dumps([clip.name, list(classes), list(sentences)]).encode()).hexdigest()[:16]
     file = folder / "texts" / f"{key}.safetensors"

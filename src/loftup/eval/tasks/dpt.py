@@ -21,7 +21,7 @@ class DptHead(nn.Module):
 
     def __init__(self, channels: int, outputs: int, hidden: int = 128) -> None:
         super().__init__()
-        self.standardise = nn.BatchNorm2d(channels, affine=False)
+        self.standardise = nn.BatchNorm2d(channels, momentum=None, affine=False)
         self.project = nn.Conv2d(channels, hidden, 1)
         self.units = nn.Sequential(_ResidualUnit(hidden), _ResidualUnit(hidden))
         self.mix = nn.Conv2d(hidden, hidden // 2, 3, padding=1)

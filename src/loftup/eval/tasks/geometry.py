@@ -132,6 +132,7 @@ class _Kind:
     outputs: int
     metrics: dict[str, Metric]
     truth: Callable[[GeometrySample], Tensor]  # (outputs, H, W)
+    start: Callable[[Tensor], Tensor]  # what a head should give for known truth (N, outputs), before it knows more
     from_dpt: Callable[[Tensor], Tensor]  # what the head gives, (B, outputs, H, W), to a prediction
     from_linear: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -155,6 +156,7 @@ _DEPTH = _Kind(
     1,
     DEPTH_METRICS,
     lambda sample: sample.depth[None].where(sample.depth > 0, math.nan),
+    lambda truth: truth.log().mean(0),
     lambda raw: raw.exp(),
     lambda raw: raw.clamp(min=NEAREST),
     scale_invariant_log_loss,
@@ -165,6 +167,7 @@ _NORMALS = _Kind(
     3,
     NORMALS_METRICS,
     lambda sample: sample.normals,
+    lambda truth: truth.mean(0),
     lambda raw: F.normalize(raw, dim=1),
     lambda raw: F.normalize(raw, dim=1),
     cosine_loss,
@@ -222,16 +225,21 @@ class _Task:
             for _ in range(config.epochs)
             for chosen in torch.randperm(len(samples), generator=generator).split(config.batch)
         ]
-        known = False
+        started = False
         for chosen in bar(steps, f"train head {seed + 1}/{config.seeds}"):
             image, features, truth = self.load([samples[int(index)] for index in chosen])
-            known |= bool(truth.isfinite().any())
+            known = truth.isfinite().all(1)
+            if not known.any():
+                continue
+            if not started:
+                _start(head.output, self.kind.start(truth.movedim(1, -1)[known]))
+                started = True
             raw = self.enlarge(head(self.upsample(features, image).float()))
             loss = self.kind.loss(self.kind.from_dpt(raw), truth)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        if not known:
+        if not started:
             raise self.unknown("training")
         return head.eval()
 
@@ -302,6 +310,13 @@ class _Task:
     def unknown(self, split: str) -> ValueError:
         what = "depth" if self.kind is _DEPTH else "normal"
         return ValueError(f"no picture of {self.dataset.name}'s {split} split has a pixel of known {what}")
+
+
+@torch.no_grad()
+def _start(output: nn.Conv2d, value: Tensor) -> None:
+    """Let a head predict one value everywhere: a scale far off would take most of a short training to correct."""
+    output.weight.zero_()
+    output.bias.copy_(value)  # type: ignore[union-attr]
 
 
 class _Moments:

@@ -105,7 +105,7 @@ class ClickHead(nn.Module):
         super().__init__()
         self.radius = radius
         self.similarity = similarity
-        self.standardise = nn.BatchNorm2d(channels, affine=False)
+        self.standardise = nn.BatchNorm2d(channels, momentum=None, affine=False)
         self.project = nn.Conv2d(channels, hidden, 1)
         self.encode = nn.Conv2d(6 if similarity else 4, hidden, 3, padding=1)
         self.head = nn.Sequential(

@@ -95,11 +95,13 @@ def open_vocabulary(
 
     Raises:
         LoftUpError: the CLIP cannot be loaded, or torchmetrics is missing.
-        ValueError: the validation split is empty.
+        ValueError: the validation split is empty, or there are no classes.
     """
     config = config or OpenVocabularyConfig()
     if not len(dataset.val):
         raise ValueError(f"{dataset.name} has no validation pictures")
+    if not dataset.classes:
+        raise ValueError(f"{dataset.name} names no classes, expected one name for every label")
     clip = clip or OpenClip(config.clip, config.device)
     texts = embed(clip, dataset.classes, templates()).to(config.device)
     confusion = Confusion(len(dataset.classes), config.boundary)

@@ -22,7 +22,9 @@ from .scores import Confusion, class_details
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["METRICS", "SegmentationConfig", "segmentation"]
+__all__ = ["METRICS", "SAMPLES", "SegmentationConfig", "segmentation"]
+
+SAMPLES = 500_000  # vectors of all pictures that are held for a probe and seed
 
 METRICS = {
     "miou": Metric("mIoU %", 2),
@@ -46,7 +48,8 @@ class SegmentationConfig:
         epochs: of "dense".
         batch: pictures a step, of "dense".
         rate: learning rate of "dense".
-        points: pixels drawn from every picture and seed, of "samples" and for the low-resolution probe.
+        points: pixels drawn from every picture and seed, of "samples" and for the low-resolution probe; fewer where
+            all pictures together would give more than SAMPLES.
         probes: "upsampled" is trained on upsampled features; "lowres" on the backbone's features at the cells'
             centres, and judged on the upsampled ones: it tells whether the upsampler keeps the feature space.
         seeds: probes to train, each with its own initial weights, order and pixels.
@@ -55,7 +58,7 @@ class SegmentationConfig:
         device: to compute on.
 
     Raises:
-        ValueError: a value is none of those named here.
+        ValueError: a value is none of those named here, or a count is not positive.
     """
 
     size: list[int] = field(default_factory=lambda: [224, 224])
@@ -78,6 +81,9 @@ class SegmentationConfig:
             raise ValueError(f"probes must name 'upsampled', 'lowres' or both, got {list(self.probes)}")
         if len(self.size) != 2 or min(self.size) < 1 or not 0 < self.output <= 1:
             raise ValueError(f"size must be [height, width] and output in (0, 1], got {self.size} and {self.output}")
+        for name in ("epochs", "batch", "points", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -106,12 +112,14 @@ def segmentation(
         The metrics of METRICS, "classes" in the details, and pictures of the first seed's first probe.
 
     Raises:
-        ValueError: a split is empty, or the training split has no labelled pixel.
+        ValueError: a split is empty, there are no classes, or the training split has no labelled pixel.
         LoftUpError: torchmetrics is not installed.
     """
     config = config or SegmentationConfig()
     if not len(dataset.train) or not len(dataset.val):
         raise ValueError(f"{dataset.name} has {len(dataset.train)} training and {len(dataset.val)} validation pictures")
+    if not dataset.classes:
+        raise ValueError(f"{dataset.name} names no classes, expected one name for every label")
     task = _Task(backbone, upsampler, dataset, config)
     heads: dict[str, list[nn.Linear]] = {}
     if config.training == "samples":
@@ -147,14 +155,21 @@ class _Task:
         labels = F.interpolate(labels[:, None].double(), self.config.grid, mode="nearest")[:, 0].long()
         return image, extract(self.backbone, image), labels
 
+    @property
+    def native(self) -> bool:
+        return getattr(self.upsampler, "native", False)
+
+    def enlarge(self, logits: Tensor) -> Tensor:
+        return F.interpolate(logits, self.config.grid, mode="bilinear", align_corners=False)
+
     def logits(self, image: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(B, K, H', W') of a linear head."""
 
         def head(x: Tensor) -> Tensor:
-            return F.conv2d(x, weight[:, :, None, None].to(x.dtype), bias.to(x.dtype))
+            return _linear(x, weight, bias)
 
-        if getattr(self.upsampler, "native", False):
-            return F.interpolate(head(features), self.config.grid, mode="bilinear", align_corners=False)
+        if self.native:
+            return self.enlarge(head(features))
         return with_head(self.upsampler, features, image, self.config.grid, head)
 
     def train_densely(self, seed: int) -> nn.Linear:
@@ -171,19 +186,28 @@ class _Task:
             for _ in range(config.epochs)
             for chosen in torch.randperm(len(samples), generator=generator).split(config.batch)
         ]
+        trained = False
         for chosen in bar(steps, f"train probe {seed + 1}/{config.seeds}"):
             image, features, labels = self.load([samples[int(index)] for index in chosen])
             if (labels < 0).all():
                 continue
-            loss = F.cross_entropy(self.logits(image, features, probe.weight, probe.bias), labels, ignore_index=-1)
+            trained = True
+            if not self.native:
+                with torch.no_grad():  # an upsampler's own parameters may want gradients
+                    features = self.upsampler(features, image, config.grid)
+            raw = _linear(features, probe.weight, probe.bias)
+            loss = F.cross_entropy(self.enlarge(raw) if self.native else raw, labels, ignore_index=-1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if not trained:
+            raise self.unlabelled()
         return probe
 
     def train_on_samples(self, probes: Sequence[str] | None = None) -> dict[str, list[nn.Linear]]:
         config, seeds = self.config, range(self.config.seeds)
         probes = config.probes if probes is None else probes
+        points = max(1, min(config.points, SAMPLES // len(self.dataset.train)))
         generator = torch.Generator().manual_seed(7)
         drawn: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {(p, s): [] for p in probes for s in seeds}
         for image, features, labels in self.frames(self.dataset.train, "draw pixels"):
@@ -191,7 +215,7 @@ class _Task:
             if not len(known):
                 continue
             if "upsampled" in probes:
-                pixels = known[_draw(len(known), config.points * config.seeds, generator)].to(config.device)
+                pixels = known[_draw(len(known), points * config.seeds, generator)].to(config.device)
                 vectors = at_pixels(self.upsampler, features, image, config.grid, pixels[None])[0]
                 found = labels[0, pixels[:, 0], pixels[:, 1]]
                 for seed in seeds:
@@ -200,14 +224,14 @@ class _Task:
                 cells = F.interpolate(labels[:, None].double(), features.shape[-2:], mode="nearest-exact").long()
                 vectors, found = features[0].flatten(1).T, cells.flatten()
                 vectors, found = vectors[found >= 0], found[found >= 0]
-                for seed in seeds:
-                    chosen = _draw(len(found), min(config.points, len(found)), generator).to(config.device)
+                for seed in seeds if len(found) else ():
+                    chosen = _draw(len(found), min(points, len(found)), generator).to(config.device)
                     drawn["lowres", seed].append((vectors[chosen], found[chosen]))
-        if not any(drawn.values()):
-            raise ValueError(f"no picture of {self.dataset.name}'s training split has a labelled pixel")
+        if not all(drawn.values()):
+            raise self.unlabelled()
         heads: dict[str, list[nn.Linear]] = {probe: [] for probe in probes}
         for (probe, seed), pairs in drawn.items():
-            vectors, found = (torch.cat(tensors).clone() for tensors in zip(*pairs, strict=True))
+            vectors, found = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
             heads[probe].append(fit_probe(vectors, found, self.classes, seed=seed))
         return heads
 
@@ -240,6 +264,16 @@ class _Task:
                 metrics.setdefault(prefix + name, []).append(value)
         first = confusions[: self.config.seeds]
         return Result(metrics, {"classes": class_details(self.dataset.classes, first)}, pictures)
+
+    def unlabelled(self) -> ValueError:
+        return ValueError(
+            f"none of the {len(self.dataset.train)} pictures of {self.dataset.name}'s training split has a labelled "
+            "pixel to learn from"
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None].to(x.dtype), bias.to(x.dtype))
 
 
 def _draw(available: int, wanted: int, generator: torch.Generator) -> Tensor:

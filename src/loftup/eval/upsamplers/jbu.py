@@ -1,5 +1,6 @@
 """FeatUp's stack of learned joint bilateral upsamplers, in plain PyTorch."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from .base import Doubling, DoublingUpsampler, LearnedConfig
 __all__ = ["FeatUpJBU"]
 
 RADIUS = 3
+CHANNELS_AT_ONCE = 8
 
 
 class _NeighbourDot(torch.autograd.Function):
@@ -19,18 +21,22 @@ class _NeighbourDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        centre = _shifted(x, RADIUS, RADIUS)
-        return torch.stack([(centre * _shifted(x, i, j)).sum(1) for i, j in _SHIFTS], 1)
+        result = x.new_zeros(len(x), len(_SHIFTS), *_shifted(x, 0, 0).shape[-2:])
+        for part, products in _parts(x, result):
+            centre = _shifted(part, RADIUS, RADIUS)
+            for index, (i, j) in enumerate(_SHIFTS):
+                products[index] += (centre * _shifted(part, i, j)).sum(0)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         result = torch.zeros_like(x)
-        centre, of_centre = _shifted(x, RADIUS, RADIUS), _shifted(result, RADIUS, RADIUS)
-        for index, (i, j) in enumerate(_SHIFTS):
-            weight = gradient[:, index : index + 1]
-            of_centre.addcmul_(weight, _shifted(x, i, j))
-            _shifted(result, i, j).addcmul_(weight, centre)
+        for (part, weights), (made, _) in zip(_parts(x, gradient), _parts(result, gradient), strict=True):
+            centre, of_centre = _shifted(part, RADIUS, RADIUS), _shifted(made, RADIUS, RADIUS)
+            for index, (i, j) in enumerate(_SHIFTS):
+                of_centre.addcmul_(weights[index], _shifted(part, i, j))
+                _shifted(made, i, j).addcmul_(weights[index], centre)
         return result
 
 
@@ -40,19 +46,29 @@ class _NeighbourSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
-        result = torch.zeros_like(_shifted(x, RADIUS, RADIUS))
-        for index, (i, j) in enumerate(_SHIFTS):
-            result.addcmul_(weights[:, index : index + 1], _shifted(x, i, j))
+        result = torch.zeros_like(_shifted(x, RADIUS, RADIUS), memory_format=torch.contiguous_format)
+        for (part, its_weights), (made, _) in zip(_parts(x, weights), _parts(result, weights), strict=True):
+            for index, (i, j) in enumerate(_SHIFTS):
+                made.addcmul_(its_weights[index], _shifted(part, i, j))
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weights = ctx.saved_tensors
-        of_x = torch.zeros_like(x)
-        for index, (i, j) in enumerate(_SHIFTS):
-            _shifted(of_x, i, j).addcmul_(weights[:, index : index + 1], gradient)
-        of_weights = torch.stack([(gradient * _shifted(x, i, j)).sum(1) for i, j in _SHIFTS], 1)
+        of_x, of_weights = torch.zeros_like(x), torch.zeros_like(weights)
+        parts = zip(_parts(x, weights), _parts(gradient, of_weights), _parts(of_x, weights), strict=True)
+        for (part, its_weights), (its_gradient, products), (made, _) in parts:
+            for index, (i, j) in enumerate(_SHIFTS):
+                _shifted(made, i, j).addcmul_(its_weights[index], its_gradient)
+                products[index] += (its_gradient * _shifted(part, i, j)).sum(0)
         return of_x, of_weights
+
+
+def _parts(x: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few channels of one picture at a time, beside what belongs to the picture: 49 passes over what is cached."""
+    for picture, its in zip(x, beside, strict=True):
+        for channels in picture.split(CHANNELS_AT_ONCE):
+            yield channels, its
 
 
 _SHIFTS = [(i, j) for i in range(2 * RADIUS + 1) for j in range(2 * RADIUS + 1)]

@@ -1,0 +1,224 @@
+"""``loftup eval``: what it writes, how it goes on, what it refuses."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from layouts import pairs
+from PIL import Image
+from small import mean_colours
+
+from loftup import LoftUpError
+from loftup.cli import main
+from loftup.eval import run as module
+from loftup.eval.result import Metric, Result
+from loftup.eval.run import Comparison
+from loftup.eval.table import comma_separated, markdown, read_results
+
+SMALL = ["--set", "size=[32,32]", "--set", "training=samples", "--set", "points=50", "--set", "pictures=1"]
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    pairs(tmp_path / "camvid", "{split}/{name}.jpg", "{split}/{name}.png", ("train", "val"))
+    return f"camvid:{tmp_path / 'camvid'}"
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """Stands for every backbone that the command line names."""
+    monkeypatch.setattr("loftup.cli.backbone_of", lambda arguments: mean_colours(cell=8))
+
+
+def call(*arguments):
+    return main(["eval", *map(str, arguments)])
+
+
+def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
+    folder = tmp_path / "out"
+    common = ["segmentation", "--dataset", camvid, "--backbone", "x", "--seeds", 2, *SMALL, "-o", folder]
+    assert call(*common, "--upsampler", "bilinear,k3=large_input:3") == 0
+    said = capsys.readouterr().err
+    assert "bilinear: mIoU %" in said
+    assert f"wrote {folder}" in said
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["upsamplers"]) == ["bilinear", "k3"]
+    assert results["upsamplers"]["k3"]["upsampler"] == "large_input:3"
+    assert len(results["upsamplers"]["bilinear"]["metrics"]["miou"]) == 2
+    assert results["config"]["points"] == 50
+    assert results["dataset"] == "camvid"
+    assert {"loftup", "torch", "timm", "python", "device", "threads", "date"} <= set(results["environment"])
+    assert str(tmp_path) not in (folder / "results.json").read_text()
+    table = (folder / "results.md").read_text()
+    assert "### segmentation on camvid, x" in table
+    assert "| bilinear |" in table
+    assert "±" in table
+    figure = Image.open(folder / "figure.png")
+    assert figure.size == (4 * (32 + 4) + 4, 22 + 32 + 8)
+
+    assert call(*common, "--upsampler", "bilinear,nearest") == 0
+    assert "bilinear: finished already" in capsys.readouterr().err
+    again = json.loads((folder / "results.json").read_text())
+    assert list(again["upsamplers"]) == ["bilinear", "k3", "nearest"]
+    assert again["upsamplers"]["bilinear"] == results["upsamplers"]["bilinear"]
+    assert Image.open(folder / "figure.png").width > figure.width
+
+    assert call(*common[:-4], "--set", "points=60", *common[-2:], "--upsampler", "bilinear") == 2
+    assert "was made with other settings (config.points 50, now 60" in capsys.readouterr().err
+    assert call(*common, "--upsampler", "k3=large_input:2") == 2
+    assert "has 'k3' already, of large_input:3; name this one otherwise" in capsys.readouterr().err
+    assert call(*common, "--upsampler", "nearest", "--overwrite") == 0
+    assert list(json.loads((folder / "results.json").read_text())["upsamplers"]) == ["nearest"]
+    (folder / "results.json").write_text("{")
+    assert call(*common, "--upsampler", "nearest") == 2
+    assert "results.json is damaged" in capsys.readouterr().err
+
+
+def test_a_failing_upsampler_stops_no_other(camvid, colours, tmp_path, capsys):
+    folder = tmp_path / "out"
+    common = ["segmentation", "--dataset", camvid, *SMALL, "-o", folder]
+    assert call(*common, "--upsampler", "lift,bilinear") == 1
+    assert "lift: failed: the upsampler 'lift' needs its weights" in capsys.readouterr().err
+    assert list(json.loads((folder / "results.json").read_text())["upsamplers"]) == ["bilinear"]
+    assert call("segmentation", "--dataset", camvid, *SMALL, "-o", tmp_path / "none", "--upsampler", "lift") == 1
+    assert "nothing to write" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_oracle_on_rendered_scenes(tmp_path, capsys, monkeypatch):
+    small = module.open_dataset("synthetic", "segmentation")
+    small = type(small)("synthetic", [small.train[i] for i in range(6)], [small.val[0]], small.classes, small.colours)
+    monkeypatch.setattr(module, "open_dataset", lambda spec, task: small)
+    oracle = ["segmentation", "--backbone", "oracle", "--set", "training=samples", "--seeds", 1]
+    assert call(*oracle, "--dataset", "synthetic", "--upsampler", "perfect", "-o", tmp_path / "out") == 0
+    assert "mIoU % 100.00" in capsys.readouterr().err
+    assert call(*oracle, "--dataset", "camvid:x", "--upsampler", "perfect", "-o", tmp_path / "other") == 2
+    assert "the oracle knows the synthetic scenes alone" in capsys.readouterr().err
+
+
+def test_efficiency_needs_no_dataset(colours, tmp_path, capsys):
+    settings = ["--set", "size=[16,16]", "--set", "output=[16,16]", "--set", "rounds=1"]
+    assert call("efficiency", "--upsampler", "bilinear,perfect", *settings, "-o", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "bilinear: added parameters M 0.000" in said
+    assert "perfect: failed: only the oracle's features have a perfect upsampler" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["dataset"] is None
+    assert not (tmp_path / "out" / "figure.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["--set", "speed=1"], "segmentation has no setting 'speed'; it has batch, boundary"),
+        (["--set", "points=many"], "points of segmentation is 500 by default, got 'many' of another kind"),
+        (["--set", "training=fast"], "the settings of segmentation: training must be 'dense' or 'samples'"),
+        (["--upsampler", ","], "expected upsamplers of different labels, got ','"),
+        (["--upsampler", "nearest,nearest"], "expected upsamplers of different labels"),
+        (["--dataset", "camvid:nowhere"], "the folder of 'camvid' is not there: nowhere"),
+        (["--device", "abacus"], "cannot use the device 'abacus'"),
+    ],
+)
+def test_what_is_asked_wrongly(settings, expected, camvid, colours, tmp_path, capsys):
+    assert call("segmentation", "--dataset", camvid, "--upsampler", "nearest", "-o", tmp_path / "o", *settings) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_lists(capsys):
+    assert call("list") == 0
+    shown = capsys.readouterr().out
+    assert "featup_jbu" in shown
+    assert "video            synthetic, davis" in shown
+    assert call("list", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["datasets"]["depth"] == ["synthetic", "nyuv2", "navi"]
+
+
+def result_of(upsamplers, dataset="camvid", **config):
+    return {
+        "task": "segmentation",
+        "dataset": dataset,
+        "backbone": {"name": "b", "layer": 3, "pad_type": "same"},
+        "config": {"size": [8, 8], "device": "cpu", "pictures": 1, **config},
+        "upsamplers": {
+            label: {"upsampler": label, "metrics": {"miou": values}, "parameters": 2_500_000, "seconds": 61.2}
+            for label, values in upsamplers.items()
+        },
+    }
+
+
+def test_tables_join_what_belongs_together():
+    results = [
+        result_of({"a": [40.0, 42.0], "b": [44.0, 45.0]}),
+        result_of({"c": [39.0]}),
+        result_of({"a": [10.0]}, dataset="voc"),
+    ]
+    text = markdown(results)
+    first, second = text.split("### ")[1:]
+    assert first.startswith("segmentation on camvid, b, layer 3")
+    assert "Protocol: size [8, 8]. Backbone: pad_type same." in first
+    assert "| a | 41.00 ± 2.00 | 2.50 M | 61 |" in first
+    assert "| b | **44.50 ± 1.00** |" in first
+    assert "| c | 39.00 |" in first
+    assert "| a | 10.00 | 2.50 M | 61 |" in second
+    lines = comma_separated(results, ["miou"]).splitlines()
+    assert lines[0].startswith("task,dataset,backbone,layer,upsampler,metric,mean,least,greatest,seeds")
+    assert lines[1] == "segmentation,camvid,b,3,a,miou,41,40,42,2,2500000,61.2"
+    assert len(lines) == 5
+    with pytest.raises(LoftUpError, match="no result has the metric speed; they have miou"):
+        markdown(results, ["speed"])
+
+
+def test_tables_from_folders(tmp_path, capsys):
+    for name, upsamplers in (("one", {"a": [40.0]}), ("two", {"b": [41.0]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(result_of(upsamplers)))
+    assert call("table", tmp_path / "one", tmp_path / "two" / "results.json") == 0
+    assert "| b | **41.00** |" in capsys.readouterr().out
+    for suffix, expected in ((".md", "| a | 40.00 |"), (".csv", "miou,41,41,41,1")):
+        file = tmp_path / "made" / f"table{suffix}"
+        assert call("table", tmp_path / "one", tmp_path / "two", "-o", file, "--metrics", "miou") == 0
+        assert expected in file.read_text()
+    assert call("table", tmp_path / "one", "-o", tmp_path / "table.txt") == 2
+    assert "expected a file with one of the suffixes .md, .csv" in capsys.readouterr().err
+    with pytest.raises(LoftUpError, match="expected results.json of `loftup eval` in"):
+        read_results([tmp_path / "three"])
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(LoftUpError, match="does not hold results of `loftup eval`"):
+        read_results([tmp_path / "bad.json"])
+
+
+def test_lower_is_better_where_it_is(monkeypatch):
+    results = result_of({"a": [2.0], "b": [1.0], "c": [float("nan")]})
+    metrics = {"miou": Metric("error", 1, higher_is_better=False)}
+    monkeypatch.setattr(module.Task, "load", lambda self: (None, None, metrics))
+    assert "| b | **1.0** |" in markdown([results])
+
+
+def test_a_network_is_moved_and_counted(monkeypatch, tmp_path):
+    moved = []
+
+    class Network(torch.nn.Linear):
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    monkeypatch.setattr(module, "create", lambda spec, backbone: Network(2, 3))
+    comparison = Comparison("efficiency", None, mean_colours(), {}, {}, tmp_path)
+    comparison.function = lambda backbone, up, config: Result({"seconds": [1.0]})
+    assert comparison.run("net", lambda text: None) == 0
+    assert moved == ["cpu"]
+    assert comparison.rows["net"]["parameters"] == 9
+
+
+def test_paths_are_shown_by_their_last_part(monkeypatch):
+    assert module._shown("camvid:/a/b/camvid") == "camvid:camvid"
+    assert module._shown("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
+    assert module._shown("runs/one ./two ~/three") == "runs/one ./two ~/three"
+    assert module._shown("bilinear") == "bilinear"
+    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
+    assert module._commit() is None
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda *a, **k: argparse.Namespace(returncode=1, stdout="", stderr="")
+    )
+    assert module._commit() is None
