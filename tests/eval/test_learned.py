@@ -108,6 +108,11 @@ def test_calls_heads_points_and_checkpointing(name):
     assert torch.equal(up(features, image, (20, 10), head=head), head(dense.movedim(1, -1)).movedim(-1, 1))
     points = torch.tensor([[[9, 0], [3, 19]]]).expand(2, -1, -1)
     assert torch.equal(up.at(features, image, points, (20, 10))[1, 1], dense[1, :, 19, 3])
+    halfway = up.at(features, image, torch.tensor([[[2.5, 1.25]]]).expand(2, -1, -1), (20, 10))
+    above, below = dense[:, :, 1, 2:4].mean(-1), dense[:, :, 2, 2:4].mean(-1)
+    assert torch.allclose(halfway[:, 0], 0.75 * above + 0.25 * below, atol=1e-5)
+    with pytest.raises(ValueError, match=r"1 points lie outside the grid, the first at \(x, y\) = \(10, 0\)"):
+        up.at(features[:1], image[:1], torch.tensor([[[10, 0]]]), (20, 10))
     (wanted,) = torch.autograd.grad(dense.square().sum(), features)
     up.activation_checkpointing = True
     (got,) = torch.autograd.grad(up(features, image, (20, 10)).square().sum(), features)
@@ -115,6 +120,18 @@ def test_calls_heads_points_and_checkpointing(name):
     assert torch.allclose(up(features, 255 * image, (20, 10)), dense, atol=1e-4)
     with pytest.raises(ValueError, match=f"features have 5 channels, this {name} was made for 6"):
         up(features[:, :5], image)
+    with pytest.raises(ValueError, match="the image has 1 channels, expected 3"):
+        up(features, image[:, :1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_near(name):
+    up = network(name)
+    features, image = torch.randn(1, 6, 3, 4), torch.rand(1, 3, 24, 32)
+    wanted = up(features, image)
+    made = up.bfloat16()(features.bfloat16(), image)
+    assert made.dtype == torch.bfloat16
+    assert (made - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,7 +156,9 @@ def test_files_come_back_and_damage_is_named(name, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(LoftUpError, match="holds no config.json"):
         create(f"{name}:{tmp_path}", mean_colours(channels=6))
-    with pytest.raises(LoftUpError, match=f"needs its weights: write {name}:FOLDER"):
+    with pytest.raises(
+        LoftUpError, match=f"needs its weights: write {name}:FOLDER, the output of `loftup train quick_cpu model"
+    ):
         create(name, mean_colours())
 
 

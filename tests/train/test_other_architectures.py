@@ -35,6 +35,11 @@ def test_they_are_trained_stopped_and_resumed_as_loftup_is(name, material, tmp_p
     again.steps = 3
     resumed = ARCHITECTURES[name].from_pretrained(train(again, resume=True))
     assert resumed.config == trained.config
+    config.output, config.steps = str(tmp_path / "unbroken"), 3
+    unbroken = ARCHITECTURES[name].from_pretrained(train(config))
+    features, image = torch.randn(1, trained.config.channels, 3, 3), torch.rand(1, 3, 24, 24)
+    assert torch.equal(resumed(features, image), unbroken(features, image))
+    assert not torch.equal(resumed(features, image), trained(features, image))
 
 
 def test_other_objectives_train_them_too(material, tmp_path):

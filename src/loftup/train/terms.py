@@ -88,7 +88,9 @@ class Objective(nn.Module):
         """
         objective = self.config.objective
         normalised = self._normalise(self._features(batch))
-        output = _Output(self.up, normalised, batch, whole=self.config.model.batch_norm == "batch")
+        model = self.config.model
+        whole = model.architecture == "loftup" and model.batch_norm == "batch"
+        output = _Output(self.up, normalised, batch, whole=whole)
         terms: dict[str, Tensor] = {}
         compared: dict[str, Tensor] = {}
         if objective.mask_bicubic.weight:

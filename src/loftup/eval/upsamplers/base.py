@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import __version__
 from ...errors import LoftUpError
-from ...inputs import Size, output_size, resize_guidance
+from ...inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from ...layers import ChannelNorm, MinMaxScale
 from ...streaming import apply_head
 from ...weights import CONFIG, SAFETENSORS, write_atomically
@@ -112,21 +112,44 @@ class LearnedUpsampler(nn.Module):
             (B, C, H', W') in the dtype of ``features``, or what the head makes of it.
 
         Raises:
-            ValueError: the features have another number of channels.
+            TypeError, ValueError: features and image do not go with each other or with the network.
         """
-        if features.shape[1] != self.config.channels:
+        if features.ndim == 4 and features.shape[1] != self.config.channels:
             raise ValueError(
                 f"features have {features.shape[1]} channels, this {self.architecture} was made for "
                 f"{self.config.channels}; train one for this backbone"
             )
-        normalised = self.channelnorm(features.to(self.dtype))
+        check_inputs(features, image, cast(Any, self))
+        normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
         dense = self.window(normalised, resize_guidance(image, output_size(size, image)), None).to(features.dtype)
         return dense if head is None else apply_head(head, dense)
 
     def at(self, features: Tensor, image: Tensor, points: Tensor, size: Size = None) -> Tensor:
-        """Features (B, N, C) at points (B, N, 2) of whole pixels (x, y) of the ``size`` grid, read off the map."""
-        dense = self(features, image, size)
-        return torch.stack([each[:, at[:, 1], at[:, 0]].mT for each, at in zip(dense, points.long(), strict=True)])
+        """Upsampled features at single points, read bilinearly off the whole map.
+
+        Args:
+            features: (B, C, h, w), straight from the backbone.
+            image: (B, 3, H, W), any scaling of every channel.
+            points: (B, N, 2), (x, y) in pixels of the ``size`` grid, whose centres are whole numbers.
+            size: (H', W') or one side; None means the image's.
+
+        Returns:
+            (B, N, C) in the dtype of ``features``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`, or a point lies outside the grid.
+        """
+        height, width = output_size(size, image)
+        check_points(points, features, height, width)
+        dense: Tensor = self(features, image, (height, width))
+        x, y = points.double().unbind(-1)
+        batch = torch.arange(len(points), device=points.device)[:, None]
+        result = dense.new_zeros(*points.shape[:2], dense.shape[1])
+        for row, of_row in ((y.floor(), 1 - y % 1), (y.ceil(), y % 1)):
+            for column, of_column in ((x.floor(), 1 - x % 1), (x.ceil(), x % 1)):
+                weight = (of_row * of_column).to(dense.dtype)[..., None]
+                result = result + weight * dense[batch, :, row.long(), column.long()]
+        return result
 
     def window(self, normalised: Tensor, guidance: Tensor, box: Box | None) -> Tensor:
         """A window of the output, equal to cutting it out of the whole map, at the cost of the window.
@@ -146,7 +169,7 @@ class LearnedUpsampler(nn.Module):
         top, left, bottom, right = box = box or (0, 0, height, width)
         if not (0 <= top < bottom <= height and 0 <= left < right <= width):
             raise ValueError(f"window {box} does not lie in an image of {height}x{width}")
-        scaled = self.scale(guidance).to(normalised.dtype)
+        scaled = self.scale(guidance)
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.compute, normalised, scaled, box, use_reentrant=False)
         return self.compute(normalised, scaled, box)

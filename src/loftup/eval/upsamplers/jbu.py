@@ -12,7 +12,7 @@ from .base import Doubling, DoublingUpsampler, LearnedConfig
 __all__ = ["FeatUpJBU"]
 
 RADIUS = 3
-CHANNELS_AT_ONCE = 8
+CHANNELS_AT_ONCE = 32
 
 
 class _NeighbourDot(torch.autograd.Function):
@@ -89,15 +89,16 @@ class _Level(Doubling):
         self.sigma = nn.Parameter(torch.tensor(1.0))  # in the units in which the neighbourhood is [-1, 1] wide
 
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+        dtype = x.dtype
         x = F.interpolate(x.float(), scale_factor=2, mode="bicubic", align_corners=False)
-        keys = _pad(self.project(guidance).float())
-        alike = self.temperature.exp().clamp(1e-4, 1e4) * _NeighbourDot.apply(keys)
+        keys = _pad(self.project(guidance.to(dtype)).float())
+        alike = self.temperature.float().exp().clamp(1e-4, 1e4) * _NeighbourDot.apply(keys)
         axis = torch.linspace(-1, 1, 2 * RADIUS + 1, device=x.device)
         distance = (axis[:, None] ** 2 + axis[None] ** 2).flatten()
-        near = -distance / (2 * self.sigma**2).clamp(min=1e-6)
+        near = -distance / (2 * self.sigma.float() ** 2).clamp(min=1e-6)
         # The product of a softmax and a Gaussian, renormalised, is the softmax of the sum.
         weights = (alike + near[:, None, None]).softmax(1)
-        return _NeighbourSum.apply(_pad(x), weights)  # type: ignore[no-any-return]
+        return _NeighbourSum.apply(_pad(x), weights).to(dtype)  # type: ignore[no-any-return]
 
 
 def _pad(x: Tensor) -> Tensor:
@@ -116,7 +117,9 @@ class FeatUpJBU(DoublingUpsampler):
     and filtered with a 7x7 kernel, a softmax of ``temperature * <key, key of the neighbour>`` times a Gaussian of
     learned width, renormalised; keys are the level's image through a 1x1 convolution to 32 channels, GELU, dropout and
     another; behind the last level ``x + 0.1 * conv1x1(dropout(x))``. Other than published: no compiled extension (the
-    neighbourhoods are never unfolded), images scaled to [-0.5, 0.5], and features behind loftup's channel norm.
+    neighbourhoods are never unfolded), images scaled to [-0.5, 0.5] and brought to a level bilinearly with antialiasing
+    instead of by adaptive average pooling, which repeats pixels where the level is finer than the output, and features
+    behind loftup's channel norm.
 
     At C = 384 it has 0.15M parameters.
     """

@@ -59,7 +59,7 @@ def _load(name: str) -> None:
     def factory(backbone: Backbone, argument: str) -> Upsampler:
         if not argument:
             raise LoftUpError(
-                f"the upsampler {name!r} needs its weights: write {name}:FOLDER, the output of `loftup train quick "
+                f"the upsampler {name!r} needs its weights: write {name}:FOLDER, the output of `loftup train quick_cpu "
                 f"model.architecture={name} ...`"
             )
         up = ARCHITECTURES[name].from_pretrained(argument)
