@@ -14,6 +14,7 @@ from loftup import LoftUpConfig, LoftUpError
 from loftup.eval.colour import label_picture, palette
 from loftup.eval.datasets import Dataset, SegmentationSample, open_dataset
 from loftup.eval.datasets.prepare import fit
+from loftup.eval.result import spread
 from loftup.eval.synthetic import Oracle, synthetic
 from loftup.eval.tasks import segmentation as module
 from loftup.eval.tasks.scores import Confusion, class_details
@@ -326,3 +327,10 @@ def test_camvid_runs_in_its_layout():
     _, labels = fit(camvid.val[0].image, camvid.val[0].labels, size=(88, 120))
     assert labels.min() == -1
     assert result.pictures[0]["truth"].tobytes() == label_picture(labels[::2, ::2], camvid.colours).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "expected"), [(9, 3, {0, 3, 6}), (2, 4, {0, 1}), (5, 0, set()), (4, 4, {0, 1, 2, 3})]
+)
+def test_shown_pictures_are_spread_evenly(total, wanted, expected):
+    assert spread(total, wanted) == expected

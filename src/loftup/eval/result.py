@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Metric", "Result"]
+__all__ = ["Metric", "Result", "spread"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,8 @@ class Result:
     metrics: dict[str, list[float]]
     details: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     pictures: list[dict[str, "Image.Image"]] = field(default_factory=list)
+
+
+def spread(total: int, wanted: int) -> set[int]:
+    """Numbers of ``wanted`` pictures of ``total``, evenly spread, as neighbours are often frames of one film."""
+    return {index * total // wanted for index in range(wanted)} if wanted < total else set(range(total))

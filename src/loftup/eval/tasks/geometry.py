@@ -15,7 +15,7 @@ from ..datasets.base import Dataset, GeometrySample
 from ..datasets.prepare import fit
 from ..features import at_pixels, extract, with_head
 from ..progress import bar
-from ..result import Metric, Result
+from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
 from .dpt import DptHead
 from .geometry_scores import (
@@ -52,7 +52,7 @@ class GeometryConfig:
         points: pixels drawn from every picture and seed, of "linear".
         ridge: penalty of "linear" on the weights of standardised features, as a share of the samples' number.
         seeds: heads to train, each with its own initial weights, order and pixels.
-        pictures: of the validation split, to show.
+        pictures: of the validation split, to show, evenly spread.
         device: to compute on.
 
     Raises:
@@ -284,7 +284,8 @@ class _Task:
         scores: list[list[dict[str, float]]] = [[] for _ in range(self.config.seeds)]
         details: dict[str, dict[str, float]] = {}
         pictures: list[dict[str, Image.Image]] = []
-        for sample in bar(self.dataset.val, "judge", len(self.dataset.val)):
+        chosen = spread(len(self.dataset.val), self.config.pictures)
+        for number, sample in enumerate(bar(self.dataset.val, "judge", len(self.dataset.val))):
             image, features, truth = self.load([sample])
             made = self.predictions(image, features, heads)
             known = truth[0].isfinite().all(0)
@@ -293,7 +294,7 @@ class _Task:
                 for row, its_scores in zip(rows, scores, strict=True):
                     its_scores.append(row)
                 details[sample.name] = {name: _mean(row[name] for row in rows) for name in self.kind.metrics}
-            if len(pictures) < self.config.pictures:
+            if number in chosen:
                 shown = F.interpolate(image, self.config.grid, mode="bilinear", align_corners=False, antialias=True)
                 pictures.append(
                     {

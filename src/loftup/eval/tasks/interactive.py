@@ -16,7 +16,7 @@ from ..datasets.base import Dataset, InteractiveSample
 from ..datasets.prepare import to_float
 from ..features import extract
 from ..progress import bar
-from ..result import Metric, Result
+from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
 from .clicks import Click, click_maps, first_click, inside_click, next_click, similarity_maps
 from .davis_metrics import jaccard
@@ -50,7 +50,7 @@ class InteractiveConfig:
         batch: objects a step.
         rate: learning rate of Adam.
         seeds: heads to train, each with its own initial weights, order and clicks.
-        pictures: of the validation split, to show.
+        pictures: of the validation split, to show, evenly spread.
         device: to compute on.
 
     Raises:
@@ -249,7 +249,8 @@ class _Task:
         metrics: dict[str, list[list[float]]] = {name: [[] for _ in heads] for name in names}
         details: dict[str, dict[str, float]] = {}
         pictures: list[dict[str, Image.Image]] = []
-        for sample in bar(samples, "judge", len(samples)):
+        chosen = spread(len(samples), self.config.pictures)
+        for number, sample in enumerate(bar(samples, "judge", len(samples))):
             image, features = self.load([sample])
             runs = [self.use(head, features, sample) for head in heads]
             for seed, (ious, _, _) in enumerate(runs):
@@ -258,7 +259,7 @@ class _Task:
             details[sample.name] = {
                 name: sum(metrics[name][s][-1] for s in range(len(heads))) / len(heads) for name in names
             }
-            if len(pictures) < self.config.pictures:
+            if number in chosen:
                 pictures.append(self.show(image[0].cpu(), sample, *runs[0][1:]))
         means = {name: [sum(values) / len(values) for values in seeds] for name, seeds in metrics.items()}
         return Result(means, {"samples": details}, pictures)

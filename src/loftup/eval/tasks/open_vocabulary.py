@@ -17,7 +17,7 @@ from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
 from ..features import extract
 from ..progress import bar
-from ..result import Metric, Result
+from ..result import Metric, Result, spread
 from ..text import Clip, OpenClip, embed, templates
 from ..upsamplers.registry import Upsampler
 from .scores import Confusion, class_details
@@ -46,7 +46,7 @@ class OpenVocabularyConfig:
         beta: share of the mean similarity below which a cell is not looked at.
         gamma: sharpness of the attention.
         boundary: pixels this close to a label edge count for the boundary scores.
-        pictures: of the validation split, to show.
+        pictures: of the validation split, to show, evenly spread.
         device: to compute on.
 
     Raises:
@@ -107,7 +107,8 @@ def open_vocabulary(
     confusion = Confusion(len(dataset.classes), config.boundary)
     colours = dataset.colours or palette(len(dataset.classes))
     pictures: list[dict[str, Image.Image]] = []
-    for sample in bar(dataset.val, "segment", len(dataset.val)):
+    chosen = spread(len(dataset.val), config.pictures)
+    for number, sample in enumerate(bar(dataset.val, "segment", len(dataset.val))):
         image, labels = fit(sample.image, sample.labels, size=(config.size[0], config.size[1]))
         image = image[None].to(config.device)
         low = extract(backbone, image)
@@ -118,7 +119,7 @@ def open_vocabulary(
         logits = F.interpolate(logits, labels.shape, mode="bilinear", align_corners=False)
         found = logits.argmax(1)
         confusion.update(found, labels[None])
-        if len(pictures) < config.pictures:
+        if number in chosen:
             truth, ours = label_picture(labels, colours), label_picture(found[0], colours)
             pictures.append({"image": picture(image[0]), "truth": truth, "ours": ours})
     scores = {name: [value] for name, value in confusion.scores().items()}

@@ -15,7 +15,7 @@ from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
 from ..features import at_pixels, extract, with_head
 from ..progress import bar
-from ..result import Metric, Result
+from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
 from .scores import Confusion, class_details
 
@@ -54,7 +54,7 @@ class SegmentationConfig:
             centres, and judged on the upsampled ones: it tells whether the upsampler keeps the feature space.
         seeds: probes to train, each with its own initial weights, order and pixels.
         boundary: pixels this close to a label edge count for the boundary scores.
-        pictures: of the validation split, to show.
+        pictures: of the validation split, to show, evenly spread.
         device: to compute on.
 
     Raises:
@@ -243,12 +243,13 @@ class _Task:
         confusions = [Confusion(self.classes, self.config.boundary) for _ in flat]
         colours = self.dataset.colours or palette(self.classes)
         pictures: list[dict[str, Image.Image]] = []
-        for image, features, labels in self.frames(self.dataset.val, "judge"):
+        chosen = spread(len(self.dataset.val), self.config.pictures)
+        for number, (image, features, labels) in enumerate(self.frames(self.dataset.val, "judge")):
             logits = self.logits(image, features, weight, bias)
             predictions = [part.argmax(1) for part in logits.split(self.classes, dim=1)]
             for prediction, confusion in zip(predictions, confusions, strict=True):
                 confusion.update(prediction, labels)
-            if len(pictures) < self.config.pictures:
+            if number in chosen:
                 shown = F.interpolate(image, self.config.grid, mode="bilinear", align_corners=False, antialias=True)
                 pictures.append(
                     {

@@ -16,7 +16,7 @@ from ..datasets.base import Dataset, VideoSequence
 from ..datasets.prepare import to_float
 from ..features import extract
 from ..progress import bar
-from ..result import Metric, Result
+from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
 from .davis_metrics import boundary_f, jaccard, statistics
 from .overlay import overlay
@@ -52,7 +52,7 @@ class VideoConfig:
         top: cells that give their labels, the most similar ones of all context frames.
         temperature: of the softmax over their cosine similarities.
         stretch: whether every label's map is stretched to [0, 1] before they are compared, as DINO does.
-        pictures: sequences to show, by their middle frame.
+        pictures: sequences to show, evenly spread, by their middle frame.
         device: to compute on.
 
     Raises:
@@ -102,11 +102,12 @@ def video(
     objects: list[dict[str, float]] = []
     details: dict[str, dict[str, float]] = {}
     pictures: list[dict[str, Image.Image]] = []
-    for sequence in bar(dataset.val, "sequences", len(dataset.val)):
+    chosen = spread(len(dataset.val), config.pictures)
+    for number, sequence in enumerate(bar(dataset.val, "sequences", len(dataset.val))):
         rows, shown = _follow(backbone, upsampler, sequence, config)
         objects += rows
         details[sequence.name] = {name: _mean(rows, name) for name in ("j_and_f", "j", "f")}
-        if len(pictures) < config.pictures:
+        if number in chosen:
             image, truth, prediction = shown
             colours = palette(1 + max(int(truth.max()), int(prediction.max())))
             pictures.append(
