@@ -13,6 +13,7 @@ from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
 from .load import build, resolve
 from .maps import hub_dino, timm_features, timm_stages, transformers_backbone
+from .tiny import TINY, build_tiny
 from .vit import IMAGENET
 
 __all__ = ["Backbone", "Upsampled", "identify", "load_backbone", "wrap"]
@@ -243,7 +244,8 @@ def load_backbone(
     Args:
         name: loftup's name for a backbone with a published upsampler (``dinov2_vits14``, ``clip_vitb16``, ...), another
             package's name for the same, or any timm name. Under timm's names images are normalised with the model's own
-            mean and std, under the others with ImageNet's, as in the upsamplers' training.
+            mean and std, under the others with ImageNet's, as in the upsamplers' training. "tiny" is a ViT of 2.9 M
+            parameters (C = 192, patch 16) that comes with the package and needs no network.
         weights: None downloads timm's weights from the Hub; a path reads a local file instead, in timm's layout or the
             official DINOv2 or OpenAI CLIP one (safetensors, or a pickle of tensors only); False leaves them random.
         layer: see :func:`wrap`.
@@ -263,6 +265,12 @@ def load_backbone(
     >>> backbone.name, backbone.channels, backbone.patch_size
     ('resnet18.a1_in1k', 256, 16)
     """
+    if name == TINY:
+        model, own_mean, own_std = build_tiny(weights, timm_options)
+        mean, std = own_mean if mean is None else mean, own_std if std is None else std
+        backbone = wrap(model, layer=layer, mean=mean, std=std)
+        backbone.name = TINY
+        return backbone.eval()
     timm_name, checkpoint = resolve(name)
     model = build(timm_name, weights, timm_options)
     if checkpoint:

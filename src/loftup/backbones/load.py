@@ -15,7 +15,7 @@ from ..errors import LoftUpError
 from ..published import PUBLISHED, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
-__all__ = ["build", "resolve"]
+__all__ = ["Weights", "build", "resolve"]
 
 Weights = str | os.PathLike[str] | Literal[False] | None
 
@@ -48,8 +48,8 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
     raise LoftUpError(
-        f"unknown backbone {name!r}; {meant}Known are {', '.join(PUBLISHED)} and the names in timm.list_models() and "
-        "timm.list_pretrained()"
+        f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
+        "timm.list_models() and timm.list_pretrained()"
     )
 
 

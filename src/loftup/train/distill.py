@@ -1,0 +1,206 @@
+r"""Distil a tiny ViT (2.9 M parameters, stride 16) from the dense features of a larger backbone.
+
+This made the backbone "tiny" that comes with loftup, in half an hour on one CPU core. A student of six blocks learns to
+give, by one linear layer per layer of the teacher, the teacher's features at stride 16 of strongly augmented pictures;
+only the student is kept.
+
+    python -m loftup.train.distill data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
+        --options '{"output_stride": 16}' --minutes 45 -o runs/tiny
+
+Ctrl-C saves; the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from ..backbones import load_backbone
+
+STUDENT: dict[str, Any] = {
+    "embed_dim": 192,
+    "depth": 6,
+    "num_heads": 3,
+    "class_token": False,
+    "global_pool": "avg",
+    "num_classes": 0,
+    "dynamic_img_size": True,
+}
+SIZES = (224, 224, 160, 288)  # of the input, one drawn for every step
+
+
+class Pictures(torch.utils.data.Dataset[Tensor]):
+    """Augmented crops (3, S, S) in [0, 1], one after the other without end; a step's crops share their size."""
+
+    def __init__(self, files: list[Path], steps: int, batch: int, start: int) -> None:
+        self.files, self.steps, self.batch, self.start = files, steps, batch, start
+        self.jitter = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(0.1),
+                v2.RandomApply([v2.GaussianBlur(7, (0.1, 1.5))], p=0.2),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.batch
+
+    def __getitem__(self, index: int) -> Tensor:
+        index += self.start * self.batch
+        torch.manual_seed(index)  # the crop and its colours follow from the number alone, so that a run can go on
+        file = random.Random(index).choice(self.files)
+        size = SIZES[random.Random(index // self.batch).randrange(len(SIZES))]
+        crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True)
+        with Image.open(file) as picture:
+            view: Tensor = self.jitter(crop(picture.convert("RGB")))
+        return view.float() / 255
+
+
+class Distillation(nn.Module):
+    """The student and one linear layer for every layer of the teacher, which expects standardised features."""
+
+    def __init__(self, channels: list[int]) -> None:
+        super().__init__()
+        self.student: Any = timm.create_model("vit_tiny_patch16_224", **STUDENT)
+        self.heads = nn.ModuleList(nn.Linear(STUDENT["embed_dim"], c) for c in channels)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        tokens = self.student.forward_features((image - 0.5) / 0.5)
+        return [head(tokens) for head in self.heads]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="pictures, no labels needed")
+    parser.add_argument("--teacher", required=True, help="any timm name")
+    parser.add_argument("--teacher-weights", help="file; default: from the Hub")
+    parser.add_argument("--layers", nargs="+", type=int, required=True, help="of the teacher")
+    parser.add_argument("--options", type=json.loads, default={}, help="of the teacher, JSON, for timm")
+    parser.add_argument("--mean", nargs=3, type=float)
+    parser.add_argument("--std", nargs=3, type=float)
+    parser.add_argument("--minutes", type=float, default=45, help="of all runs together; sets the number of steps")
+    parser.add_argument("--steps", type=int, help="instead of --minutes")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    given = parser.parse_args(argv)
+
+    files = sorted(file for folder in given.folders for file in folder.rglob("*.jpg"))
+    if not files:
+        raise SystemExit(f"no .jpg file in {', '.join(map(str, given.folders))}; give folders of pictures")
+    torch.manual_seed(0)
+    teachers = [
+        load_backbone(
+            given.teacher, weights=given.teacher_weights, layer=n, mean=given.mean, std=given.std, **given.options
+        )
+        for n in given.layers
+    ]
+    network = Distillation([teacher.channels for teacher in teachers])
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=given.rate, weight_decay=0.05, betas=(0.9, 0.98))
+    scales = [nn.BatchNorm1d(t.channels, affine=False, momentum=None) for t in teachers]  # cumulative mean and variance
+    given.output.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = given.output / "checkpoint.pt", given.output / "log.csv"
+    step, spent, steps = 0, 0.0, given.steps
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        step, spent, steps = state["step"], state["spent"], state["steps"]
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        for scale, values in zip(scales, state["scales"], strict=True):
+            scale.load_state_dict(values)
+    else:
+        log.write_text("step,loss,seconds\n")
+
+    def save() -> None:
+        torch.save(
+            {
+                "step": step,
+                "spent": spent,
+                "steps": steps,
+                "network": network.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scales": [scale.state_dict() for scale in scales],
+            },
+            checkpoint.with_suffix(".new"),
+        )
+        checkpoint.with_suffix(".new").replace(checkpoint)
+
+    def train_step(image: Tensor, total: int) -> float:
+        share = step / total
+        rate = given.rate * min(1.0, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.no_grad():
+            targets = []
+            for teacher, scale in zip(teachers, scales, strict=True):
+                features = teacher(teacher.normalise(image))
+                grid = image.shape[-1] // 16
+                if features.shape[-1] != grid:
+                    raise SystemExit(f"{given.teacher} has stride {image.shape[-1] // features.shape[-1]}, not 16")
+                targets.append(scale(features.flatten(2).mT.flatten(0, 1)))
+        losses = []
+        for made, target in zip(network(image), targets, strict=True):
+            made = made.flatten(0, 1)
+            losses.append(F.smooth_l1_loss(made, target) + 1 - F.cosine_similarity(made, target).mean())
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(network)
+        return loss.item()
+
+    try:
+        source = Pictures(files, steps or 10**6, given.batch, step)
+        loader = iter(torch.utils.data.DataLoader(source, given.batch))
+        losses: list[float] = []
+        with tqdm(total=steps, initial=step, unit="step") as bar:
+            while steps is None or step < steps:
+                begun = time.perf_counter()
+                image = next(loader)
+                # Until the speed is known the schedule is at its beginning.
+                losses.append(train_step(image, steps or 10**6))
+                step, spent = step + 1, spent + time.perf_counter() - begun
+                if steps is None and step == 60:
+                    steps = bar.total = step + max(0, round((given.minutes * 60 - spent) / (spent / step)))
+                bar.update()
+                if step % 20 == 0:
+                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+                    with log.open("a") as table:
+                        table.write(f"{step},{sum(losses) / len(losses):.5f},{spent:.0f}\n")
+                    losses = []
+                if step % 200 == 0:
+                    save()
+    except KeyboardInterrupt:
+        save()
+        raise SystemExit(f"stopped after step {step}, saved; the same command goes on") from None
+    save()
+    student = cast(Any, average.module).student.eval()
+    file = given.output / "model.safetensors"
+    save_file({key: value.half().contiguous() for key, value in student.state_dict().items()}, file)
+    print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, float16: {file}")
+
+
+if __name__ == "__main__":
+    main()
