@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -30,15 +29,6 @@ from tqdm import tqdm
 
 from ..backbones import load_backbone
 
-STUDENT: dict[str, Any] = {
-    "embed_dim": 192,
-    "depth": 6,
-    "num_heads": 3,
-    "class_token": False,
-    "global_pool": "avg",
-    "num_classes": 0,
-    "dynamic_img_size": True,
-}
 SIZES = (224, 224, 160, 288)  # of the input, one drawn for every step
 
 
@@ -76,8 +66,9 @@ class Distillation(nn.Module):
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__()
-        self.student: Any = timm.create_model("vit_tiny_patch16_224", **STUDENT)
-        self.heads = nn.ModuleList(nn.Linear(STUDENT["embed_dim"], c) for c in channels)
+        tiny = load_backbone("tiny", weights=False)
+        self.student: Any = tiny.model.train()
+        self.heads = nn.ModuleList(nn.Linear(tiny.channels, c) for c in channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         tokens = self.student.forward_features((image - 0.5) / 0.5)
@@ -157,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 features = teacher(teacher.normalise(image))
                 grid = image.shape[-1] // 16
                 if features.shape[-1] != grid:
-                    raise SystemExit(f"{given.teacher} has stride {image.shape[-1] // features.shape[-1]}, not 16")
+                    raise SystemExit(
+                        f"{given.teacher} gives a grid of {features.shape[-1]} for {image.shape[-1]} pixels, "
+                        f"expected {grid} (stride 16); choose other --layers, or --options '{{\"output_stride\": 16}}'"
+                    )
                 targets.append(scale(features.flatten(2).mT.flatten(0, 1)))
         losses = []
         for made, target in zip(network(image), targets, strict=True):
