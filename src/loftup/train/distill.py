@@ -1,13 +1,17 @@
 r"""Distil a tiny ViT (2.9 M parameters, stride 16) from the dense features of a larger backbone.
 
-This made the backbone "tiny" that comes with loftup, in half an hour on one CPU core. A student of six blocks learns to
-give, by one linear layer per layer of the teacher, the teacher's features at stride 16 of strongly augmented pictures;
-only the student is kept.
+This made the backbone "tiny" that comes with loftup, in half an hour on one CPU core and as long again on two. A student
+of six blocks learns to give, by one linear layer per layer of the teacher, the teacher's features at stride 16 of
+strongly augmented pictures; only the student is kept.
 
     python -m loftup.train.distill data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
-        --options '{"output_stride": 16}' --minutes 45 -o runs/tiny
+        --options '{"output_stride": 16}' --minutes 30 --sizes 224 224 160 288 -o runs/tiny_first
+    python -m loftup.train.distill data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
+        --options '{"output_stride": 16}' --minutes 35 --sizes 224 288 352x480 --start runs/tiny_first/model.safetensors \
+        -o runs/tiny
 
-Ctrl-C saves; the same command goes on where it was stopped.
+The second run shows it grids as large as those that it will be used on: a position table that has only seen 14 x 14
+cells does badly on 22 x 30. Ctrl-C saves; the same command goes on where it was stopped.
 """
 
 import argparse
@@ -29,14 +33,25 @@ from tqdm import tqdm
 
 from ..backbones import load_backbone
 
-SIZES = (224, 224, 160, 288)  # of the input, one drawn for every step
+PATCH = 16
+HEADS_ALONE = 60  # steps in which the heads learn to read a student that knows something already
 
 
 class Pictures(torch.utils.data.Dataset[Tensor]):
-    """Augmented crops (3, S, S) in [0, 1], one after the other without end; a step's crops share their size."""
+    """The augmented crops of a step, (B, 3, H, W) in [0, 1]; they share their size, and B follows from it.
 
-    def __init__(self, files: list[Path], steps: int, batch: int, start: int) -> None:
-        self.files, self.steps, self.batch, self.start = files, steps, batch, start
+    Args:
+        files: the pictures.
+        sizes: (H, W) to draw from.
+        steps: their number.
+        pixels: of all crops of a step, at most.
+        start: step to begin with.
+    """
+
+    def __init__(
+        self, files: list[Path], sizes: list[tuple[int, int]], steps: int, pixels: int, start: int
+    ) -> None:
+        self.files, self.sizes, self.steps, self.pixels, self.start = files, sizes, steps, pixels, start
         self.jitter = v2.Compose(
             [
                 v2.RandomHorizontalFlip(),
@@ -48,25 +63,40 @@ class Pictures(torch.utils.data.Dataset[Tensor]):
         )
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * self.batch
+        return self.steps - self.start
 
     def __getitem__(self, index: int) -> Tensor:
-        index += self.start * self.batch
-        torch.manual_seed(index)  # the crop and its colours follow from the number alone, so that a run can go on
-        file = random.Random(index).choice(self.files)
-        size = SIZES[random.Random(index // self.batch).randrange(len(SIZES))]
-        crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True)
-        with Image.open(file) as picture:
-            view: Tensor = self.jitter(crop(picture.convert("RGB")))
-        return view.float() / 255
+        step = index + self.start
+        draw = random.Random(step)
+        torch.manual_seed(step)  # crops and colours follow from the step alone, so that a run can go on
+        height, width = draw.choice(self.sizes)
+        aspect = width / height
+        crop = v2.RandomResizedCrop((height, width), scale=(0.2, 1.0), ratio=(0.75 * aspect, 4 / 3 * aspect))
+        crops = []
+        for _ in range(max(1, self.pixels // (height * width))):
+            with Image.open(draw.choice(self.files)) as picture:
+                crops.append(self.jitter(crop(picture.convert("RGB"))))
+        return torch.stack(crops).float() / 255
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Read N or HxW."""
+    height, _, width = text.partition("x")
+    try:
+        size = int(height), int(width or height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, got {text!r}") from None
+    if min(size) < PATCH or any(side % PATCH for side in size):
+        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of the patch of {PATCH} pixels")
+    return size
 
 
 class Distillation(nn.Module):
     """The student and one linear layer for every layer of the teacher, which expects standardised features."""
 
-    def __init__(self, channels: list[int]) -> None:
+    def __init__(self, channels: list[int], start: str | None = None) -> None:
         super().__init__()
-        tiny = load_backbone("tiny", weights=False)
+        tiny = load_backbone("tiny", weights=start or False)
         self.student: Any = tiny.model.train()
         self.heads = nn.ModuleList(nn.Linear(tiny.channels, c) for c in channels)
 
@@ -87,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--std", nargs=3, type=float)
     parser.add_argument("--minutes", type=float, default=45, help="of all runs together; sets the number of steps")
     parser.add_argument("--steps", type=int, help="instead of --minutes")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="crops of 224x224 a step; fewer of larger ones")
+    parser.add_argument("--sizes", nargs="+", type=_size, default=[(224, 224)], metavar="N|HxW", help="of the crops")
+    parser.add_argument("--start", metavar="FILE", help="weights of the student to begin with; default: random")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     given = parser.parse_args(argv)
@@ -102,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for n in given.layers
     ]
-    network = Distillation([teacher.channels for teacher in teachers])
+    network = Distillation([teacher.channels for teacher in teachers], given.start)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
@@ -140,17 +172,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     def train_step(image: Tensor, total: int) -> float:
         share = step / total
         rate = given.rate * min(1.0, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)) + 0.01)
+        network.student.requires_grad_(given.start is None or step >= HEADS_ALONE)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.no_grad():
             targets = []
             for teacher, scale in zip(teachers, scales, strict=True):
                 features = teacher(teacher.normalise(image))
-                grid = image.shape[-1] // 16
+                grid = image.shape[-1] // PATCH
                 if features.shape[-1] != grid:
                     raise SystemExit(
                         f"{given.teacher} gives a grid of {features.shape[-1]} for {image.shape[-1]} pixels, "
-                        f"expected {grid} (stride 16); choose other --layers, or --options '{{\"output_stride\": 16}}'"
+                        f"expected {grid} (stride {PATCH}); choose other --layers, or "
+                        "--options '{\"output_stride\": 16}'"
                     )
                 targets.append(scale(features.flatten(2).mT.flatten(0, 1)))
         losses = []
@@ -166,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return loss.item()
 
     try:
-        source = Pictures(files, steps or 10**6, given.batch, step)
-        loader = iter(torch.utils.data.DataLoader(source, given.batch))
+        source = Pictures(files, given.sizes, steps or 10**6, given.batch * 224**2, step)
+        loader = iter(torch.utils.data.DataLoader(source, batch_size=None))
         losses: list[float] = []
         with tqdm(total=steps, initial=step, unit="step") as bar:
             while steps is None or step < steps:

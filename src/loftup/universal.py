@@ -1,0 +1,296 @@
+"""The universal upsampler: attention weights from the image and the coordinates, values that are the features themselves.
+
+The published network projects features, so it belongs to one backbone and its output leaves the backbone's space. Here
+every output vector is a convex combination of the backbone's vectors around it (the idea of joint bilateral upsampling,
+Kopf et al. 2007, and of AnyUp, ICLR 2026), for any channel count. Each pixel looks at the feature cells of a window
+around its own, and weighs them by
+
+- the distance of its guidance code to the cell's, which is the mean code of the cell's pixels; cells whose pixels
+  differ among themselves, because an edge runs through them, count for less;
+- the distance in cells, with a bell of learned width that ends smoothly at the window's border;
+- how well the cell's features agree with those that a first round of attention gives the pixel, by the cosine of
+  standardised features, which knows no channel order or count.
+
+Heads differ in all three; every pixel mixes their weights by its code.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import MinMaxScale
+
+if TYPE_CHECKING:
+    from .model import LoftUpConfig
+
+__all__ = ["Axis", "Prepared", "UniversalUpsampler", "make_axis"]
+
+FAR = -1e9  # the score of a cell outside the grid
+SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How the pixels of one axis belong to its cells.
+
+    Attributes:
+        pixels: (n, P) int64, the pixels of every cell, filled up by repeating; a cell without any has its nearest.
+        weights: (n, P) float32, that average them; 0 for what was filled up.
+        offsets: (n, P) float32, of the pixels' centres from the cell's, in cells.
+        places: (N,) int64, where each pixel is in the flattened (n, P).
+    """
+
+    pixels: Tensor
+    weights: Tensor
+    offsets: Tensor
+    places: Tensor
+
+
+def make_axis(length: int, cells: int, device: torch.device | None = None) -> Axis:
+    """Assign ``length`` pixels to ``cells`` cells, each to the cell that its centre lies in."""
+    pixel = torch.arange(length, device=device)
+    cell = (2 * pixel + 1) * cells // (2 * length)
+    index = torch.arange(cells, device=device)
+    first = torch.searchsorted(cell, index)
+    count = torch.searchsorted(cell, index, right=True) - first
+    most = max(1, -(-length // cells))
+    slot = torch.arange(most, device=device)
+    nearest = ((2 * index + 1) * length // (2 * cells)).clamp(max=length - 1)
+    pixels = torch.where(count[:, None] > 0, first[:, None] + slot.minimum(count[:, None] - 1), nearest[:, None])
+    weights = (slot < count[:, None].clamp(min=1)) / count[:, None].clamp(min=1)
+    centres = (pixels.double() + 0.5) * (cells / length)
+    offsets = centres - (index[:, None].double() + 0.5)
+    return Axis(pixels, weights.float(), offsets.float(), cell * most + pixel - first[cell])
+
+
+class GuidanceEncoder(nn.Module):
+    """A small convolutional network from scaled images to codes; most of it at half resolution.
+
+    Args:
+        width: channels inside.
+        code: channels of the codes.
+    """
+
+    dilations = (1, 2, 4)
+    halo = 2 * (1 + sum(dilations)) + 2  # pixels that a code at half resolution sees around it, at most
+
+    def __init__(self, width: int, code: int) -> None:
+        super().__init__()
+        self.colour = nn.Conv2d(3, code, 1)
+        self.fine = nn.Conv2d(3, width // 2, 3, padding=1)
+        self.fine_out = nn.Conv2d(width // 2, code, 1)
+        self.down = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in self.dilations)
+        self.coarse_out = nn.Conv2d(width, code, 1)
+
+    def coarse(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-0.5, 0.5] to codes (B, D, ceil(H / 2), ceil(W / 2))."""
+        x = F.relu(self.down(F.relu(self.fine(image))))
+        for block in self.blocks:
+            x = x + F.relu(block(x))
+        return self.coarse_out(x)  # type: ignore[no-any-return]
+
+    def fine_codes(self, image: Tensor) -> Tensor:
+        """What the full resolution adds: (B, 3, H, W) to (B, D, H, W)."""
+        return self.colour(image) + self.fine_out(F.relu(self.fine(image)))  # type: ignore[no-any-return]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) to codes (B, D, H, W)."""
+        height, width = image.shape[-2:]
+        coarse = F.interpolate(self.coarse(image), scale_factor=2, mode="bilinear", align_corners=False)
+        return self.fine_codes(image) + coarse[..., :height, :width]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What attention needs of one batch, per cell; padded by the radius at every side.
+
+    Attributes:
+        keys: (B, h + 2r, w + 2r, D + heads), mean codes, then each head's constant.
+        directions: (B, h + 2r, w + 2r, C), standardised features of length 1.
+        values: (B, h + 2r, w + 2r, C), the features.
+    """
+
+    keys: Tensor
+    directions: Tensor
+    values: Tensor
+
+
+class UniversalUpsampler(nn.Module):
+    """The network behind :class:`loftup.LoftUp` with ``values="features"``; see the module's text.
+
+    Args:
+        config: with ``heads``, ``radius`` and ``code_width``.
+    """
+
+    def __init__(self, config: "LoftUpConfig") -> None:
+        super().__init__()
+        self.heads, self.radius, self.depth = config.heads, config.radius, config.code_width
+        rounds = 1 + self.heads  # the first round has one head
+        self.scale = MinMaxScale()
+        self.encoder = GuidanceEncoder(config.encoder_width, rounds * self.depth)
+        self.log_width = nn.Parameter(torch.linspace(math.log(0.5), math.log(1.2), rounds))
+        self.mixed = nn.Parameter(torch.zeros(rounds))
+        self.agreement = nn.Parameter(torch.full((self.heads,), -0.5))
+        self.gate = nn.Linear(rounds * self.depth, self.heads)
+        with torch.no_grad():
+            # At first the codes are colours, so that training starts from joint bilateral upsampling.
+            nn.init.orthogonal_(self.encoder.colour.weight.view(rounds * self.depth, 3)[:, :])
+            self.encoder.colour.weight.mul_(3.0 * math.sqrt(rounds))
+            self.encoder.fine_out.weight.mul_(0.3)
+            self.encoder.coarse_out.weight.mul_(0.3)
+            self.gate.weight.zero_()
+            self.gate.bias.zero_()
+
+    def prepare(self, features: Tensor, codes: Tensor, rows: Axis, columns: Axis) -> Prepared:
+        """Keys and values of all cells, from features (B, C, h, w) and codes (B, D, H, W)."""
+        mean, square = self.pool(codes, rows, columns)
+        return self.assemble(features, mean, square)
+
+    def pool(self, codes: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
+        """Mean codes (B, n, m, D) and mean squared length of each head's (B, n, m, 1 + heads) of the axes' cells."""
+        x = gather_cells(codes, rows, columns)  # (B, n, m, P, Q, D)
+        weights = rows.weights[:, None, :, None] * columns.weights[:, None, :]  # (n, m, P, Q)
+        weights = weights.flatten(2)[:, :, None].to(x.dtype)  # (n, m, 1, P*Q)
+        x = x.flatten(3, 4)
+        squares = x.unflatten(-1, (-1, self.depth)).square().sum(-1)
+        return (weights @ x)[..., 0, :], (weights @ squares)[..., 0, :]
+
+    def assemble(self, features: Tensor, mean: Tensor, square: Tensor) -> Prepared:
+        """See :meth:`prepare`; ``mean`` and ``square`` are :meth:`pool`'s for the whole grid."""
+        values = features.movedim(1, -1).to(mean.dtype)
+        length = mean.unflatten(-1, (-1, self.depth)).square().sum(-1)
+        spread = (square - length).clamp(min=0)
+        constant = -length - F.softplus(self.mixed) * spread
+        keys = torch.cat([mean, constant], -1)
+        centred = values - values.mean((1, 2), keepdim=True)
+        deviation = centred.square().mean((1, 2), keepdim=True).sqrt()
+        directions = F.normalize(centred / deviation.clamp(min=1e-6), dim=-1)
+        r = self.radius
+        around = (0, 0, r, r, r, r)
+        keys = torch.cat(
+            [F.pad(keys[..., : mean.shape[-1]], around), F.pad(keys[..., mean.shape[-1] :], around, value=FAR)], -1
+        )
+        return Prepared(keys, F.pad(directions, around), F.pad(values, around))
+
+    def window(self, grid: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """Windows of a padded grid (B, h + 2r, w + 2r, E) around cells: (B, rows, columns, K, E)."""
+        side = 2 * self.radius + 1
+        part = grid[:, top : bottom + side - 1, left : right + side - 1]
+        return part.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
+
+    def weights(self, queries: Tensor, down: Tensor, across: Tensor, keys: Tensor, directions: Tensor) -> Tensor:
+        """Attention weights of pixels on the cells of their windows.
+
+        Args:
+            queries: (n, P, D), codes of the P pixels of n cells.
+            down: (n, P), offsets from the cell's centre in cells.
+            across: (n, P), likewise.
+            keys: (n, K, D + heads), the window's.
+            directions: (n, K, C), the window's.
+
+        Returns:
+            (n, P, K), not negative, with sum 1.
+        """
+        r, depth = self.radius, self.depth
+        steps = torch.arange(-r, r + 1, device=queries.device, dtype=queries.dtype)
+        far_down, far_across = steps.repeat_interleave(len(steps)), steps.repeat(len(steps))  # (K,)
+        fade = self._fade(down, steps)[..., :, None] + self._fade(across, steps)[..., None, :]
+        fade = fade.flatten(-2)
+        sharpness = 0.5 * torch.exp(-2 * self.log_width)
+        place = torch.stack([down, across], -1)  # (n, P, 2)
+        gram = directions @ directions.mT  # (n, K, K)
+
+        def scores(head: int) -> Tensor:
+            part = slice(head * depth, (head + 1) * depth)
+            codes, constant = keys[..., part], keys[..., -len(sharpness) + head]
+            cells = torch.stack([far_down, far_across], -1).expand(len(keys), -1, -1)
+            asked = torch.cat([2 * queries[..., part], 2 * sharpness[head] * place], -1)
+            given = torch.cat([codes, cells], -1)
+            constant = constant - sharpness[head] * (far_down.square() + far_across.square())
+            return torch.baddbmm(constant[:, None], asked, given.mT) + fade
+
+        first = scores(0).softmax(-1)
+        agreement = first @ gram
+        length = (agreement * first).sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        agreement = agreement / length
+        shares = F.linear(queries, self.gate.weight.to(queries.dtype), self.gate.bias.to(queries.dtype)).softmax(-1)
+        strength = F.softplus(self.agreement)
+        total = torch.zeros_like(first)
+        for head in range(self.heads):
+            attention = torch.softmax(scores(1 + head) + strength[head] * agreement, -1)
+            total = total + shares[..., head, None] * attention
+        return total
+
+    def _fade(self, offsets: Tensor, steps: Tensor) -> Tensor:
+        """Logarithm of a bell that reaches 0 where a cell leaves the window: (n, P) and (2r + 1,) to (n, P, 2r + 1)."""
+        share = (offsets[..., None] - steps) / (self.radius + 0.5)
+        return 2 * (1 - share.square()).clamp(min=SHARPEST).log()
+
+    def forward(self, features: Tensor, guidance: Tensor, box: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W), all at once.
+
+        Args:
+            features: any float dtype; computed in float32 at least.
+            guidance: the image.
+            box: (top, left, bottom, right) of the output pixels wanted; None means all.
+        """
+        height, width = guidance.shape[-2:]
+        h, w = features.shape[-2:]
+        top, left, bottom, right = box or (0, 0, height, width)
+        rows, columns = make_axis(height, h, features.device), make_axis(width, w, features.device)
+        codes = self.encoder(self.scale(guidance))
+        prepared = self.prepare(features, codes, rows, columns)
+        # The cells that hold the box.
+        most = [axis.pixels.shape[1] for axis in (rows, columns)]
+        first_row, last_row = (int(rows.places[edge]) // most[0] for edge in (top, bottom - 1))
+        first_column, last_column = (int(columns.places[edge]) // most[1] for edge in (left, right - 1))
+        x = self.cells(codes, prepared, rows, columns, (first_row, last_row + 1), (first_column, last_column + 1))
+        x = x.movedim(-1, 1)  # (B, C, n, m, P, Q)
+        x = x.movedim(4, 3).flatten(2, 3).flatten(3, 4)  # (B, C, n*P, m*Q)
+        x = x.index_select(2, rows.places[top:bottom] - first_row * most[0])
+        return x.index_select(3, columns.places[left:right] - first_column * most[1])
+
+    def cells(
+        self,
+        codes: Tensor,
+        prepared: Prepared,
+        rows: Axis,
+        columns: Axis,
+        down: tuple[int, int],
+        across: tuple[int, int],
+    ) -> Tensor:
+        """Output of all pixels of a range of cells: (B, n, m, P, Q, C)."""
+        own_rows, own_columns = cut_axis(rows, *down), cut_axis(columns, *across)
+        queries = gather_cells(codes, own_rows, own_columns)
+        batch, n, m, p, q, _ = queries.shape
+        places_down = own_rows.offsets[:, None, :, None].expand(n, m, p, q).expand(batch, -1, -1, -1, -1)
+        places_across = own_columns.offsets[None, :, None, :].expand(n, m, p, q).expand(batch, -1, -1, -1, -1)
+        keys, directions, values = (
+            self.window(grid, *down, *across).flatten(0, 2)
+            for grid in (prepared.keys, prepared.directions, prepared.values)
+        )
+        weights = self.weights(
+            queries.reshape(batch * n * m, p * q, -1),
+            places_down.reshape(-1, p * q).to(queries.dtype),
+            places_across.reshape(-1, p * q).to(queries.dtype),
+            keys,
+            directions,
+        )
+        return (weights @ values).view(batch, n, m, p, q, -1)
+
+
+def cut_axis(axis: Axis, first: int, last: int) -> Axis:
+    """The cells from ``first`` to ``last`` (excluded) alone; pixels keep their numbers."""
+    return Axis(axis.pixels[first:last], axis.weights[first:last], axis.offsets[first:last], axis.places)
+
+
+def gather_cells(x: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Pixels of (B, E, H, W) by cells: (B, n, m, P, Q, E)."""
+    (n, p), (m, q) = rows.pixels.shape, columns.pixels.shape
+    x = x.index_select(2, rows.pixels.flatten()).index_select(3, columns.pixels.flatten())
+    return x.view(*x.shape[:2], n, p, m, q).permute(0, 2, 4, 3, 5, 1)
