@@ -30,6 +30,16 @@ def randomised(config: LoftUpConfig) -> LoftUp:
     return up
 
 
+def universal(seed: int = 0, **fields: int) -> LoftUp:
+    """A module with ``values="features"`` whose parameters are all away from their first values."""
+    torch.manual_seed(seed)
+    up = LoftUp(LoftUpConfig(values="features", **fields)).eval()
+    with torch.no_grad():
+        for parameter in up.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return up
+
+
 def inputs(batch=1, grid=(5, 7), size=(33, 46), channels=24):
     """Random features and image."""
     return torch.randn(batch, channels, *grid), torch.rand(batch, 3, *size)

@@ -197,7 +197,7 @@ def test_backbone_objects_without_published_weights(hub):
         with pytest.raises(
             LoftUpError, match=rf"no published LoftUp weights for this backbone \({found}.*pass their path"
         ):
-            LoftUp.from_pretrained(model)
+            LoftUp.from_pretrained(model, strict=True)
     assert not hub.requests
 
 

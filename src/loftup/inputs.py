@@ -49,7 +49,9 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
                 f"got shape {tuple(tensor.shape)}{remedy}{tokens if tensor.ndim == 3 else ''}"
             )
     channels = features.shape[1]
-    if channels == 3 != config.channels and image.shape[1] == config.channels:
+    # Weights for any number of channels cannot tell; but an image has 3.
+    expected = image.shape[1] if config.channels is None else config.channels
+    if channels == 3 != expected and image.shape[1] == expected:
         raise ValueError(
             f"features and image look swapped: got shapes {tuple(features.shape)} and {tuple(image.shape)}; "
             "call up(features, image)"
@@ -57,14 +59,14 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
     if image.shape[1] != 3:
         remedy = "; for a grey image: image.expand(-1, 3, -1, -1)" if image.shape[1] == 1 else ""
         raise ValueError(f"the image has {image.shape[1]} channels, expected 3 (B, 3, H, W){remedy}")
-    if channels != config.channels:
+    if config.channels is not None and channels != config.channels:
         raise ValueError(channel_mismatch(channels, config))
     if features.shape[0] != image.shape[0]:
         raise ValueError(
             f"features have batch size {features.shape[0]}, the image {image.shape[0]}; "
             "repeat the smaller one with .expand(B, -1, -1, -1)"
         )
-    if 0 in features.shape[-2:] or 0 in image.shape[-2:]:
+    if 0 in features.shape[1:] or 0 in image.shape[-2:]:
         raise ValueError(f"features {tuple(features.shape)} and image {tuple(image.shape)} must not be empty")
     if features.device != up.device or image.device != up.device:
         raise ValueError(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import universal_streaming
 from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from .layers import (
     ChannelNorm,
@@ -23,8 +24,12 @@ from .layers import (
 )
 from .prepare import forget
 from .streaming import Head, apply_head, features_at, upsample
+from .universal import UniversalUpsampler
 
 __all__ = ["LoftUp", "LoftUpConfig"]
+
+
+_UNIVERSAL_SIZES = ("radius", "code_width", "encoder_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class LoftUpConfig:
     """Architecture of a LoftUp network; the defaults are the published ones.
 
     Args:
-        channels: C of the backbone features.
+        channels: C of the backbone features; None for any, with ``values="features"``.
         position_code: how feature positions are told apart: ``"sine"`` appends a Fourier code (width D = C + 4 *
             feature_frequencies), ``"learnable"`` adds a table of ``lr_size**2`` vectors (D = C).
         lr_size: side of the learnable table; without effect for ``"sine"``.
@@ -43,12 +48,18 @@ class LoftUpConfig:
         channel_norm: ``"layer"`` normalises the features over C first, as all published weights expect;
             ``"identity"`` takes them as they come.
         backbone: name of the backbone that the weights belong to, for messages; may be empty.
+        values: what attention averages: ``"projected"`` features, the published network; or the ``"features"``
+            themselves, a smaller network for any backbone, whose output is a convex combination of the features around
+            each pixel (:mod:`loftup.universal`). Of the fields above it has ``heads`` and ``backbone`` alone.
+        radius: of the window of cells that a pixel looks at, (2 * radius + 1)**2 cells; for ``values="features"``.
+        code_width: width of a head's guidance code; for ``values="features"``.
+        encoder_width: width of the network that makes these codes; for ``values="features"``.
 
     Raises:
         ValueError: a value is out of range, or D is not divisible by ``heads``.
     """
 
-    channels: int
+    channels: int | None = None
     position_code: Literal["sine", "learnable"] = "sine"
     lr_size: int = 16
     heads: int = 4
@@ -57,16 +68,31 @@ class LoftUpConfig:
     feature_frequencies: int = 5
     channel_norm: Literal["layer", "identity"] = "layer"
     backbone: str = ""
+    values: Literal["projected", "features"] = "projected"
+    radius: int = 2
+    code_width: int = 8
+    encoder_width: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("channels", "lr_size", "heads", "blocks", "image_frequencies", "feature_frequencies"):
+        for name, choices in (
+            ("position_code", ("sine", "learnable")),
+            ("channel_norm", ("layer", "identity")),
+            ("values", ("projected", "features")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"LoftUpConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
+        universal = self.values == "features"
+        if universal and self.channels is not None:
+            raise ValueError(
+                f'LoftUpConfig.channels must be None with values="features", which take any number, got '
+                f"{self.channels!r}"
+            )
+        sizes = ("lr_size", "heads", "blocks", "image_frequencies", "feature_frequencies", *_UNIVERSAL_SIZES)
+        for name in sizes if universal else ("channels", *sizes):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LoftUpConfig.{name} must be a positive integer, got {value!r}")
-        for name, choices in (("position_code", ("sine", "learnable")), ("channel_norm", ("layer", "identity"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"LoftUpConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.width % self.heads:
+        if not universal and self.width % self.heads:
             fitting = [n for n in range(1, 17) if self.width % n == 0]
             raise ValueError(
                 f"{self.channels} channels make a width of {self.width}, which {self.heads} heads do not divide; "
@@ -75,12 +101,18 @@ class LoftUpConfig:
 
     @property
     def width(self) -> int:
-        """D, the width of queries and tokens."""
+        """D, the width of queries and tokens; with ``values="features"`` that of a head's codes."""
+        if self.channels is None:
+            return self.code_width
         return self.channels + (4 * self.feature_frequencies if self.position_code == "sine" else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for config.json."""
-        return dataclasses.asdict(self)
+        """All fields that the network has, for config.json."""
+        fields = dataclasses.asdict(self)
+        names = ("values", "heads", *_UNIVERSAL_SIZES, "backbone")
+        if self.values == "features":
+            return {name: fields[name] for name in names}
+        return {name: value for name, value in fields.items() if name not in ("values", *_UNIVERSAL_SIZES)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoftUpConfig":
@@ -90,7 +122,7 @@ class LoftUpConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown keys {unknown} in a LoftUp config; known keys: {sorted(known)}")
-        if "channels" not in fields:
+        if "channels" not in fields and fields.get("values") != "features":
             raise ValueError(f"a LoftUp config needs 'channels' (or the published 'dim'), got {sorted(values)}")
         return cls(**fields)
 
@@ -100,6 +132,7 @@ class Upsampler(nn.Module):
 
     def __init__(self, config: LoftUpConfig) -> None:
         super().__init__()
+        assert config.channels is not None
         channels, width = config.channels, config.width
         code_channels = 10 * config.image_frequencies + 3
         self.lr_size = config.lr_size
@@ -170,24 +203,40 @@ class LoftUp(nn.Module):
     Args:
         config: a :class:`LoftUpConfig`, or the channel count C for the published architecture. Weights are random:
             use :meth:`from_pretrained` for trained ones.
+
+    Attributes:
+        activation_checkpointing: save memory in training by computing activations twice. Without effect with
+            ``values="features"``.
     """
+
+    upsampler: Any  # Upsampler or UniversalUpsampler
 
     def __init__(self, config: LoftUpConfig | int) -> None:
         super().__init__()
         self.config = config if isinstance(config, LoftUpConfig) else LoftUpConfig(config)
-        self.upsampler = Upsampler(self.config)
-        self.channelnorm = ChannelNorm(self.config.channels) if self.config.channel_norm == "layer" else nn.Identity()
+        channels = self.config.channels
+        self.upsampler = UniversalUpsampler(self.config) if channels is None else Upsampler(self.config)
+        plain = self.config.channel_norm == "identity"
+        self.channelnorm = nn.Identity() if channels is None or plain else ChannelNorm(channels)
         self.activation_checkpointing = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the parameters, in which the network computes (the Fourier code stays float32)."""
-        return self.upsampler.ca_transformer.norm.weight.dtype
+        """Floating dtype of the parameters, in which the network computes.
+
+        The Fourier code stays float32; with ``values="features"`` everything is computed in float32 at least.
+        """
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.upsampler.ca_transformer.norm.weight.device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        net = self.upsampler
+        return net.gate.weight if isinstance(net, UniversalUpsampler) else net.ca_transformer.norm.weight
 
     def forward(
         self,
@@ -221,7 +270,8 @@ class LoftUp(nn.Module):
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
             memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
-                libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA.
+                libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA. With ``values="features"`` it is
+                also beside the guidance's codes at half resolution.
             backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.engines.explain`.
 
         Returns:
@@ -238,17 +288,34 @@ class LoftUp(nn.Module):
         """
         check_inputs(features, image, self)
         size = output_size(size, image)
+        universal = isinstance(self.upsampler, UniversalUpsampler)
         if not self._whole_at_once(features, image):
-            return upsample(self, features, image, size, head=head, out=out, memory=memory, backend=backend)
+            stream = universal_streaming.upsample if universal else upsample
+            return stream(self, features, image, size, head=head, out=out, memory=memory, backend=backend)
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
                 raise ValueError(
                     f"{name}= is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile"
                 )
-        normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
         guidance = resize_guidance(image, size)
-        dense = self.upsampler(normalised, guidance, self.activation_checkpointing).to(features.dtype)
+        if universal:
+            dense = self._universal(features, guidance)
+        else:
+            normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
+            dense = self.upsampler(normalised, guidance, self.activation_checkpointing)
+        dense = dense.to(features.dtype)
         return dense if head is None else apply_head(head, dense)
+
+    def _universal(self, features: Tensor, guidance: Tensor) -> Tensor:
+        """The universal network all at once, in float32 at least whatever the module's dtype and autocast say."""
+        if len(features) == 0:
+            return features.new_empty(0, features.shape[1], *guidance.shape[-2:])
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            if self.dtype == dtype:
+                return self.upsampler(features, guidance)  # type: ignore[no-any-return]
+            state = {name: parameter.to(dtype) for name, parameter in self.upsampler.named_parameters()}
+            return torch.func.functional_call(self.upsampler, state, (features, guidance))  # type: ignore[no-any-return]
 
     def at(
         self, features: Tensor, image: Tensor, points: Tensor, size: Size = None, *, backend: str | None = None
@@ -283,7 +350,8 @@ class LoftUp(nn.Module):
                 "up.at is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile. With "
                 "gradients, sample the map: up(features, image, size)[..., y, x]"
             )
-        return features_at(self, features, image, (height, width), points, backend=backend)
+        read = universal_streaming.features_at if self.config.values == "features" else features_at
+        return read(self, features, image, (height, width), points, backend=backend)
 
     def refresh(self) -> None:
         """Forget the weights prepared for inference; needed only after writing through ``parameter.data``."""
@@ -311,12 +379,15 @@ class LoftUp(nn.Module):
         device: "str | torch.device | None" = None,
         dtype: torch.dtype | None = None,
         channel_norm: Literal["identity"] | None = None,
+        strict: bool = False,
     ) -> "LoftUp":
         """Load trained weights by backbone name, backbone object, Hub repository, local folder or file.
 
         Args:
-            name_or_path: a name of :func:`loftup.list_pretrained` or that backbone's timm, torch.hub, open_clip or
-                transformers name; a backbone object of one of these libraries or from :func:`loftup.wrap`; a Hub
+            name_or_path: "any", the upsampler for every backbone, or "tiny", that of ``load_backbone("tiny")``, which
+                come with the package; a name of :func:`loftup.list_pretrained` or that backbone's timm, torch.hub,
+                open_clip or transformers name; a backbone object of one of these libraries or from
+                :func:`loftup.wrap`; a timm name of any other backbone, which gets "any" with a warning; a Hub
                 repository id ("user/repo"); a folder or a file (``pytorch_model.bin``, ``.safetensors``, a training
                 checkpoint with ``state_dict``). Names win over folders of the same name: write "./name" for those, or
                 pass a ``Path``, which is never a name or a repository. A file without a config does not tell the
@@ -328,6 +399,7 @@ class LoftUp(nn.Module):
             dtype: floating dtype to convert the parameters to; None means as stored (float32 in the published weights).
             channel_norm: "identity" accepts a file that lacks the channel norm and passes features on as they come.
                 Otherwise such a file is refused, because its results would be wrong without any sign of it.
+            strict: refuse a backbone without weights of its own, in place of taking "any" with a warning.
 
         Returns:
             The module in ``eval()`` mode.
@@ -347,6 +419,7 @@ class LoftUp(nn.Module):
             device=device,
             dtype=dtype,
             channel_norm=channel_norm,
+            strict=strict,
         )
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
@@ -381,4 +454,6 @@ class LoftUp(nn.Module):
 
     def extra_repr(self) -> str:
         """Channels, width and backbone, for ``print(up)``."""
+        if self.config.values == "features":
+            return f"values='features', channels=any, heads={self.config.heads}, backbone={self.config.backbone!r}"
         return f"channels={self.config.channels}, width={self.config.width}, backbone={self.config.backbone!r}"

@@ -128,7 +128,7 @@ def _plain_arithmetic(tensor: Tensor) -> Iterator[None]:
 def _tokens(up: "LoftUp", engine: EagerEngine, features: Tensor) -> Tensor:
     """Channel norm and positions by the module itself, in its dtype: (1, C, h, w) to (h*w, D) in the engine's."""
     normal = up.channelnorm(features.to(up.dtype)).to(up.dtype)
-    return up.upsampler.tokens(normal)[0].to(engine.dtype)
+    return up.upsampler.tokens(normal)[0].to(engine.dtype)  # type: ignore[no-any-return]
 
 
 def apply_head(head: Head, features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Heads differ in all three; every pixel mixes their weights by its code.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -231,20 +231,30 @@ class UniversalUpsampler(nn.Module):
         share = (offsets[..., None] - steps) / (self.radius + 0.5)
         return 2 * (1 - share.square()).clamp(min=SHARPEST).log()
 
-    def forward(self, features: Tensor, guidance: Tensor, box: tuple[int, int, int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        box: tuple[int, int, int, int] | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W), all at once.
 
         Args:
             features: any float dtype; computed in float32 at least.
             guidance: the image.
             box: (top, left, bottom, right) of the output pixels wanted; None means all.
+            values: (B, E, h, w), what to average in place of the features, with the weights that these give.
         """
         height, width = guidance.shape[-2:]
         h, w = features.shape[-2:]
         top, left, bottom, right = box or (0, 0, height, width)
         rows, columns = make_axis(height, h, features.device), make_axis(width, w, features.device)
-        codes = self.encoder(self.scale(guidance))
+        codes = self.encoder(self.scale(guidance).to(self.gate.weight.dtype))
         prepared = self.prepare(features, codes, rows, columns)
+        if values is not None:
+            r = self.radius
+            prepared = replace(prepared, values=F.pad(values.movedim(1, -1).to(codes.dtype), (0, 0, r, r, r, r)))
         # The cells that hold the box.
         most = [axis.pixels.shape[1] for axis in (rows, columns)]
         first_row, last_row = (int(rows.places[edge]) // most[0] for edge in (top, bottom - 1))

@@ -7,6 +7,7 @@ import pickle
 import re
 import secrets
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .bundled import ANY, BUNDLED
 from .errors import LoftUpError
 from .hub import Repository, upload
 from .model import LoftUp, LoftUpConfig
@@ -24,6 +26,7 @@ __all__ = ["PUBLISHED", "Checkpoint", "find_checkpoint", "list_pretrained", "loa
 
 SAFETENSORS, PICKLE, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
 METADATA_KEY = "loftup_config"
+UNIVERSAL_KEY = "upsampler.gate.weight"  # only networks with values="features" have it, and these have no channel norm
 StateDict = dict[str, Tensor]
 
 
@@ -36,6 +39,7 @@ def load_pretrained(
     device: "str | torch.device | None" = None,
     dtype: torch.dtype | None = None,
     channel_norm: Literal["identity"] | None = None,
+    strict: bool = False,
 ) -> LoftUp:
     """See :meth:`loftup.LoftUp.from_pretrained`."""
     if channel_norm not in (None, "identity"):
@@ -45,7 +49,7 @@ def load_pretrained(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
     if isinstance(name_or_path, nn.Module):
-        name_or_path = _name_of(name_or_path)
+        name_or_path = _name_of(name_or_path, strict)
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
             f"expected a name, a path, or a backbone object (torch.nn.Module), got {type(name_or_path).__name__}"
@@ -57,7 +61,12 @@ def load_pretrained(
     def repository(repo: str) -> Repository:
         return Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
 
-    if checkpoint:
+    if not only_path and name not in BUNDLED and not checkpoint and _is_backbone(name):
+        name = _any_for(f"named {name!r}", strict, stacklevel=4)
+    if not only_path and name in BUNDLED:
+        folder = BUNDLED[name]
+        candidates, config = _candidates(_reader(folder), f"the installed folder {folder}")
+    elif checkpoint:
         source = repository(checkpoint.repo)
         if (file := source.fetch(checkpoint.file)) is None:
             raise LoftUpError(f"{source} holds no {checkpoint.file!r}; is the revision right?")
@@ -65,7 +74,7 @@ def load_pretrained(
     elif (path := Path(name).expanduser()).is_file():
         candidates, config = iter([path]), None
     elif path.is_dir():
-        candidates, config = _candidates(lambda file: path / file if (path / file).is_file() else None, str(path))
+        candidates, config = _candidates(_reader(path), str(path))
     elif only_path or _looks_like_path(name):
         raise LoftUpError(f"no such file or folder: {name}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -76,17 +85,51 @@ def load_pretrained(
     return up.to(device=device, dtype=dtype).eval()
 
 
-def _name_of(backbone: nn.Module) -> str:
-    from .backbones import identify
+def _reader(folder: Path) -> Callable[[str], Path | None]:
+    return lambda file: folder / file if (folder / file).is_file() else None
+
+
+def _name_of(backbone: nn.Module, strict: bool) -> str:
+    """The name of the weights for a backbone object."""
+    from .backbones import identify, wrap
 
     name: str | None = identify(backbone)
-    if name is None or find_checkpoint(name) is None:
-        found = f"named {name!r}" if name else f"a {type(backbone).__name__} without a recognised name"
+    if name is not None and (find_checkpoint(name) or name in BUNDLED):
+        return name
+    found = f"named {name!r}" if name else f"a {type(backbone).__name__} without a recognised name"
+    try:
+        wrap(backbone)
+    except LoftUpError:
+        strict = True  # no backbone that anything could be for
+    return _any_for(found, strict, stacklevel=5)
+
+
+def _any_for(found: str, strict: bool, stacklevel: int) -> str:
+    """Let the weights for any backbone stand in, with a warning; ``strict`` refuses."""
+    if strict:
         raise LoftUpError(
             f"no published LoftUp weights for this backbone ({found}); there are weights for {', '.join(PUBLISHED)}. "
             "If it is one of these under another name, pass that name; for weights of your own, pass their path"
         )
-    return name
+    warnings.warn(
+        f"no LoftUp weights of its own for this backbone ({found}): using {ANY!r}, which takes features of any "
+        "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+    return ANY
+
+
+def _is_backbone(name: str) -> bool:
+    """Whether a name is that of a timm model, and not of a file or folder here."""
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return True
+    bare = name.removeprefix("timm/")
+    if "/" in bare or _looks_like_path(name) or Path(name).exists():
+        return False
+    import timm
+
+    return bool(timm.is_model(bare.split(".")[0]))
 
 
 def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
@@ -107,12 +150,14 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _unknown(name: str) -> str:
-    lowered = {known.lower(): known for known in known_names()}
+    import timm
+
+    lowered = {known.lower(): known for known in [*timm.list_models(), *known_names(), *BUNDLED]}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
-        f"unknown LoftUp weights {name!r}; {meant}Published: {', '.join(PUBLISHED)}. "
-        "A Hub repository is written 'user/repo', a local folder './folder'"
+        f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(BUNDLED)}. "
+        f"Published: {', '.join(PUBLISHED)}. A Hub repository is written 'user/repo', a local folder './folder'"
     )
 
 
@@ -152,6 +197,8 @@ def _first_complete(
     for file in files:
         state, own_config = read_state(file)
         settings = own_config or _settings(config, file)
+        if settings.get("values") == "features" or UNIVERSAL_KEY in state:
+            return _build(state, settings, file, backbone)
         wanted = channel_norm or settings.get("channel_norm", "layer")
         has_norm = any(key.startswith("channelnorm.") for key in state)
         if has_norm == (wanted == "layer"):
@@ -263,9 +310,15 @@ def _some(keys: Any, most: int = 8) -> str:
 def infer_config(state: StateDict) -> dict[str, Any]:
     """Read the architecture off the tensors' shapes; heads cannot be seen and stay at the published 4.
 
+    With ``values="features"`` heads can be seen, but not the radius, which stays at the default.
+
     Raises:
         KeyError: the state dict lacks the tensors that tell.
     """
+    if UNIVERSAL_KEY in state:
+        heads, codes = state[UNIVERSAL_KEY].shape
+        width = len(state["upsampler.encoder.down.weight"])
+        return {"values": "features", "heads": heads, "code_width": codes // (1 + heads), "encoder_width": width}
     channels, width = state["upsampler.ca_transformer.layers.0.1.net.1.weight"].shape
     blocks = {match[1] for key in state if (match := re.match(r"upsampler\.ca_transformer\.layers\.(\d+)\.", key))}
     fields: dict[str, Any] = {
@@ -280,7 +333,8 @@ def infer_config(state: StateDict) -> dict[str, Any]:
 
 def _build(state: StateDict, settings: dict[str, Any], file: Path, backbone: str) -> LoftUp:
     try:
-        fields = settings if "channels" in settings else {**infer_config(state), **settings}
+        told = "channels" in settings or settings.get("values") == "features"
+        fields = settings if told else {**infer_config(state), **settings}
         if backbone:
             fields = {**fields, "backbone": backbone}
         up = LoftUp(LoftUpConfig.from_dict(fields))
@@ -351,7 +405,10 @@ def push_to_hub(up: LoftUp, repo: str, *, private: bool, token: str | None, comm
 
 def model_card(config: LoftUpConfig, repo: str) -> str:
     """README.md of a Hub repository: what the weights are for and how to use them."""
-    backbone = config.backbone or "a vision backbone"
+    universal = config.values == "features"
+    backbone = config.backbone or ("any vision backbone" if universal else "a vision backbone")
+    channels = "C" if universal else str(config.channels)
+    described = "any C" if universal else f"C = {channels}"
     return f"""---
 library_name: loftup
 pipeline_tag: image-feature-extraction
@@ -360,14 +417,14 @@ tags: [feature-upsampling, loftup]
 
 # LoftUp for {backbone}
 
-Upsamples features of {backbone} (C = {config.channels}) to any resolution, guided by the image.
+Upsamples features of {backbone} ({described}) to any resolution, guided by the image.
 
 ```python
 from loftup import LoftUp
 
 up = LoftUp.from_pretrained("{repo}")
 
-# (B, {config.channels}, h, w) and (B, 3, H, W) to (B, {config.channels}, H, W)
+# (B, {channels}, h, w) and (B, 3, H, W) to (B, {channels}, H, W)
 features = up(low_resolution, image, size=(H, W))
 ```
 

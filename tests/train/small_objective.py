@@ -60,7 +60,7 @@ def normalised(term, image):
     """What the backbone gives for images in [0, 1], behind the channel norm, written out."""
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     with torch.no_grad():
-        return term.up.channelnorm(term.backbone.model.convolution((image - mean) / std))
+        return term.up.channelnorm(term.backbones[0].model.convolution((image - mean) / std))
 
 
 def whole(term, batch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loftup import Backbone, LoftUpError
-from loftup.train.cache import FeatureCache, fingerprint, open_cache
+from loftup.train.cache import FeatureCache, fingerprint, open_caches
 from loftup.train.config import TrainConfig
 
 
@@ -113,16 +113,17 @@ class TestFingerprint:
         other = config(tmp_path)
         other.backbone.options = {"output_stride": 16}
         caches = [
-            open_cache(config(tmp_path), backbone()),
-            open_cache(config(tmp_path, precision="bfloat16"), backbone()),
-            open_cache(other, backbone()),
-            open_cache(config(tmp_path), backbone(name="other")),
+            *open_caches(config(tmp_path), [backbone()]),
+            *open_caches(config(tmp_path, precision="bfloat16"), [backbone()]),
+            *open_caches(other, [backbone()]),
+            *open_caches(config(tmp_path), [backbone(name="other")]),
         ]
         folders = [cache.folder for cache in caches]
         assert len(set(folders)) == 4
         assert {folder.parent for folder in folders} == {tmp_path}
-        assert open_cache(config(tmp_path, seed=5), backbone()).folder == folders[0]
+        (again,) = open_caches(config(tmp_path, seed=5), [backbone()])
+        assert again.folder == folders[0]
 
 
 def test_no_cache_is_opened_where_none_is_wanted():
-    assert open_cache(TrainConfig(), backbone()) is None
+    assert open_caches(TrainConfig(), [backbone()]) == []

@@ -63,7 +63,7 @@ def test_ready_configs_are_whole_and_valid(name, tmp_path):
 
 
 def test_ready_configs_are_those_promised():
-    expected = {"paper_stage1", "paper_stage2", "quick_cpu", "quick_cpu_stage2", "gpu_25min", "gpu_25min_stage2"}
+    expected = {"paper_stage1", "paper_stage2", "quick_cpu", "quick_cpu_stage2", "gpu_25min", "gpu_25min_stage2", "any"}
     assert set(ready_configs()) == expected
     first, second = load_config("paper_stage1"), load_config("paper_stage2")
     for config in (first, second):
@@ -129,7 +129,7 @@ def test_values_of_another_type_that_mean_the_same(write):
 def test_no_such_file(tmp_path):
     with pytest.raises(LoftUpError, match=r"no config 'quick_cpo': there is no such file; did you mean 'quick_cpu'"):
         load_config("quick_cpo")
-    with pytest.raises(LoftUpError, match=r"no config '.*none.yaml'.*Ready configs: gpu_25min"):
+    with pytest.raises(LoftUpError, match=r"no config '.*none.yaml'.*Ready configs: any, gpu_25min"):
         load_config(tmp_path / "none.yaml")
 
 

@@ -295,7 +295,7 @@ class TestFixedViews:
 
     def test_cached_features_come_with_their_samples(self, tmp_path):
         cache = FeatureCache(tmp_path)
-        views = TrainingViews(Ramps(1), config(data__views=1), PATCH, cache=cache)
+        views = TrainingViews(Ramps(1), config(data__views=1), PATCH, caches=[cache])
         missed = collate([views[0, 0], views[0, 1]])
         assert missed.features == [None, None]
         assert missed.keys[0] == missed.keys[1] == cache.key(missed.image[0])

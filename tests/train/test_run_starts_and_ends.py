@@ -13,7 +13,7 @@ from small_run import ENVIRONMENT, make_material, small_config, steps_of
 
 from loftup import LoftUp, LoftUpError
 from loftup.train import engine
-from loftup.train.build import build_backbone, build_upsampler, check_paths
+from loftup.train.build import build_backbones, build_upsampler, check_paths
 from loftup.train.checkpoint import load_checkpoint
 from loftup.train.config import load_config, to_yaml
 from loftup.train.engine import train
@@ -141,7 +141,7 @@ def test_what_self_distillation_alone_looks_at(config, capsys):
 
 def test_the_interpolator_is_made_for_the_grid(config):
     config.data.sizes = [32, 64]
-    backbone = build_backbone(config)
+    backbone = build_backbones(config)[0]
     torch.manual_seed(0)
     found = build_upsampler(config, backbone)
     torch.manual_seed(0)

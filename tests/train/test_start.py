@@ -160,6 +160,7 @@ class TestInterpolator:
             (LoftUpConfig(24, image_frequencies=1), {}, "got 'sine' with 5 and 1"),
             (LoftUpConfig(28, heads=16), {}, "heads of width 4 or more, got width 48 with 16 heads"),
             (SINE, {"grid": 1}, "grid is 1, expected at least 2"),
+            (LoftUpConfig(values="features"), {}, "is for values='projected', got a network with values='features'"),
         ],
     )
     def test_refuses(self, config, options, text):

@@ -106,7 +106,7 @@ class TestTeacher:
         with torch.no_grad():
             term.up.upsampler.final_conv[0].bias.add_(1)
         term.after_step(2)
-        again = self.made(tmp_path, term.backbone)
+        again = self.made(tmp_path, term.backbones[0])
         again.load_state_dict(term.state_dict())
         for name, value in term.state_dict().items():
             assert again.state_dict()[name].equal(value)

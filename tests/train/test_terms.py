@@ -181,7 +181,7 @@ class TestSum:
         close(loss, sum((1.0 + index) * parts[name] for index, name in enumerate(TERMS)))
         assert not any(part.requires_grad for part in parts.values())
         for name in TERMS:
-            alone = objective(config(name), copy.deepcopy(term.up), term.backbone)
+            alone = objective(config(name), copy.deepcopy(term.up), term.backbones[0])
             if name == "multi_view":
                 alone.downsampler = term.downsampler
             close(alone(data)[1][name], parts[name])
@@ -290,14 +290,14 @@ class TestBackbone:
         assert not any("backbone" in name for name in term.state_dict())
         assert not any("backbone" in name for name, _ in term.named_modules())
         term.train()
-        assert not term.backbone.training
+        assert not term.backbones[0].training
         term(full_batch())[0].backward()
-        assert all(p.grad is None for p in term.backbone.parameters())
+        assert all(p.grad is None for p in term.backbones[0].parameters())
 
     def test_sees_normalised_images(self):
         term, data = objective(config("mask_bicubic")), batch()
         term(data)
-        (seen,) = term.backbone.model.seen
+        (seen,) = term.backbones[0].model.seen
         expected = (data.image - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
             3, 1, 1
         )
@@ -315,8 +315,8 @@ class TestBackbone:
 class TestCache:
     def data(self, term):
         data = batch()
-        data.keys = [term.cache.key(image) for image in data.image]
-        data.features = [term.cache.read(key) for key in data.keys]
+        data.keys = [term.caches[0].key(image) for image in data.image]
+        data.features = [term.caches[0].read(key) for key in data.keys]
         return data
 
     def test_the_backbone_runs_once_for_every_picture(self, tmp_path):
@@ -324,26 +324,26 @@ class TestCache:
         data = self.data(term)
         assert data.features == [None, None]
         first = term(data)[0]
-        assert [len(seen) for seen in term.backbone.model.seen] == [1, 1]
-        data.features = [term.cache.read(key) for key in data.keys]
+        assert [len(seen) for seen in term.backbones[0].model.seen] == [1, 1]
+        data.features = [term.caches[0].read(key) for key in data.keys]
         assert all(features is not None for features in data.features)
         assert term(data)[0] == first
-        assert len(term.backbone.model.seen) == 2
+        assert len(term.backbones[0].model.seen) == 2
         torch.testing.assert_close(term.up.channelnorm(torch.stack(data.features)), normalised(term, data.image))
 
     def test_what_is_missing_alone_is_computed(self, tmp_path):
         term = objective(config("mask_bicubic", data__cache=str(tmp_path), data__views=1))
         data = self.data(term)
         first = term(data)[0]
-        data.features = [term.cache.read(data.keys[0]), None]
-        term.backbone.model.seen.clear()
+        data.features = [term.caches[0].read(data.keys[0]), None]
+        term.backbones[0].model.seen.clear()
         assert term(data)[0] == first
-        assert [len(seen) for seen in term.backbone.model.seen] == [1]
+        assert [len(seen) for seen in term.backbones[0].model.seen] == [1]
 
     def test_without_keys_the_batch_is_computed(self, tmp_path):
         term = objective(config("mask_bicubic", data__cache=str(tmp_path), data__views=1))
         term(batch())
-        assert [len(seen) for seen in term.backbone.model.seen] == [2]
+        assert [len(seen) for seen in term.backbones[0].model.seen] == [2]
         assert not list(tmp_path.rglob("*.safetensors"))
 
 

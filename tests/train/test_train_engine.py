@@ -16,7 +16,7 @@ from torch import nn
 
 from loftup import LoftUp, LoftUpError
 from loftup.train import checkpoint, engine
-from loftup.train.build import build_backbone, build_upsampler, calibrate
+from loftup.train.build import build_backbones, build_upsampler, calibrate
 from loftup.train.checkpoint import load_checkpoint
 from loftup.train.config import OptimizerConfig, load_config
 from loftup.train.data import loader
@@ -58,7 +58,7 @@ def test_a_run_from_beginning_to_end(config, capsys):
     said = capsys.readouterr().err
 
     torch.manual_seed(config.seed)
-    backbone = build_backbone(config)
+    backbone = build_backbones(config)[0]
     objective = Objective(config, build_upsampler(config, backbone), backbone)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.optimizer.rate, weight_decay=config.optimizer.weight_decay)
@@ -156,7 +156,7 @@ def test_random_starts(config, batch_norm):
     config.window = 16 if batch_norm == "frozen" else None
     up = LoftUp.from_pretrained(train(config))
     torch.manual_seed(config.seed)
-    backbone = build_backbone(config)
+    backbone = build_backbones(config)[0]
     expected = build_upsampler(config, backbone)
     if batch_norm == "frozen":
         calibrate(expected, config, backbone)

@@ -9,7 +9,7 @@ from PIL import Image
 from small_run import make_material, small_config
 
 from loftup import LoftUpConfig, LoftUpError
-from loftup.train.build import build_backbone
+from loftup.train.build import build_backbones
 from loftup.train.distributed import Processes
 from loftup.train.probe import fit_probe
 from loftup.train.validation import LinearProbe, Validation, open_validation, report, save_picture
@@ -30,7 +30,7 @@ def config(material, tmp_path):
 
 @pytest.fixture
 def backbone(config):
-    return build_backbone(config)
+    return build_backbones(config)[0]
 
 
 UP = randomised(LoftUpConfig(32))

@@ -45,11 +45,21 @@ def choose(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> str:
     Raises:
         LoftUpError: the backend asked for cannot run; nothing is put in its place.
     """
-    if backend is None:
-        return "cpu" if can_run("cpu", up.device, dtype) is None else "torch"
-    if reason := can_run(backend, up.device, dtype, up.config.width // up.config.heads):
-        raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
-    return backend
+    if backend is not None:
+        if reason := _reason(up, backend, dtype):
+            raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
+        return "torch" if up.config.values == "features" else backend
+    cpu = up.config.values == "projected" and can_run("cpu", up.device, dtype) is None
+    return "cpu" if cpu else "torch"
+
+
+def _reason(up: "LoftUp", backend: str, dtype: torch.dtype) -> str | None:
+    """:func:`can_run` for a module."""
+    if up.config.values == "features" and backend == "triton":
+        return 'there are no Triton kernels for values="features"'
+    if up.config.values == "features" and backend == "cpu":
+        return None if up.device.type == "cpu" else f"the weights are on {up.device}"
+    return can_run(backend, up.device, dtype, up.config.width // up.config.heads)
 
 
 def engine_for(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> EagerEngine:
@@ -91,9 +101,10 @@ def explain(up: "LoftUp", backend: str | None = None) -> Choice:
     triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)
     """
     dtype = inference_dtype(up)
-    depth = up.config.width // up.config.heads
-    reasons = {name: can_run(name, up.device, dtype, depth) for name in BACKENDS}
+    reasons = {name: _reason(up, name, dtype) for name in BACKENDS}
     notes = []
+    if up.config.values == "features":
+        notes.append("'cpu' and 'torch' are the same plain PyTorch for values=\"features\"")
     if up.device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
         notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
     if reasons["triton"] is None and backend != "triton":
@@ -102,7 +113,12 @@ def explain(up: "LoftUp", backend: str | None = None) -> Choice:
 
 
 def inference_dtype(up: "LoftUp") -> torch.dtype:
-    """The dtype that inference computes in: the module's, or autocast's where it is on and the module not float64."""
+    """The dtype that inference computes in: the module's, or autocast's where it is on and the module not float64.
+
+    With ``values="features"`` float32 at least, whatever autocast says.
+    """
+    if up.config.values == "features":
+        return torch.promote_types(up.dtype, torch.float32)
     kind = up.device.type
     if up.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return up.dtype

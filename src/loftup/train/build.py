@@ -12,17 +12,18 @@ from ..hub import UnreachableError
 from ..model import LoftUp, LoftUpConfig
 from .config import ObjectiveConfig, TrainConfig
 from .data import loader
+from .several import backbone_configs, backbone_sections
 from .shards import is_pattern
 from .start import calibrate_batch_norm, start_as_interpolator
 
-__all__ = ["build_backbone", "build_upsampler", "calibrate", "check_paths", "rebuild"]
+__all__ = ["build_backbones", "build_upsampler", "calibrate", "check_paths", "rebuild"]
 
 CALIBRATION = 64  # pictures
 
 
 def check_paths(config: TrainConfig) -> None:
     """Raise LoftUpError, which names the key, for a folder or file of the config that is not there."""
-    data, validation, weights = config.data, config.validation, config.backbone.weights
+    data, validation = config.data, config.validation
     for key, paths, remedy in (
         ("data.path", data.path, "data.path=[FOLDER]"),
         ("validation.path", validation.path, "validation.path=[FOLDER], or validation.path=[] for none"),
@@ -32,20 +33,23 @@ def check_paths(config: TrainConfig) -> None:
             if not is_pattern(path) and not (folder := Path(path).expanduser()).is_dir():
                 what = "is a file" if folder.exists() else "is not there"
                 raise LoftUpError(f"{key} names {path}, which {what}, expected a folder; set {remedy}")
-    if weights is not None and not Path(weights).expanduser().is_file():
-        raise LoftUpError(
-            f"backbone.weights names {weights}, which is no file; set backbone.weights=FILE, or "
-            "backbone.weights=null for the published ones"
-        )
+    for section, backbone in backbone_sections(config):
+        weights = backbone.weights
+        if weights is not None and not Path(weights).expanduser().is_file():
+            raise LoftUpError(
+                f"{section}.weights names {weights}, which is no file; set {section}.weights=FILE, or "
+                f"{section}.weights=null for the published ones"
+            )
 
 
-def build_backbone(config: TrainConfig) -> Backbone:
-    """The frozen backbone, in ``eval()`` mode on the CPU; LoftUpError as :func:`loftup.load_backbone`."""
-    given = config.backbone
-    backbone = load_backbone(
-        given.name, weights=given.weights, layer=given.layer, mean=given.mean, std=given.std, **given.options
-    )
-    return backbone.requires_grad_(False)
+def build_backbones(config: TrainConfig) -> list[Backbone]:
+    """The frozen backbones, in ``eval()`` mode on the CPU; LoftUpError as :func:`loftup.load_backbone`."""
+    return [
+        load_backbone(
+            given.name, weights=given.weights, layer=given.layer, mean=given.mean, std=given.std, **given.options
+        ).requires_grad_(False)
+        for given in backbone_configs(config)
+    ]
 
 
 def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
@@ -53,17 +57,37 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
 
     Random weights follow from the global random state. Batch norms are not calibrated yet, see :func:`calibrate`.
 
+    Args:
+        config: of the run.
+        backbone: that it is for; without effect with ``model.values="features"``.
+
     Raises:
-        LoftUpError: ``model.pretrained`` cannot be loaded or expects another number of channels, or the architecture
-            does not go with the backbone's.
+        LoftUpError: ``model.pretrained`` cannot be loaded, expects another number of channels or is of the other
+            ``model.values``, or the architecture does not go with the backbone's.
     """
     model = config.model
     if model.architecture != "loftup":
         return rebuild({"architecture": model.architecture, "channels": backbone.channels, "backbone": backbone.name})
     if model.pretrained is not None:
         up = _pretrained(model.pretrained)
-        Upsampled(backbone, up)  # refuses a pair that does not fit
-        up.config = dataclasses.replace(up.config, backbone=backbone.name)
+        if up.config.values != model.values:
+            raise LoftUpError(
+                f"model.pretrained={model.pretrained} has values={up.config.values}, the config says "
+                f"model.values={model.values}; set model.values={up.config.values}, or other weights"
+            )
+        if model.values == "projected":
+            Upsampled(backbone, up)  # refuses a pair that does not fit
+            up.config = dataclasses.replace(up.config, backbone=backbone.name)
+    elif model.values == "features":
+        up = LoftUp(
+            LoftUpConfig(
+                values="features",
+                heads=model.heads,
+                radius=model.radius,
+                code_width=model.code_width,
+                encoder_width=model.encoder_width,
+            )
+        )
     else:
         try:
             up = LoftUp(

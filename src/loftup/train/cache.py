@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..weights import write_atomically
 from .config import TrainConfig
+from .several import backbone_configs
 
-__all__ = ["FeatureCache", "fingerprint", "open_cache"]
+__all__ = ["FeatureCache", "fingerprint", "open_caches"]
 
 log = logging.getLogger("loftup")
 
@@ -21,7 +23,7 @@ class FeatureCache:
     """Features by the pixels that they were made of: an entry can be damaged or missing, but not stale.
 
     Args:
-        folder: made where needed; of one backbone, see :func:`open_cache`.
+        folder: made where needed; of one backbone, see :func:`open_caches`.
     """
 
     def __init__(self, folder: "str | Path") -> None:
@@ -76,12 +78,14 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def open_cache(config: TrainConfig, backbone: Backbone) -> FeatureCache | None:
-    """The cache that a run asks for, in a folder of its backbone's own; None if it asks for none."""
+def open_caches(config: TrainConfig, backbones: Sequence[Backbone]) -> list[FeatureCache]:
+    """The caches that a run asks for, each in a folder of its backbone's own; empty if it asks for none."""
     if config.data.cache is None:
-        return None
-    identity = fingerprint(backbone, config.backbone.options, config.precision)
-    return FeatureCache(Path(config.data.cache) / identity)
+        return []
+    return [
+        FeatureCache(Path(config.data.cache) / fingerprint(backbone, given.options, config.precision))
+        for backbone, given in zip(backbones, backbone_configs(config), strict=True)
+    ]
 
 
 def fingerprint(backbone: Backbone, *settings: object) -> str:

@@ -16,7 +16,8 @@ from ..errors import LoftUpError
 from ..hub import upload
 from ..model import LoftUpConfig
 from ..weights import CONFIG, SAFETENSORS, model_card
-from .config import TrainConfig, to_yaml
+from .config import BackboneConfig, TrainConfig, to_yaml
+from .several import backbone_configs
 
 __all__ = ["how_to_load", "push", "shown", "training_card", "versions"]
 
@@ -42,18 +43,20 @@ def training_card(
     source = config.hub or f"./{Path(config.output).expanduser().resolve().name}"
     text = _card(up, source, config).rstrip()
     validated = ", ".join(map(shown, [*config.validation.path, *filter(None, [config.validation.probe])]))
-    rows = {**facts, "versions": ", ".join(f"{name} {number}" for name, number in versions().items())}
+    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
+    rows = {**facts, **_trained_on(config), "versions": made_with}
     parts = [
         text,
         "## Training",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]
     if measured:
+        each = "`ratio_0` and so on: of every backbone alone; " if len(config.backbones) > 1 else ""
         parts += [
             f"Measured on the validation pictures ({validated}) after the last step "
             "(`loss`: squared distance to features interpolated "
             "bicubically and refined by masks; `bicubic`: the same without the network; `ratio`: one over the other; "
-            "`miou` and so on: a linear probe, in percent):",
+            f"{each}`miou` and so on: a linear probe, in percent):",
             "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items()),
         ]
     parts += [
@@ -71,7 +74,7 @@ def shown(path: str) -> str:
 def _portable(config: TrainConfig) -> TrainConfig:
     config = copy.deepcopy(config)
     for section, name in (
-        (config.backbone, "weights"),
+        *((backbone, "weights") for backbone in backbone_configs(config)),
         (config.model, "pretrained"),
         (config.data, "path"),
         (config.data, "cache"),
@@ -86,8 +89,8 @@ def _portable(config: TrainConfig) -> TrainConfig:
 
 
 def _card(up: LoftUpConfig, source: str, config: TrainConfig) -> str:
-    """The model card, with the run's backbone in it."""
-    backbone = _backbone(config)
+    """The model card, with the run's backbone, or the first of several, in it."""
+    backbone = _backbone(backbone_configs(config)[0])
     if config.model.architecture == "loftup":
         line = "from loftup import LoftUp\n"
         return model_card(up, source).replace(line, f"from loftup import LoftUp, load_backbone\n\n{backbone}")
@@ -97,9 +100,16 @@ def _card(up: LoftUpConfig, source: str, config: TrainConfig) -> str:
     return card(cast(Any, up), source).replace(line, f"from loftup import load_backbone\n{line}\n{backbone}")
 
 
-def _backbone(config: TrainConfig) -> str:
-    """The line that makes the run's backbone."""
-    given = config.backbone
+def _trained_on(config: TrainConfig) -> dict[str, str]:
+    """The row that names the backbones that a universal upsampler has seen; none for a network of one backbone."""
+    if config.model.values == "projected":
+        return {}
+    made = (_backbone(given).removeprefix("backbone = ").partition("  #")[0] for given in backbone_configs(config))
+    return {"backbones": ", ".join(f"`{line}`" for line in made)}
+
+
+def _backbone(given: BackboneConfig) -> str:
+    """The line that makes a backbone."""
     options = {"layer": given.layer, "mean": given.mean, "std": given.std, **given.options}
     arguments = [repr(given.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
     comment = ""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import LoftUpError
+from .several import backbone_sections
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -31,6 +32,7 @@ def check(config: "TrainConfig") -> None:
     validation, distillation, views = config.validation, objective.self_distillation, objective.multi_view
 
     _choice("model.architecture", model.architecture, ARCHITECTURES)
+    _choice("model.values", model.values, ("projected", "features"))
     _choice("model.start", model.start, ("interpolator", "random"))
     _choice("model.position_code", model.position_code, ("sine", "learnable"))
     _choice("model.batch_norm", model.batch_norm, ("frozen", "batch"))
@@ -51,6 +53,8 @@ def check(config: "TrainConfig") -> None:
         "model.heads": model.heads,
         "model.blocks": model.blocks,
         "model.lr_size": model.lr_size,
+        "model.radius": model.radius,
+        "model.code_width": model.code_width,
         "objective.mask_bicubic.masks": objective.mask_bicubic.masks,
         "objective.self_distillation.masks": distillation.masks,
         "objective.self_distillation.crops": distillation.crops,
@@ -62,6 +66,9 @@ def check(config: "TrainConfig") -> None:
         "validation.pictures": validation.pictures,
     }.items():
         _range(key, count, 0 if key == "validation.pictures" else 1)
+    _range("model.encoder_width", model.encoder_width, 2)
+    if not 0 <= model.channel_dropout < 1:
+        _refuse("model.channel_dropout", model.channel_dropout, "a number in [0, 1)")
     for key, number in {
         "data.views": data.views,
         "data.workers": data.workers,
@@ -106,9 +113,10 @@ def check(config: "TrainConfig") -> None:
             _refuse(key, numbers, "one or more numbers above 0")
     _interval("data.scale", data.scale, 0, 1)
     _interval("objective.self_distillation.zoom", distillation.zoom, 1, float("inf"))
-    for key, triple in (("backbone.mean", config.backbone.mean), ("backbone.std", config.backbone.std)):
-        if triple is not None and len(triple) != 3:
-            _refuse(key, triple, "three numbers")
+    for section, backbone in backbone_sections(config):
+        for key, triple in ((f"{section}.mean", backbone.mean), (f"{section}.std", backbone.std)):
+            if triple is not None and len(triple) != 3:
+                _refuse(key, triple, "three numbers")
     _together(config)
 
 
@@ -122,6 +130,7 @@ def _together(config: "TrainConfig") -> None:
             "all weights of the objective are 0; expected one above 0, such as objective.mask_bicubic.weight=1; the "
             f"terms are {', '.join(weights)}"
         )
+    _check_backbones(config)
     if model.architecture != "loftup":
         if model.pretrained is not None:
             raise LoftUpError(
@@ -130,13 +139,19 @@ def _together(config: "TrainConfig") -> None:
             )
         if config.compile:
             raise LoftUpError(f"compile=true knows LoftUp alone, not {model.architecture}; set compile=false")
-    elif model.batch_norm == "batch" and config.window is not None:
+        if model.values != "projected":
+            raise LoftUpError(
+                f"model.values={model.values} with model.architecture={model.architecture}: only LoftUp has it; set "
+                "model.values=projected"
+            )
+    elif model.values == "projected" and model.batch_norm == "batch" and config.window is not None:
         raise LoftUpError(
             f"model.batch_norm=batch with window={config.window}: the statistics of a window hold the mean of its "
             "position code, so that the norm would take from every pixel where it is. Set model.batch_norm=frozen, or "
             "window=null to see whole pictures"
         )
-    if model.pretrained is None and model.start == "interpolator" and model.position_code != "sine":
+    fresh = model.pretrained is None and model.values == "projected"
+    if fresh and model.start == "interpolator" and model.position_code != "sine":
         raise LoftUpError("model.start=interpolator needs model.position_code=sine; set that, or model.start=random")
     if data.cache is not None and not data.views:
         raise LoftUpError(
@@ -144,6 +159,26 @@ def _together(config: "TrainConfig") -> None:
         )
     if config.validation.probe is not None and config.validation.probe_classes < 2:
         _refuse("validation.probe_classes", config.validation.probe_classes, "the number of classes of the probe")
+
+
+def _check_backbones(config: "TrainConfig") -> None:
+    model, count = config.model, len(config.backbones)
+    if count and config.backbone != type(config.backbone)():
+        raise LoftUpError(
+            f"both backbone ({config.backbone.name}) and backbones "
+            f"({', '.join(each.name for each in config.backbones)}) are given; put all into backbones, or set "
+            "backbones=[] to train for the single one"
+        )
+    if count > 1 and model.values == "projected":
+        raise LoftUpError(
+            f"{count} backbones with model.values=projected, a network for one number of channels; set "
+            "model.values=features, or give a single backbone"
+        )
+    if model.channel_dropout and model.values == "projected":
+        raise LoftUpError(
+            f"model.channel_dropout={model.channel_dropout:g} with model.values=projected, a network for one number of "
+            "channels; set model.values=features, or model.channel_dropout=0"
+        )
 
 
 def _choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ FREE = (
     "data.cache",
     "data.workers",
     "backbone.weights",
+    "backbones.weights",
     "compile",
     "checkpointing",
     "validation",
@@ -128,13 +130,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     found = []
     for key in dict.fromkeys([*before, *now]):
         path, old, new = f"{prefix}{key}", before.get(key), now.get(key)
-        if path in FREE or old == new:
+        if re.sub(r"\[\d+\]", "", path) in FREE or old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{path}.")
+        elif isinstance(old, list) and isinstance(new, list) and _sections(old, new):
+            for index, (one, other) in enumerate(zip(old, new, strict=True)):
+                found += differences(one, other, f"{path}[{index}].")
         else:
             found.append(f"{path}: {old!r}, now {new!r}")
     return found
+
+
+def _sections(old: list[Any], new: list[Any]) -> bool:
+    """Whether two lists hold as many sections of a config."""
+    return len(old) == len(new) and all(isinstance(item, Mapping) for item in [*old, *new])
 
 
 def random_states() -> dict[str, Any]:

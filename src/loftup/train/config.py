@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import LoftUpError
 from .check import check, converted
@@ -50,6 +50,9 @@ class ModelConfig:
     Args:
         architecture: "loftup", or one that it is compared with: "featup_jbu", "lift", "resize_conv" or "liif" (see
             :mod:`loftup.eval.upsamplers`), for which all below is without effect: they start near interpolation.
+        values: "projected", the published network, for one backbone; or "features", the universal one (see
+            :mod:`loftup.universal`), for which ``start``, ``position_code``, ``lr_size``, ``blocks`` and ``batch_norm``
+            are without effect: it starts as joint bilateral upsampling and has no such parts.
         pretrained: weights to go on from, as :meth:`loftup.LoftUp.from_pretrained` takes them; None starts anew.
         start: "interpolator" (:func:`loftup.train.start.start_as_interpolator`) or "random"; without ``pretrained``.
         position_code: "sine" or "learnable"; with ``pretrained`` that of the weights.
@@ -57,9 +60,15 @@ class ModelConfig:
         heads: attention heads.
         blocks: cross-attention blocks.
         batch_norm: "frozen" (running statistics, calibrated on whole images before a random start) or "batch".
+        radius: with values="features", cells that a pixel sees on each side of its own.
+        code_width: with values="features", channels of each head's guidance code.
+        encoder_width: with values="features", channels inside the network that makes these codes.
+        channel_dropout: with values="features", greatest share of the features' channels left out in a step, which
+            makes backbones with fewer channels of one; at least 8 stay.
     """
 
     architecture: str = "loftup"
+    values: str = "projected"
     pretrained: str | None = None
     start: str = "random"
     position_code: str = "sine"
@@ -67,6 +76,10 @@ class ModelConfig:
     heads: int = 4
     blocks: int = 2
     batch_norm: str = "batch"
+    radius: int = 2
+    code_width: int = 8
+    encoder_width: int = 32
+    channel_dropout: float = 0.0
 
 
 @dataclass
@@ -247,6 +260,8 @@ class TrainConfig:
     """A training run.
 
     Args:
+        backbones: several backbones in place of the single ``backbone``, for ``model.values="features"``; one is drawn
+            for every step. The probe of the validation takes the first.
         output: folder of the run: checkpoints, logs, pictures, and at the end the weights.
         steps: optimizer steps.
         batch: images a step in each process and micro-batch.
@@ -254,8 +269,8 @@ class TrainConfig:
         window: side of the random window of output pixels that the loss sees, rounded to feature cells; None for all.
             It is for the terms on the whole output: self-distillation computes its crops alone, whatever the window.
         precision: "float32" or "bfloat16" (autocast).
-        compile: torch.compile the network.
-        checkpointing: compute activations twice to save memory.
+        compile: torch.compile the network; with ``model.values="features"`` the part that looks at images.
+        checkpointing: compute activations twice to save memory; without effect with ``model.values="features"``.
         seed: of everything random.
         save_every: steps between checkpoints.
         keep: checkpoints kept, beside the best.
@@ -264,6 +279,7 @@ class TrainConfig:
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbones: list[BackboneConfig] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -295,7 +311,7 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
     Args:
         source: a YAML file, or one of :func:`ready_configs`.
         overrides: ``"optimizer.rate=1e-3"`` and so on, which win over the file. Values are YAML; lists are written
-            ``"data.path=[photos,more]"``.
+            ``"data.path=[photos,more]"``; one of several backbones is changed by ``"backbones[0].layer=3"``.
 
     Returns:
         The config, checked by :func:`loftup.train.check.check`.
@@ -312,16 +328,16 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise LoftUpError(f"override {override!r}, expected key=value, such as optimizer.rate=1e-3")
-    merged = OmegaConf.structured(TrainConfig)
+    config, merged = TrainConfig(), OmegaConf.structured(TrainConfig)
     for read, where in (
         (lambda: OmegaConf.create(file.read_text("utf-8")), str(source)),
         (lambda: OmegaConf.from_dotlist(list(overrides)), "the command line"),
     ):
         try:
-            given = OmegaConf.to_container(read())
+            given = _whole_lists(OmegaConf.to_container(read()), config, where)
             _check_keys(given, where)
             merged = OmegaConf.merge(merged, given)
-            config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+            config = OmegaConf.to_object(merged)  # type: ignore[assignment]
         except LoftUpError:
             raise
         except Exception as error:  # omegaconf, its YAML reader and its checks of types each raise their own
@@ -376,6 +392,34 @@ def _check_keys(given: Any, where: str, kind: type = TrainConfig, prefix: str = 
         given[key] = converted(value, known[key])
         if dataclasses.is_dataclass(known[key]):
             _check_keys(value, where, known[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif (items := get_args(known[key])) and dataclasses.is_dataclass(items[0]):
+            if not isinstance(value, list):
+                raise LoftUpError(
+                    f"'{prefix}{key}' in {where} holds {value!r}, expected a list such as "
+                    f"[{{{dataclasses.fields(items[0])[0].name}: ...}}]"
+                )
+            for index, item in enumerate(value):
+                _check_keys(item, where, items[0], f"{prefix}{key}[{index}].")  # type: ignore[arg-type]
+
+
+def _whole_lists(given: Any, config: TrainConfig, where: str) -> Any:
+    """``backbones[1].layer=3``, which OmegaConf reads as a dict by numbers, as the config's list, changed there."""
+    from omegaconf import OmegaConf
+
+    parts = given.get("backbones") if isinstance(given, dict) else None
+    if not isinstance(parts, dict) or not all(str(index).isdecimal() for index in parts):
+        return given
+    whole: list[Any] = dataclasses.asdict(config)["backbones"]
+    for index, part in parts.items():
+        if int(index) >= len(whole):
+            raise LoftUpError(
+                f"{where} changes backbones[{index}], but there are {len(whole)}, counted from 0; give the whole list: "
+                "backbones=[{name: ...}, ...]"
+            )
+        if isinstance(part, dict):
+            part = OmegaConf.to_container(OmegaConf.merge(whole[int(index)], part))
+        whole[int(index)] = part
+    return {**given, "backbones": whole}
 
 
 def _reason(error: Exception) -> str:

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
-from .cache import FeatureCache, open_cache
+from .cache import FeatureCache, open_caches
 from .config import TrainConfig
 from .plan import Plan, Region, View, check_geometry, draw_view, make_plan, seeded
+from .several import backbone_list
 from .sources import ImageFolder, Masks, Picture, Several, Source, UnreadableError, open_source
 from .window import Box
 
@@ -48,6 +49,7 @@ class Batch:
         image: (B, 3, S, S) float32 in [0, 1], the student's.
         guidance: (B, 3, O, O) float32 in [0, 1], the same view at the output's size.
         masks: B tensors (M, O, O) bool; M is 0 where the objective takes no masks.
+        backbone: number of the one that is to see them, of several.
         window: output pixels that the loss sees; None means all.
         crops: the teacher's.
         factor: k of the high-resolution consistency, 0 without it.
@@ -64,6 +66,7 @@ class Batch:
     image: Tensor
     guidance: Tensor
     masks: list[Tensor]
+    backbone: int = 0
     window: Box | None = None
     crops: list[Crop] = field(default_factory=list)
     factor: int = 0
@@ -121,22 +124,27 @@ class TrainingViews(Dataset[Sample]):
     Args:
         source: of pictures with masks.
         config: of the run.
-        patch_size: of the backbone.
+        patch_size: of the backbone, or of each of several.
         world: number of processes.
-        cache: of the backbone's features.
+        caches: of the backbones' features, one for each; empty for none.
 
     Raises:
         LoftUpError: sizes, ratios and window do not fit the patches (see :func:`loftup.train.plan.check_geometry`).
     """
 
     def __init__(
-        self, source: Source, config: TrainConfig, patch_size: int, world: int = 1, cache: FeatureCache | None = None
+        self,
+        source: Source,
+        config: TrainConfig,
+        patch_size: int | Sequence[int],
+        world: int = 1,
+        caches: Sequence[FeatureCache] = (),
     ) -> None:
         check_geometry(config, patch_size)
         self.source = source
         self.config = config
-        self.patch_size = patch_size
-        self.cache = cache
+        self.patch_sizes = [patch_size] if isinstance(patch_size, int) else list(patch_size)
+        self.caches = caches
         self._batch = config.batch * config.accumulate * world
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch and its permutation of the pictures
 
@@ -148,7 +156,7 @@ class TrainingViews(Dataset[Sample]):
         """
         step, slot = place
         generator = seeded(self.config.seed, "slot", step, slot)
-        plan = make_plan(self.config, self.patch_size, step)
+        plan = make_plan(self.config, self.patch_sizes, step)
         index, picture, unreadable = self._read(step, slot, generator)
         height, width = picture.image.shape[1:]
         view = draw_view(self.config, height, width, self._view_generator(index, generator))
@@ -171,9 +179,11 @@ class TrainingViews(Dataset[Sample]):
         shown = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
         large = None
         if plan.region is not None:
-            cells = plan.factor * size // self.patch_size
-            large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * self.patch_size)
-        key = self.cache.key(image) if self.cache else None
+            patch_size = self.patch_sizes[plan.backbone]
+            cells = plan.factor * size // patch_size
+            large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * patch_size)
+        cache = self.caches[plan.backbone] if self.caches else None
+        key = cache.key(image) if cache else None
         return Sample(
             step=step,
             plan=plan,
@@ -183,7 +193,7 @@ class TrainingViews(Dataset[Sample]):
             masks=masks,
             crops=crops,
             large=large,
-            features=self.cache.read(key) if self.cache and key else None,
+            features=cache.read(key) if cache and key else None,
             key=key,
             unreadable=unreadable,
             empty=bool(takes_masks) and not shown,
@@ -274,6 +284,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image=image,
         guidance=image if same else torch.stack([sample.guidance for sample in samples]),
         masks=[sample.masks for sample in samples],
+        backbone=first.plan.backbone,
         window=first.plan.window,
         crops=crops,
         factor=first.plan.factor,
@@ -361,13 +372,17 @@ def _collate_or_fail(samples: Sequence[Sample] | LoftUpError) -> Batch | LoftUpE
 
 
 def loader(
-    config: TrainConfig, backbone: Backbone, first_step: int = 0, rank: int = 0, world: int = 1
+    config: TrainConfig,
+    backbone: Backbone | Sequence[Backbone],
+    first_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> "DataLoader[Sample]":
     """Batches of one process from a step on, each a :class:`Batch` on the CPU.
 
     Args:
         config: of the run.
-        backbone: tells the patch size, and for the cache its identity.
+        backbone: tells the patch size, and for the cache its identity; several where the config has several.
         first_step: to begin with.
         rank: number of this process.
         world: number of processes.
@@ -377,7 +392,9 @@ def loader(
             pictures in a row cannot be read.
     """
     source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb)
-    views = TrainingViews(source, config, backbone.patch_size, world, open_cache(config, backbone))
+    backbones = backbone_list(config, backbone)
+    patch_sizes = [each.patch_size for each in backbones]
+    views = TrainingViews(source, config, patch_sizes, world, open_caches(config, backbones))
     return _Loader(
         views,
         batch_sampler=StepSampler(config, first_step, rank, world),

@@ -1,14 +1,14 @@
 r"""Distil a tiny ViT (2.9 M parameters, stride 16) from the dense features of a larger backbone.
 
-This made the backbone "tiny" that comes with loftup, in half an hour on one CPU core and as long again on two. A student
-of six blocks learns to give, by one linear layer per layer of the teacher, the teacher's features at stride 16 of
-strongly augmented pictures; only the student is kept.
+This made the backbone "tiny" that comes with loftup, in half an hour on one CPU core and as long again on two. A
+student of six blocks learns to give, by one linear layer per layer of the teacher, the teacher's features at stride 16
+of strongly augmented pictures; only the student is kept.
 
     python -m loftup.train.distill data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
         --options '{"output_stride": 16}' --minutes 30 --sizes 224 224 160 288 -o runs/tiny_first
     python -m loftup.train.distill data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
-        --options '{"output_stride": 16}' --minutes 35 --sizes 224 288 352x480 --start runs/tiny_first/model.safetensors \
-        -o runs/tiny
+        --options '{"output_stride": 16}' --minutes 35 --sizes 224 288 352x480 \
+        --start runs/tiny_first/model.safetensors -o runs/tiny
 
 The second run shows it grids as large as those that it will be used on: a position table that has only seen 14 x 14
 cells does badly on 22 x 30. Ctrl-C saves; the same command goes on where it was stopped.
@@ -48,9 +48,7 @@ class Pictures(torch.utils.data.Dataset[Tensor]):
         start: step to begin with.
     """
 
-    def __init__(
-        self, files: list[Path], sizes: list[tuple[int, int]], steps: int, pixels: int, start: int
-    ) -> None:
+    def __init__(self, files: list[Path], sizes: list[tuple[int, int]], steps: int, pixels: int, start: int) -> None:
         self.files, self.sizes, self.steps, self.pixels, self.start = files, sizes, steps, pixels, start
         self.jitter = v2.Compose(
             [

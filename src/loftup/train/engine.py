@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 from ..errors import LoftUpError
-from .build import build_backbone, build_upsampler, calibrate, check_paths, rebuild
+from ..universal import UniversalUpsampler
+from .build import build_backbones, build_upsampler, calibrate, check_paths, rebuild
 from .card import CARD, how_to_load, machine, push, shown, training_card, versions
 from .check import check
 from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
-from .config import TrainConfig
+from .config import ModelConfig, TrainConfig
 from .data import Batch, loader
 from .distributed import Processes, synchronise_batch_norm
 from .folder import check_data, open_folder, write_config
 from .logs import Board, Table
 from .schedule import adamw, learning_rate
+from .several import backbone_configs
 from .signals import Interrupted, StopSignal, ignore_signals
 from .terms import Objective
-from .validation import LinearProbe, Validation, open_validation, report, save_picture
+from .validation import LinearProbe, Validation, mean_losses, open_validation, report, save_picture
 
 __all__ = ["Interrupted", "learning_rate", "train"]
 
@@ -37,7 +39,7 @@ STREAK = 20  # steps in a row without a finite loss and gradient that end a run
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Train an upsampler for a backbone (paper section 3.2).
+    """Train an upsampler for a backbone (paper section 3.2), or a universal one on several.
 
     Works alone and in every process of ``torchrun`` or ``accelerate launch``; takes a GPU where there is one. In the
     folder ``config.output`` it writes the config (train.yaml), checkpoints/, log.csv, validation.csv, tensorboard/,
@@ -83,47 +85,47 @@ class _Run:
         if resume and not state:
             processes.say(f"no checkpoint in {self.folder} to resume from: a new run")
         processes.seed(config.seed)
-        backbone = processes.main_first(lambda: build_backbone(config)).to(processes.device)
+        self.backbones = [each.to(processes.device) for each in processes.main_first(lambda: build_backbones(config))]
+        first = self.backbones[0]
         # A resumed run gets its weights from the checkpoint; what it started from need not be there any more.
-        up = rebuild(state["loftup_config"]) if state else build_upsampler(config, backbone)
+        up = rebuild(state["loftup_config"]) if state else build_upsampler(config, first)
         up.to(processes.device).activation_checkpointing = config.checkpointing
         self.progress = Progress(**state["progress"]) if state else Progress()
-        ours = config.model.architecture == "loftup"
+        ours = config.model.architecture == "loftup" and config.model.values == "projected"
         random = ours and config.model.pretrained is None and config.model.start == "random"
         if random and not state and config.model.batch_norm == "frozen":
-            calibrate(up, config, backbone)
+            calibrate(up, config, first)
         if ours and config.model.batch_norm == "batch" and processes.world > 1:
             synchronise_batch_norm(up)
-        self.objective = Objective(config, up, backbone)
+        self.objective = Objective(config, up, self.backbones)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = adamw(config.optimizer, self.parameters)
-        self.loader = loader(config, backbone, self.progress.step, processes.rank, processes.world)
+        self.loader = loader(config, self.backbones, self.progress.step, processes.rank, processes.world)
         self.loader.worker_init_fn = ignore_signals
         self.pictures = len(self.loader.dataset.source)  # type: ignore[attr-defined]
         if state:
             check_data(config, state, self.pictures)
-        self._open_validation(backbone)
+        self._open_validation()
         processes.from_main(self._open_logs)
         if state:
             self._load(state)
         self.model = processes.prepare(self.objective)
         if config.compile:
-            for network in filter(None, (self.objective.up, self.objective.teacher)):
-                network.upsampler.ca_transformer.compile()
-                network.upsampler.final_conv.compile()
-        self._announce(backbone, "going on" if state else "starting")
+            for part in filter(None, (self.objective.up, self.objective.teacher)):
+                _compile(part.upsampler)
+        self._announce("going on" if state else "starting")
 
-    def _open_validation(self, backbone: Any) -> None:
-        self.validation: Validation | None = None
+    def _open_validation(self) -> None:
+        self.validations: list[Validation] = []  # one for each backbone
         self.probe: LinearProbe | None = None
         if self.config.validation.path:
-            self.validation = open_validation(self.config, backbone, self.processes)
-            self._warn_of(self.validation.unreadable)
+            self.validations = [open_validation(self.config, each, self.processes) for each in self.backbones]
+            self._warn_of(self.validations[0].unreadable)
         if self.config.validation.probe:
-            self.processes.from_main(lambda: self._open_probe(backbone))
+            self.processes.from_main(self._open_probe)
 
-    def _open_probe(self, backbone: Any) -> None:
-        self.probe = probe = LinearProbe(self.config, backbone)
+    def _open_probe(self) -> None:
+        self.probe = probe = LinearProbe(self.config, self.backbones[0])
         self._warn_of(probe.unreadable)
         self.bilinear = {f"bilinear_{name}": value for name, value in probe.bilinear().items()}
 
@@ -133,17 +135,23 @@ class _Run:
         self.measurements = Table(self.folder / "validation.csv", self.progress.step)
         self.board = Board(self.folder / "tensorboard", self.progress.step)
 
-    def _announce(self, backbone: Any, what: str) -> None:
-        config, architecture = self.config, self.config.model.architecture
-        start = f"from {config.model.pretrained}" if config.model.pretrained else f"start: {config.model.start}"
+    def _announce(self, what: str) -> None:
+        config, model = self.config, self.config.model
+        start = f"from {model.pretrained}" if model.pretrained else f"start: {model.start}"
         trained = sum(p.numel() for p in self.parameters)
         window = f"windows of {config.window} pixels" if config.window else "whole pictures"
         if {name for name, term in vars(config.objective).items() if term.weight} == {"self_distillation"}:
             window = "crops"  # the student's output is computed there alone
         batch = f"{config.batch} pictures x {config.accumulate} x {self.processes.world} processes"
-        name = backbone.name or config.backbone.name
-        self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
-        how = f"width {self.objective.up.config.width}, {start}" if architecture == "loftup" else architecture
+        for given, backbone in zip(backbone_configs(config), self.backbones, strict=True):
+            name = backbone.name or given.name
+            self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
+        if model.architecture != "loftup":
+            how = model.architecture
+        elif model.values == "features":
+            how = f"for any backbone, {start if model.pretrained else 'anew'}"
+        else:
+            how = f"width {self.objective.up.config.width}, {start}"
         self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, {how}")
         self.processes.say(f"pictures   {self.pictures} of {', '.join(config.data.path)}; {batch} a step, {window}")
         on = machine(self.processes.device, self.processes.world)
@@ -295,9 +303,8 @@ class _Run:
         """Measure and draw; returns whether the probe's mIoU, or without a probe the loss, is the best so far."""
         up, progress, found = self.objective.up, self.progress, dict[str, float]()
         up.eval()
-        if self.validation is not None:
-            own, bicubic, count = self.processes.total(self.validation.measure(up)).tolist()
-            found = {"loss": own / count, "bicubic": bicubic / count, "ratio": own / bicubic}
+        if self.validations:
+            found = mean_losses([self.processes.total(each.measure(up)) for each in self.validations])
         progress.measured = found = self.processes.from_main(lambda: self._write_validation(found))
         self.objective.train()
         progress.validated = progress.step
@@ -309,8 +316,8 @@ class _Run:
 
     def _write_validation(self, found: dict[str, float]) -> dict[str, float]:
         up, step = self.objective.up, self.progress.step
-        if self.validation is not None and self.config.validation.pictures:
-            picture = self.validation.picture(up, self.objective.teacher)
+        if self.validations and self.config.validation.pictures:
+            picture = self.validations[0].picture(up, self.objective.teacher)
             if picture is not None:
                 save_picture(picture, self.folder / "pictures" / f"step_{step:06d}.png")
                 self.board.picture("features", picture, step)
@@ -365,7 +372,7 @@ class _Run:
         start = f"from {shown(model.pretrained)}" if model.pretrained else model.start
         facts = {
             "pictures": f"{self.pictures} of {', '.join(map(shown, config.data.path))}",
-            **({} if model.architecture != "loftup" else {"start": start}),
+            **({"start": start} if _has_start(model) else {}),
             "steps": f"{progress.step} of {config.batch * config.accumulate * self.processes.world} pictures each",
             "device": machine(self.processes.device, self.processes.world),
             "time": f"{progress.seconds / 60:.1f} minutes, validation included",
@@ -393,3 +400,16 @@ class _Run:
         """Close the logs."""
         if self.processes.main and hasattr(self, "board"):
             self.board.close()
+
+
+def _compile(network: Any) -> None:
+    if isinstance(network, UniversalUpsampler):
+        network.encoder.compile()  # the rest works on cells, whose numbers differ from step to step
+    else:
+        for part in (network.ca_transformer, network.final_conv):
+            part.compile()
+
+
+def _has_start(model: ModelConfig) -> bool:
+    """Whether the config decides from where the network starts."""
+    return model.architecture == "loftup" and (model.values == "projected" or model.pretrained is not None)

@@ -6,6 +6,7 @@ processes see what one with the whole batch would see.
 
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +34,7 @@ class Plan:
     """What all pictures of a step share.
 
     Attributes:
+        backbone: number of the backbone, of several.
         size: side S of the backbone's square input in pixels.
         output: side O of the student's output in pixels.
         window: output pixels that the loss sees, whole feature cells; None means all.
@@ -41,6 +43,7 @@ class Plan:
         region: what the backbone sees enlarged k times, in k-ths of feature cells; None without it.
     """
 
+    backbone: int
     size: int
     output: int
     window: Box | None
@@ -49,17 +52,19 @@ class Plan:
     region: Box | None
 
 
-def make_plan(config: TrainConfig, patch_size: int, step: int) -> Plan:
+def make_plan(config: TrainConfig, patch_size: int | Sequence[int], step: int) -> Plan:
     """Draw what the pictures of a step share; every part has a generator of its own.
 
     Args:
         config: whose geometry :func:`check_geometry` has accepted.
-        patch_size: of the backbone.
+        patch_size: of the backbone, or of each of several, of which one is drawn.
         step: of the optimizer.
     """
+    patch_sizes = _several(patch_size)
+    backbone = _choice(range(len(patch_sizes)), seeded(config.seed, "backbone", step))
     size = _choice(config.data.sizes, seeded(config.seed, "size", step))
     output = round(size * _choice(config.data.ratios, seeded(config.seed, "ratio", step)))
-    cells = size // patch_size
+    cells = size // patch_sizes[backbone]
     window, seen = None, None  # the latter in cells
     if config.window is not None and (side := max(1, round(config.window * cells / output))) < cells:
         seen = _square(side, cells, seeded(config.seed, "window", step))
@@ -82,7 +87,7 @@ def make_plan(config: TrainConfig, patch_size: int, step: int) -> Plan:
         region = (0, 0, factor * cells, factor * cells)
         if consistency.crop:
             region = _surroundings(seen, cells, factor, generator)
-    return Plan(size, output, window, tuple(crops), factor, region)
+    return Plan(backbone, size, output, window, tuple(crops), factor, region)
 
 
 def _surroundings(window: Box | None, cells: int, factor: int, generator: torch.Generator) -> Box:
@@ -123,16 +128,25 @@ def draw_view(config: TrainConfig, height: int, width: int, generator: torch.Gen
     return View(top, left, side, bool(torch.rand((), generator=generator) < config.data.flip))
 
 
-def check_geometry(config: TrainConfig, patch_size: int) -> None:
-    """Raise LoftUpError unless sizes, ratios, window and views fit a backbone's patches and each other."""
-    data, objective = config.data, config.objective
-    for size in data.sizes:
-        if size < patch_size or size % patch_size:
-            near = [n * patch_size for n in (size // patch_size, size // patch_size + 1) if n]
+def check_geometry(config: TrainConfig, patch_size: int | Sequence[int]) -> None:
+    """Raise LoftUpError unless sizes, ratios, window and views fit the patches, of all backbones, and each other."""
+    patch_sizes = sorted(set(_several(patch_size)))
+    common = math.lcm(*patch_sizes)
+    for size in config.data.sizes:
+        if size % common:
+            near = [n * common for n in (size // common, size // common + 1) if n]
+            whose = "the backbone's patch size" if len(patch_sizes) == 1 else "the backbones' patch sizes"
             raise LoftUpError(
-                f"data.sizes holds {size}; expected multiples of the backbone's patch size {patch_size}, such as "
+                f"data.sizes holds {size}; expected multiples of {whose} {', '.join(map(str, patch_sizes))}, such as "
                 f"{' or '.join(map(str, near))}"
             )
+    for each in patch_sizes:
+        _check_cells(config, each)
+    _check_crops(config)
+
+
+def _check_cells(config: TrainConfig, patch_size: int) -> None:
+    data, objective = config.data, config.objective
     terms = {
         "window": config.window,
         "objective.high_resolution": objective.high_resolution.weight,
@@ -164,6 +178,10 @@ def check_geometry(config: TrainConfig, patch_size: int) -> None:
                 f"feature cells whole; take factors of at most {(cells + 1) // 2}, data.sizes of at least "
                 f"{(2 * factor - 1) * patch_size}, or crop=false"
             )
+
+
+def _check_crops(config: TrainConfig) -> None:
+    data, objective = config.data, config.objective
     if objective.self_distillation.weight and max(data.ratios) > (zoom := min(objective.self_distillation.zoom)):
         raise LoftUpError(
             f"data.ratios holds {max(data.ratios):g} and objective.self_distillation.zoom begins at {zoom:g}: the "
@@ -175,6 +193,10 @@ def check_geometry(config: TrainConfig, patch_size: int) -> None:
             f"objective.self_distillation.zoom ends at {zoom:g}, which leaves less than a pixel of an output of "
             f"{smallest}; take less than {2 * smallest}"
         )
+
+
+def _several(patch_size: int | Sequence[int]) -> Sequence[int]:
+    return [patch_size] if isinstance(patch_size, int) else patch_size
 
 
 def _choice(values: Sequence[T], generator: torch.Generator) -> T:

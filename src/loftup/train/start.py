@@ -77,7 +77,9 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     Raises:
         ValueError: the module is another one, or the grid too small.
     """
-    config = up.config
+    config, channels = up.config, up.config.channels
+    if channels is None:
+        raise ValueError("start_as_interpolator is for values='projected', got a network with values='features'")
     if config.position_code != "sine" or config.feature_frequencies < 2 or config.image_frequencies < 2:
         raise ValueError(
             "start_as_interpolator needs position_code='sine' with at least 2 frequencies, got "
@@ -90,7 +92,6 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     if grid < 2:
         raise ValueError(f"grid is {grid}, expected at least 2 cells along a side")
     network: Any = up.upsampler
-    channels = config.channels
     _, conv1, norm1, _, conv2, norm2, _ = network.first_conv
     code, positions = network.fourier_feat[1], network.lr_pe
     code.biases[:, :2] = 0

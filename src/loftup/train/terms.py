@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -11,15 +12,19 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..model import LoftUp
-from .cache import open_cache
+from .cache import open_caches
 from .config import TrainConfig
 from .data import Batch
 from .multiview import AttentionDownsampler, draw_motions
 from .objectives import crop_border, distance, mask_refine, pool_to, total_variation
+from .several import backbone_list
+from .standardise import draw_channels, standardisation
 from .start import freeze_batch_norm
 from .window import Box, upsample_window
 
 __all__ = ["Objective"]
+
+See = Callable[[Tensor], Tensor]  # an image in [0, 1] to the features of the step's backbone, on the terms' scale
 
 
 class Objective(nn.Module):
@@ -28,34 +33,42 @@ class Objective(nn.Module):
     The teacher is a copy of the student as it is handed over, whose weights and statistics must therefore be set
     before; :meth:`after_step` alone changes it.
 
+    Terms compare in the space that the student's channel norm makes. Where it has none, with values="features", its
+    output is in the backbone's own space, and moves with every shift and scaling of a channel: there each picture's
+    features are standardised per channel over its cells (:func:`loftup.train.standardise.standardisation`), and what
+    the backbone says of the enlarged picture, of the teacher's crops and of moved views is mapped by the same means and
+    deviations, so that it stays comparable. ``model.channel_dropout`` leaves channels out of all of these alike.
+
     Args:
         config: of the run, whose values :func:`loftup.train.check.check` has accepted; terms of weight 0 cost nothing.
         up: the student, float32; its channel norm is not trained, because the targets live in the space it makes.
-        backbone: in evaluation mode, on the student's device.
+        backbone: in evaluation mode, on the student's device; several where the config has several.
 
     Attributes:
+        backbones: as a list.
         up: the student.
         teacher: its moving average, frozen and in evaluation mode; None without self-distillation.
         downsampler: of the multi-view consistency; None without it.
 
     Raises:
-        LoftUpError: the multi-view consistency is to work on a window or on outputs of several ratios.
-        ValueError: the backbone is in training mode, or has another number of channels than the student.
+        LoftUpError: the multi-view consistency is to work on a window, on outputs of several ratios, for several
+            backbones or on a part of the channels.
+        ValueError: there are not as many backbones as in the config, or one is in training mode or has another number
+            of channels than the student.
     """
 
-    backbone: Backbone
-
-    def __init__(self, config: TrainConfig, up: LoftUp, backbone: Backbone) -> None:
+    def __init__(self, config: TrainConfig, up: LoftUp, backbone: Backbone | Sequence[Backbone]) -> None:
         super().__init__()
         _check_multi_view(config)
-        if backbone.training:
-            raise ValueError("the backbone is in training mode, which changes its features; call backbone.eval()")
-        if backbone.channels != up.config.channels:
-            raise ValueError(f"the backbone gives {backbone.channels} channels, the student takes {up.config.channels}")
+        # In a list nn.Module does not see them: it would move, save and train them, and put them into training mode.
+        self.backbones = backbone_list(config, backbone)
+        for each in self.backbones:
+            if each.training:
+                raise ValueError("the backbone is in training mode, which changes its features; call backbone.eval()")
+            if up.config.channels not in (None, each.channels):
+                raise ValueError(f"the backbone gives {each.channels} channels, the student takes {up.config.channels}")
         self.config = config
-        # Past nn.Module, which would move, save and train it, and put it into training mode.
-        object.__setattr__(self, "backbone", backbone)
-        self.cache = open_cache(config, backbone)
+        self.caches = open_caches(config, self.backbones)
         self.up = up
         up.channelnorm.requires_grad_(False)
         self.teacher: LoftUp | None = None
@@ -63,8 +76,9 @@ class Objective(nn.Module):
             self.teacher = copy.deepcopy(up).requires_grad_(False)
         self.downsampler: AttentionDownsampler | None = None
         if config.objective.multi_view.weight:
-            cell = round(backbone.patch_size * config.data.ratios[0])
-            self.downsampler = AttentionDownsampler(backbone.channels, cell).to(up.device, up.dtype)
+            (only,) = self.backbones
+            cell = round(only.patch_size * config.data.ratios[0])
+            self.downsampler = AttentionDownsampler(only.channels, cell).to(up.device, up.dtype)
         self.train()
 
     def train(self, mode: bool = True) -> "Objective":
@@ -86,23 +100,28 @@ class Objective(nn.Module):
             The weighted sum, a scalar, and the terms without their weights, detached. With "mask_bicubic" comes
             "bicubic": what plain bicubic interpolation would get there.
         """
-        objective = self.config.objective
-        normalised = self._normalise(self._features(batch))
-        model = self.config.model
-        whole = model.architecture == "loftup" and model.batch_norm == "batch"
+        objective, model = self.config.objective, self.config.model
+        features = self._features(batch)
+        scale = self._scale(features, batch.step)
+
+        def see(image: Tensor) -> Tensor:
+            return scale(self._extract(image, batch.backbone))
+
+        normalised = self._normalise(scale(features))
+        whole = model.architecture == "loftup" and model.values == "projected" and model.batch_norm == "batch"
         output = _Output(self.up, normalised, batch, whole=whole)
         terms: dict[str, Tensor] = {}
         compared: dict[str, Tensor] = {}
         if objective.mask_bicubic.weight:
             terms["mask_bicubic"], compared["bicubic"] = self._mask_bicubic(output.dense, normalised, batch)
         if objective.high_resolution.weight:
-            terms["high_resolution"] = self._high_resolution(output.dense, batch)
+            terms["high_resolution"] = self._high_resolution(output.dense, batch, see)
         if objective.multi_view.weight:
-            terms["multi_view"] = self._multi_view(output.dense, batch)
+            terms["multi_view"] = self._multi_view(output.dense, batch, see)
         if objective.total_variation.weight:
             terms["total_variation"] = total_variation(output.dense)
         if objective.self_distillation.weight:
-            terms["self_distillation"] = self._self_distillation(output, batch)
+            terms["self_distillation"] = self._self_distillation(output, batch, see)
         weighted = [getattr(objective, name).weight * term for name, term in terms.items()]
         return torch.stack(weighted).sum(), {name: term.detach() for name, term in (terms | compared).items()}
 
@@ -120,21 +139,33 @@ class Objective(nn.Module):
                 theirs.copy_(ours)
 
     def _features(self, batch: Batch) -> Tensor:
-        if self.cache is None or not batch.keys:
-            return self._extract(batch.image)
+        if not self.caches or not batch.keys:
+            return self._extract(batch.image, batch.backbone)
         features = list(batch.features)
         for index, (key, known) in enumerate(zip(batch.keys, features, strict=True)):
             if known is None:
                 # One at a time: what is kept must not depend on the batch-mates, not even in its last bit.
-                made = self._extract(batch.image[index : index + 1])[0]
-                self.cache.write(key, made)
+                made = self._extract(batch.image[index : index + 1], batch.backbone)[0]
+                self.caches[batch.backbone].write(key, made)
                 features[index] = made
         return torch.stack(cast(list[Tensor], features))
 
     @torch.no_grad()
-    def _extract(self, image: Tensor) -> Tensor:
-        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (self.backbone.mean, self.backbone.std))
-        return cast(Tensor, self.backbone((image - mean) / std)).to(self.up.dtype)
+    def _extract(self, image: Tensor, number: int) -> Tensor:
+        backbone = self.backbones[number]
+        return cast(Tensor, backbone(backbone.normalise(image))).to(self.up.dtype)
+
+    def _scale(self, features: Tensor, step: int) -> Callable[[Tensor], Tensor]:
+        """What brings the features of the pictures, and of other views of them, to the scale of the terms."""
+        model = self.config.model
+        if model.values == "projected":
+            return lambda seen: seen  # the channel norm does it
+        kept = draw_channels(features.shape[1], model.channel_dropout, self.config.seed, step)
+        if kept is None:
+            return standardisation(features)
+        chosen = kept.to(features.device)
+        standardise = standardisation(features[:, chosen])
+        return lambda seen: standardise(seen[:, chosen])
 
     @torch.no_grad()
     def _normalise(self, features: Tensor) -> Tensor:
@@ -148,14 +179,14 @@ class Objective(nn.Module):
             baseline = F.mse_loss(_cut(bicubic, batch.window), target)
         return F.mse_loss(dense, target), baseline
 
-    def _self_distillation(self, output: "_Output", batch: Batch) -> Tensor:
+    def _self_distillation(self, output: "_Output", batch: Batch, see: See) -> Tensor:
         settings = self.config.objective.self_distillation
         assert self.teacher is not None
         losses = []
         for crop in batch.crops:
             top, left, bottom, right = crop.box
             with torch.no_grad():
-                target = self.teacher(self._extract(crop.image), crop.image)
+                target = self.teacher(see(crop.image), crop.image)
                 if settings.refine:
                     target = mask_refine(target, crop.masks, settings.alpha, settings.masks)
                 target = pool_to(target, (bottom - top, right - left))
@@ -164,13 +195,13 @@ class Objective(nn.Module):
             losses.append(distance(student, target, settings.distance))
         return torch.stack(losses).mean()
 
-    def _high_resolution(self, dense: Tensor, batch: Batch) -> Tensor:
+    def _high_resolution(self, dense: Tensor, batch: Batch, see: See) -> Tensor:
         """Compare what both the window and the enlarged region show, in whole cells of the student's features."""
         assert batch.large is not None
         assert batch.region is not None
-        factor, cells = batch.factor, batch.image.shape[-1] // self.backbone.patch_size
+        factor, cells = batch.factor, batch.image.shape[-1] // self.backbones[batch.backbone].patch_size
         pixels = batch.guidance.shape[-1] // cells  # of the output in a cell
-        target = self._normalise(self._extract(batch.large))
+        target = self._normalise(see(batch.large))
         window = batch.window or (0, 0, cells * pixels, cells * pixels)
         rows, columns = (
             (
@@ -200,11 +231,11 @@ class Objective(nn.Module):
         pooled = pool_to(student, (target.shape[-2], target.shape[-1]))
         return distance(pooled, target, self.config.objective.high_resolution.distance)
 
-    def _multi_view(self, dense: Tensor, batch: Batch) -> Tensor:
+    def _multi_view(self, dense: Tensor, batch: Batch, see: See) -> Tensor:
         assert self.downsampler is not None
         losses = []
         for motion in draw_motions(self.config.objective.multi_view, self.config.seed, batch.step):
-            target = self._normalise(self._extract(motion(batch.image)))
+            target = self._normalise(see(motion(batch.image)))
             losses.append(F.mse_loss(self.downsampler(motion(dense)), target))
         return torch.stack(losses).mean()
 
@@ -250,4 +281,10 @@ def _check_multi_view(config: TrainConfig) -> None:
         raise LoftUpError(
             f"objective.multi_view learns a downsampler for one ratio of output to input, data.ratios holds "
             f"{', '.join(f'{ratio:g}' for ratio in config.data.ratios)}; give one"
+        )
+    if (count := len(config.backbones)) > 1 or config.model.channel_dropout:
+        what = f"there are {count} backbones" if count > 1 else f"channel_dropout={config.model.channel_dropout:g}"
+        raise LoftUpError(
+            f"objective.multi_view learns a downsampler for all channels of one backbone, {what}; set "
+            "objective.multi_view.weight=0, or give one backbone and model.channel_dropout=0"
         )

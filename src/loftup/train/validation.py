@@ -24,11 +24,12 @@ from .plan import seeded
 from .probe import fit_probe, score
 from .regions import LabelMap, Picture, UnreadableError, centres
 from .sources import Source, open_source
+from .standardise import standardisation
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["LinearProbe", "Validation", "open_validation", "report", "save_picture"]
+__all__ = ["LinearProbe", "Validation", "mean_losses", "open_validation", "report", "save_picture"]
 
 POINTS = 512  # pixels of every picture that a probe learns from
 
@@ -131,6 +132,7 @@ class Validation:
         self._cases = _Cases(source, config, backbone, _packed_masks, slice(rank, None, world))
         self._refine = (config.objective.mask_bicubic.alpha, config.objective.mask_bicubic.masks)
         self._pictures = config.validation.pictures
+        self._standardise = config.model.values == "features"
         self.unreadable = self._cases.unreadable
 
     def __len__(self) -> int:
@@ -150,12 +152,17 @@ class Validation:
         total = torch.zeros(3, dtype=torch.float64)
         size = (self._cases.size, self._cases.size)
         for case in self._cases.cases:
-            normalised = up.channelnorm(case.features)
+            features = self._features(case)
+            normalised = up.channelnorm(features)
             target = mask_bicubic_target(normalised, [self._masks(case)], size, *self._refine)
             bicubic = F.interpolate(normalised, size, mode="bicubic", align_corners=False)
-            student = up(case.features, case.image)
+            student = up(features, case.image)
             total += torch.tensor([float(F.mse_loss(student, target)), float(F.mse_loss(bicubic, target)), 1.0])
         return total
+
+    def _features(self, case: _Case) -> Tensor:
+        """On the scale on which losses are measured, see :class:`loftup.train.terms.Objective`."""
+        return standardisation(case.features)(case.features) if self._standardise else case.features
 
     def _masks(self, case: _Case) -> Tensor:
         """(M, S, S) bool."""
@@ -172,14 +179,15 @@ class Validation:
 
         sheets = []
         for case in self._cases.cases[: self._pictures]:
-            normalised = up.channelnorm(case.features)
+            features = self._features(case)
+            normalised = up.channelnorm(features)
             maps = {
                 "features": normalised,
                 "bilinear": F.interpolate(normalised, case.image.shape[2:], mode="bilinear", align_corners=False),
-                "student": up(case.features, case.image),
+                "student": up(features, case.image),
             }
             if teacher is not None:
-                maps["teacher"] = teacher(case.features, case.image)
+                maps["teacher"] = teacher(features, case.image)
             sheets.append(compare(case.image, maps))
         if not sheets:
             return None
@@ -197,6 +205,19 @@ def open_validation(config: TrainConfig, backbone: Backbone, processes: Processe
         first = next(reason for _, reasons in shares for reason in reasons)
         raise LoftUpError(f"no picture of validation.path can be read; the first: {first}")
     return validation
+
+
+def mean_losses(totals: Sequence[Tensor]) -> dict[str, float]:
+    """The totals of :meth:`Validation.measure` for every backbone as means: ``loss``, ``bicubic`` and their ``ratio``.
+
+    With several backbones, whose standardised features have one scale, these are means over them, and ``ratio_0`` and
+    so on are the backbones' own.
+    """
+    own, bicubic = (torch.stack([total[index] / total[2] for total in totals]) for index in (0, 1))
+    found = {"loss": own.mean(), "bicubic": bicubic.mean(), "ratio": own.mean() / bicubic.mean()}
+    if len(totals) > 1:
+        found |= {f"ratio_{index}": ratio for index, ratio in enumerate(own / bicubic)}
+    return {name: float(value) for name, value in found.items()}
 
 
 class LinearProbe:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import FourierCode, axis_coordinates, run
 from ..model import LoftUp
+from ..universal import UniversalUpsampler
 
 __all__ = ["Box", "upsample_window"]
 
@@ -22,7 +23,8 @@ def upsample_window(up: LoftUp, normalised: Tensor, guidance: Tensor, box: Box |
     (see :func:`loftup.train.start.freeze_batch_norm`).
 
     Args:
-        up: the module.
+        up: the module; with values="features" the whole image is looked at, and ``activation_checkpointing`` is
+            without effect.
         normalised: (B, C, h, w), features behind the channel norm, in ``up``'s dtype.
         guidance: (B, 3, H, W), the whole image at output size.
         box: (top, left, bottom, right) of the window; None means everything.
@@ -37,11 +39,13 @@ def upsample_window(up: LoftUp, normalised: Tensor, guidance: Tensor, box: Box |
         return up.window(normalised, guidance, box)
     network = up.upsampler
     height, width = guidance.shape[-2:]
-    if box is None:
-        return network(normalised, guidance, up.activation_checkpointing)  # type: ignore[no-any-return]
-    top, left, bottom, right = box
+    top, left, bottom, right = box or (0, 0, height, width)
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         raise ValueError(f"window {box} does not lie in an image of {height}x{width}")
+    if isinstance(network, UniversalUpsampler):
+        return network(normalised, guidance, box)  # type: ignore[no-any-return]
+    if box is None:
+        return network(normalised, guidance, up.activation_checkpointing)  # type: ignore[no-any-return]
     checkpointing = up.activation_checkpointing
     # A second pass would update the batch norms' statistics again.
     learning = any(layer.training for layer in network.first_conv if isinstance(layer, nn.BatchNorm2d))

@@ -1,0 +1,192 @@
+"""Guidance codes of the universal upsampler, read in blocks of pixels and made in tiles with a halo."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .universal import Axis, UniversalUpsampler
+
+__all__ = ["Blocks", "Codes", "channels_last", "cut_blocks", "encode", "rectangles", "too_small"]
+
+COARSE_TILE = 8  # side of the smallest tile of coarse codes
+
+
+# Blocks
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One axis cut into blocks, each of pixels of one cell. A cell has several blocks if it has many pixels.
+
+    Attributes:
+        cells: (n,) int64, the cell of each block.
+        spans: first pixel and number of pixels of each block; the number may be 0.
+        pixels: (n, P) int64, filled up by repeating.
+        weights: (n, P), that average a cell's pixels; 0 for what was filled up.
+        offsets: (n, P), of the pixels' centres from their cell's, in cells.
+    """
+
+    cells: Tensor
+    spans: list[tuple[int, int]]
+    pixels: Tensor
+    weights: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def part(self, own: slice) -> "Blocks":
+        """Some blocks that follow each other."""
+        return Blocks(self.cells[own], self.spans[own], self.pixels[own], self.weights[own], self.offsets[own])
+
+    def with_pixels(self) -> "Blocks":
+        """The blocks that have pixels of their own."""
+        own = [index for index, (_, count) in enumerate(self.spans) if count]
+        if len(own) == len(self):
+            return self
+        spans = [self.spans[index] for index in own]
+        return Blocks(self.cells[own], spans, self.pixels[own], self.weights[own], self.offsets[own])
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """First and last (excluded) of all pixels; also a cell without its own has one, the nearest."""
+        last, count = self.spans[-1]
+        return self.spans[0][0], last + max(1, count)
+
+
+def cut_blocks(axis: Axis, side: int, dtype: torch.dtype) -> Blocks:
+    """Cut an axis into blocks of at most ``side`` pixels."""
+    cells, most = axis.pixels.shape
+    parts = -(-most // side)
+    length = -(-most // parts)
+    slots = torch.arange(parts * length, device=axis.pixels.device).clamp(max=most - 1)
+    counts = torch.bincount(axis.places // most, minlength=cells)
+    starts = length * torch.arange(parts, device=axis.pixels.device)
+    counts = (counts[:, None] - starts).clamp(0, length)
+    weights = axis.weights[:, slots]
+    weights[:, most:] = 0
+    pixels = axis.pixels[:, slots].view(-1, length)
+    return Blocks(
+        torch.arange(cells, device=slots.device).repeat_interleave(parts),
+        list(zip(pixels[:, 0].tolist(), counts.flatten().tolist(), strict=True)),
+        pixels,
+        weights.view(-1, length).to(dtype),
+        axis.offsets[:, slots].view(-1, length).to(dtype),
+    )
+
+
+def rectangles(tall: int, wide: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a table into rectangles of at most ``most`` entries, at least 1: whole rows, or parts of one row."""
+    rows, columns = max(1, most // wide), min(wide, max(1, most))
+    for top in range(0, tall, rows):
+        for left in range(0, wide, columns):
+            yield slice(top, top + rows), slice(left, left + columns)
+
+
+# Codes
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The guidance codes of one image, full resolution made where it is read.
+
+    Attributes:
+        net: makes them.
+        image: (1, 3, H, W) scaled.
+        coarse: (1, D, ceil(H / 2), ceil(W / 2)).
+    """
+
+    net: UniversalUpsampler
+    image: Tensor
+    coarse: Tensor
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """The codes of a rectangle of pixels, (rows, columns, D)."""
+        north, south, west, east = max(0, top - 1), bottom + 1, max(0, left - 1), right + 1
+        fine = self.net.encoder.fine_codes(channels_last(self.image[..., north:south, west:east]))
+        fine = fine[..., top - north : bottom - north, left - west : right - west]
+        # Doubling sees a row or column to either side.
+        north, south, west, east = max(0, top // 2 - 1), bottom // 2 + 2, max(0, left // 2 - 1), right // 2 + 2
+        coarse = F.interpolate(
+            channels_last(self.coarse[..., north:south, west:east]),
+            scale_factor=2,
+            mode="bilinear",
+            align_corners=False,
+        )
+        north, west = 2 * north, 2 * west
+        coarse = coarse[..., top - north : bottom - north, left - west : right - west]
+        return (fine + coarse)[0].permute(1, 2, 0)
+
+    def at(self, y: Tensor, x: Tensor) -> Tensor:
+        """The codes of pixels, rows ``y`` and columns ``x``, (n,) int64: (n, D)."""
+        near = torch.arange(-1, 2, device=y.device)
+
+        def patches(source: Tensor, y: Tensor, x: Tensor) -> Tensor:
+            """(n, E, 3, 3) of (1, E, H, W)."""
+            return source[0][:, (y[:, None] + near)[:, :, None], (x[:, None] + near)[:, None]].movedim(1, 0)
+
+        fine = self.net.encoder.fine_codes(patches(F.pad(self.image, (1, 1, 1, 1)), y + 1, x + 1))[..., 1, 1]
+        around = patches(F.pad(self.coarse, (1, 1, 1, 1), mode="replicate"), y // 2 + 1, x // 2 + 1)
+        coarse = F.interpolate(around, scale_factor=2, mode="bilinear", align_corners=False)
+        picked = torch.arange(len(y), device=y.device)
+        return fine + coarse[picked, :, 2 + y % 2, 2 + x % 2]
+
+    def blocks(self, down: Blocks, across: Blocks) -> Tensor:
+        """The codes of a rectangle of blocks, (n * m, P * Q, D)."""
+        (top, bottom), (left, right) = down.range, across.range
+        codes = self.read(top, bottom, left, right)
+        depth = codes.shape[-1]
+        places = (down.pixels - top)[:, None, :, None] * (right - left) + (across.pixels - left)[:, None, :]
+        return codes.reshape(-1, depth).index_select(0, places.flatten()).view(places[..., 0, 0].numel(), -1, depth)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The layout in which convolutions are fast, and a pixel's code lies in one place."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def encode(net: UniversalUpsampler, image: Tensor, budget: int) -> Codes:
+    """Make the coarse codes of a scaled image (1, 3, H, W) in tiles.
+
+    Raises:
+        ValueError: the budget does not hold the smallest tile.
+    """
+    height, width = (-(-n // 2) for n in image.shape[-2:])
+    encoder = net.encoder
+    halo = encoder.halo // 2
+    # Around a coarse pixel: 4 fine ones, before and after their ReLU, and a few arrays at half resolution.
+    pixel = image.element_size() * (4 * 3 + 8 * encoder.down.out_channels)
+    tall, wide = height, width
+    while min(height, tall + 2 * halo) * min(width, wide + 2 * halo) * pixel > budget:
+        if max(tall, wide) <= COARSE_TILE:
+            raise too_small(budget)
+        # Whole rows if not most of the work is then the halo's.
+        if tall > 4 * halo or wide <= min(tall, 4 * halo):
+            tall = -(-tall // 2)
+        else:
+            wide = -(-wide // 2)
+    coarse = torch.empty(
+        (1, encoder.coarse_out.out_channels, height, width),
+        dtype=image.dtype,
+        device=image.device,
+        memory_format=torch.channels_last,
+    )
+    for top in range(0, height, tall):
+        for left in range(0, width, wide):
+            north, west = max(0, top - halo), max(0, left - halo)
+            south, east = top + tall + halo, left + wide + halo
+            made = encoder.coarse(channels_last(image[..., 2 * north : 2 * south, 2 * west : 2 * east]))
+            target = coarse[..., top : top + tall, left : left + wide]
+            target.copy_(made[..., top - north :, left - west :][..., : target.shape[2], : target.shape[3]])
+    return Codes(net, image, coarse)
+
+
+def too_small(memory: int) -> ValueError:
+    """The error of a budget that does not hold the smallest step."""
+    return ValueError(
+        f"memory={memory} bytes do not hold the smallest piece of this network's work, a few pixels a side; give a "
+        "larger memory="
+    )

@@ -1,0 +1,107 @@
+"""The weights that come with the package, and what stands in for a backbone without weights of its own."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+from material import universal
+
+from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError, list_pretrained, load_backbone, wrap
+from loftup.bundled import BUNDLED
+from loftup.published import PUBLISHED
+
+STAND_IN = (
+    r"no LoftUp weights of its own for this backbone \({}\): using 'any', which takes features of any backbone. "
+    "strict=True refuses instead; to train weights for this one, see `loftup train --help`"
+)
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch, hub):
+    """Random weights as the bundled ones, and a Hub that nothing may ask."""
+    networks = {"any": universal(), "tiny": LoftUp(LoftUpConfig(192, backbone="tiny"))}
+    for name, up in networks.items():
+        up.save_pretrained(tmp_path / "bundled" / name)
+        monkeypatch.setitem(BUNDLED, name, tmp_path / "bundled" / name)
+    yield networks
+    assert not hub.requests
+
+
+def same(first: LoftUp, second: LoftUp) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["any", "tiny"])
+def test_names_read_the_package(name, bundled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # names win over folders
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = LoftUp.from_pretrained(name)
+    assert same(loaded, bundled[name])
+    assert loaded.config == bundled[name].config
+    assert not loaded.training
+    assert LoftUp.from_pretrained(name, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnet18.a1_in1k", "timm/resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k", "vit_tiny_patch16_224"],
+)
+def test_a_backbone_name_without_weights_gets_any_with_a_warning(name, bundled):
+    with pytest.warns(UserWarning, match=STAND_IN.format(f"named '{name}'")) as caught:
+        loaded = LoftUp.from_pretrained(name)
+    assert same(loaded, bundled["any"])
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(LoftUpError, match=rf"no published LoftUp weights for this backbone \(named '{name}'\); there"):
+        LoftUp.from_pretrained(name, strict=True)
+
+
+def test_backbone_objects_without_weights_get_any_with_a_warning(bundled):
+    own = Backbone(torch.nn.Identity(), lambda image: image[..., ::8, ::8], channels=3, patch_size=8)
+    for backbone, found in (
+        (timm.create_model("test_vit"), "named 'test_vit.r160_in1k'"),
+        (wrap(timm.create_model("test_vit")), "named 'test_vit.r160_in1k'"),
+        (load_backbone("tiny", weights=False, layer=2), "a Backbone without a recognised name"),
+        (own, "a Backbone without a recognised name"),
+    ):
+        with pytest.warns(UserWarning, match=STAND_IN.format(found)) as caught:
+            loaded = LoftUp.from_pretrained(backbone)
+        assert same(loaded, bundled["any"])
+        assert [warning.filename for warning in caught] == [__file__]
+        with pytest.raises(LoftUpError, match=rf"no published LoftUp weights for this backbone \({found}\)"):
+            LoftUp.from_pretrained(backbone, strict=True)
+
+
+def test_tiny_gets_its_own_weights(bundled):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(LoftUp.from_pretrained(load_backbone("tiny"), strict=True), bundled["tiny"])
+
+
+def test_what_is_no_backbone_is_refused(bundled):
+    with pytest.raises(
+        LoftUpError, match="unknown LoftUp weights 'tinny'; did you mean 'tiny'.*In the package: any, ti"
+    ):
+        LoftUp.from_pretrained("tinny")
+    with pytest.raises(LoftUpError, match="unknown LoftUp weights 'ayn'; did you mean 'any'"):
+        LoftUp.from_pretrained("ayn")
+    with pytest.raises(LoftUpError, match="unknown LoftUp weights 'resnett18'; did you mean .*'resnet18'"):
+        LoftUp.from_pretrained("resnett18")
+    with pytest.raises(LoftUpError, match="this backbone \\(a Linear without a recognised name\\)"):
+        LoftUp.from_pretrained(torch.nn.Linear(2, 2))
+
+
+def test_a_folder_wins_over_a_backbones_name(bundled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    up = LoftUp(24)
+    up.save_pretrained("resnet18")
+    assert same(LoftUp.from_pretrained("resnet18"), up)
+
+
+def test_the_published_ones_stay_the_list():
+    assert [checkpoint.name for checkpoint in list_pretrained()] == list(PUBLISHED)
+    assert set(BUNDLED) == {"any", "tiny"}
+    assert not set(BUNDLED) & set(PUBLISHED)
