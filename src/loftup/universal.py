@@ -1,4 +1,4 @@
-"""The universal upsampler: attention weights from the image and the coordinates, values that are the features themselves.
+"""The universal upsampler: attention from the image and the coordinates, values that are the features themselves.
 
 The published network projects features, so it belongs to one backbone and its output leaves the backbone's space. Here
 every output vector is a convex combination of the backbone's vectors around it (the idea of joint bilateral upsampling,
@@ -11,7 +11,9 @@ around its own, and weighs them by
 - how well the cell's features agree with those that a first round of attention gives the pixel, by the cosine of
   standardised features, which knows no channel order or count.
 
-Heads differ in all three; every pixel mixes their weights by its code.
+Heads differ in all three; every pixel mixes their weights by its code. How wide a head looks, how much it trusts
+agreement and how much it counts also follow from how alike neighbouring cells are on average, two numbers a picture:
+features of a large receptive field are smooth, blur outlines over more cells, and want wider windows.
 """
 
 import math
@@ -113,11 +115,32 @@ class Prepared:
         keys: (B, h + 2r, w + 2r, D + heads), mean codes, then each head's constant.
         directions: (B, h + 2r, w + 2r, C), standardised features of length 1.
         values: (B, h + 2r, w + 2r, C), the features.
+        settings: of every picture, not padded.
     """
 
     keys: Tensor
     directions: Tensor
     values: Tensor
+    settings: "Settings"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a picture's statistics make of the heads.
+
+    Attributes:
+        sharpness: (B, 1 + heads), 1 / (2 width^2) of the bells in cells.
+        strength: (B, heads), factor on the agreement.
+        shares: (B, heads), added to what the pixels' codes say of each head's share.
+    """
+
+    sharpness: Tensor
+    strength: Tensor
+    shares: Tensor
+
+    def repeat(self, times: int) -> "Settings":
+        """Each picture's settings so many times in a row."""
+        return Settings(*(x.repeat_interleave(times, 0) for x in (self.sharpness, self.strength, self.shares)))
 
 
 class UniversalUpsampler(nn.Module):
@@ -137,14 +160,16 @@ class UniversalUpsampler(nn.Module):
         self.mixed = nn.Parameter(torch.zeros(rounds))
         self.agreement = nn.Parameter(torch.full((self.heads,), -0.5))
         self.gate = nn.Linear(rounds * self.depth, self.heads)
+        self.adapt = nn.Linear(2, rounds + 2 * self.heads)
         with torch.no_grad():
             # At first the codes are colours, so that training starts from joint bilateral upsampling.
             nn.init.orthogonal_(self.encoder.colour.weight.view(rounds * self.depth, 3)[:, :])
             self.encoder.colour.weight.mul_(3.0 * math.sqrt(rounds))
             self.encoder.fine_out.weight.mul_(0.3)
             self.encoder.coarse_out.weight.mul_(0.3)
-            self.gate.weight.zero_()
-            self.gate.bias.zero_()
+            for layer in (self.gate, self.adapt):
+                layer.weight.zero_()
+                layer.bias.zero_()
 
     def prepare(self, features: Tensor, codes: Tensor, rows: Axis, columns: Axis) -> Prepared:
         """Keys and values of all cells, from features (B, C, h, w) and codes (B, D, H, W)."""
@@ -175,7 +200,14 @@ class UniversalUpsampler(nn.Module):
         keys = torch.cat(
             [F.pad(keys[..., : mean.shape[-1]], around), F.pad(keys[..., mean.shape[-1] :], around, value=FAR)], -1
         )
-        return Prepared(keys, F.pad(directions, around), F.pad(values, around))
+        return Prepared(keys, F.pad(directions, around), F.pad(values, around), self.settings(directions))
+
+    def settings(self, directions: Tensor) -> Settings:
+        """From standardised features of length 1, (B, h, w, C)."""
+        alike = torch.stack([_autocorrelation(directions, step) for step in (1, 2)], -1)
+        # 0.4 and 3 bring them to about 0 and 1.
+        width, shares, strength = self.adapt(alike - 0.4).mul(3).split([1 + self.heads, self.heads, self.heads], -1)
+        return Settings(0.5 * torch.exp(-2 * (self.log_width + width)), F.softplus(self.agreement + strength), shares)
 
     def window(self, grid: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
         """Windows of a padded grid (B, h + 2r, w + 2r, E) around cells: (B, rows, columns, K, E)."""
@@ -183,7 +215,9 @@ class UniversalUpsampler(nn.Module):
         part = grid[:, top : bottom + side - 1, left : right + side - 1]
         return part.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
-    def weights(self, queries: Tensor, down: Tensor, across: Tensor, keys: Tensor, directions: Tensor) -> Tensor:
+    def weights(
+        self, queries: Tensor, down: Tensor, across: Tensor, keys: Tensor, directions: Tensor, settings: Settings
+    ) -> Tensor:
         """Attention weights of pixels on the cells of their windows.
 
         Args:
@@ -192,6 +226,7 @@ class UniversalUpsampler(nn.Module):
             across: (n, P), likewise.
             keys: (n, K, D + heads), the window's.
             directions: (n, K, C), the window's.
+            settings: of the n cells' pictures.
 
         Returns:
             (n, P, K), not negative, with sum 1.
@@ -201,28 +236,27 @@ class UniversalUpsampler(nn.Module):
         far_down, far_across = steps.repeat_interleave(len(steps)), steps.repeat(len(steps))  # (K,)
         fade = self._fade(down, steps)[..., :, None] + self._fade(across, steps)[..., None, :]
         fade = fade.flatten(-2)
-        sharpness = 0.5 * torch.exp(-2 * self.log_width)
         place = torch.stack([down, across], -1)  # (n, P, 2)
+        cells = torch.stack([far_down, far_across], -1).expand(len(keys), -1, -1)
+        constants = keys[..., queries.shape[-1] :]
         gram = directions @ directions.mT  # (n, K, K)
 
         def scores(head: int) -> Tensor:
             part = slice(head * depth, (head + 1) * depth)
-            codes, constant = keys[..., part], keys[..., -len(sharpness) + head]
-            cells = torch.stack([far_down, far_across], -1).expand(len(keys), -1, -1)
-            asked = torch.cat([2 * queries[..., part], 2 * sharpness[head] * place], -1)
-            given = torch.cat([codes, cells], -1)
-            constant = constant - sharpness[head] * (far_down.square() + far_across.square())
+            sharpness = settings.sharpness[:, head, None]
+            asked = torch.cat([2 * queries[..., part], 2 * sharpness[..., None] * place], -1)
+            given = torch.cat([keys[..., part], cells], -1)
+            constant = constants[..., head] - sharpness * (far_down.square() + far_across.square())
             return torch.baddbmm(constant[:, None], asked, given.mT) + fade
 
         first = scores(0).softmax(-1)
         agreement = first @ gram
         length = (agreement * first).sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
         agreement = agreement / length
-        shares = F.linear(queries, self.gate.weight.to(queries.dtype), self.gate.bias.to(queries.dtype)).softmax(-1)
-        strength = F.softplus(self.agreement)
+        shares = (self.gate(queries) + settings.shares[:, None]).softmax(-1)
         total = torch.zeros_like(first)
         for head in range(self.heads):
-            attention = torch.softmax(scores(1 + head) + strength[head] * agreement, -1)
+            attention = torch.softmax(scores(1 + head) + settings.strength[:, head, None, None] * agreement, -1)
             total = total + shares[..., head, None] * attention
         return total
 
@@ -290,8 +324,22 @@ class UniversalUpsampler(nn.Module):
             places_across.reshape(-1, p * q).to(queries.dtype),
             keys,
             directions,
+            prepared.settings.repeat(n * m),
         )
         return (weights @ values).view(batch, n, m, p, q, -1)
+
+
+def _autocorrelation(directions: Tensor, step: int) -> Tensor:
+    """Mean cosine (B,) of cells a few steps apart along either axis, of (B, h, w, C); 1 where no two are."""
+    pairs = [
+        (a * b).sum(-1).flatten(1)
+        for a, b in (
+            (directions[:, step:], directions[:, :-step]),
+            (directions[:, :, step:], directions[:, :, :-step]),
+        )
+    ]
+    means = [x.mean(1) for x in pairs if x.shape[1]]
+    return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))
 
 
 def cut_axis(axis: Axis, first: int, last: int) -> Axis:

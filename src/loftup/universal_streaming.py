@@ -30,7 +30,7 @@ from .streaming import (
     _plain_arithmetic,
     apply_head,
 )
-from .universal import UniversalUpsampler, make_axis
+from .universal import Settings, UniversalUpsampler, make_axis
 from .universal_codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Grid:
         keys: ((h + 2r) * (w + 2r), D + heads).
         directions: ((h + 2r) * (w + 2r), C).
         values: ((h + 2r) * (w + 2r), E), the features, or a linear head's values for them.
+        settings: of the picture.
         width: w + 2r.
         side: of a window, 2r + 1.
     """
@@ -61,6 +62,7 @@ class Grid:
     keys: Tensor
     directions: Tensor
     values: Tensor
+    settings: Settings
     width: int
     side: int
 
@@ -77,17 +79,17 @@ class Attention:
 
     def __init__(self, net: UniversalUpsampler) -> None:
         self.net = net
-        self.sharpness = 0.5 * torch.exp(-2 * net.log_width)
-        self.strength = F.softplus(net.agreement).tolist()
         self.steps = torch.arange(-net.radius, net.radius + 1, device=net.log_width.device, dtype=net.log_width.dtype)
 
-    def bias(self, offsets: Tensor) -> Tensor:
-        """What one axis adds to the scores: (n, P) offsets to (1 + heads, n, side, P)."""
+    def bias(self, offsets: Tensor, settings: Settings) -> Tensor:
+        """What one axis adds to the scores of one picture: (n, P) offsets to (1 + heads, n, side, P)."""
         steps = self.steps[:, None]
         near = 2 * offsets[:, None] * steps - steps.square()
-        return self.sharpness[:, None, None, None] * near + self.net._fade(offsets, self.steps).mT
+        return settings.sharpness[0, :, None, None, None] * near + self.net._fade(offsets, self.steps).mT
 
-    def __call__(self, queries: Tensor, keys: Tensor, gram: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    def __call__(
+        self, queries: Tensor, keys: Tensor, gram: Tensor, down: Tensor, across: Tensor, settings: Settings
+    ) -> Tensor:
         """Attention weights of pixels on the cells of their windows.
 
         Args:
@@ -96,6 +98,7 @@ class Attention:
             gram: (n * m, K, K), products of the windows' directions.
             down: (1 + heads, n, 1, side, 1, P, 1), see :meth:`bias`.
             across: (1 + heads, 1 or n, m, 1, side, 1, Q), likewise.
+            settings: of the one picture.
 
         Returns:
             (n * m, K, P * Q), not negative, with sum 1 over K.
@@ -113,9 +116,9 @@ class Attention:
         first = scores(0).softmax(1)
         agreement = gram @ first
         agreement *= (agreement * first).sum(1, keepdim=True).clamp_(min=1e-6).rsqrt_()
-        shares = (net.gate.weight @ pixels).add_(net.gate.bias[:, None]).softmax(1)
+        shares = (net.gate.weight @ pixels).add_((net.gate.bias + settings.shares[0])[:, None]).softmax(1)
         total = torch.zeros_like(first)
-        for head, strength in enumerate(self.strength):
+        for head, strength in enumerate(settings.strength[0].tolist()):
             attention = scores(1 + head).add_(agreement, alpha=strength).softmax(1)
             total.addcmul_(attention, shares[:, head, None])
         return total
@@ -227,7 +230,7 @@ class Job:
         if values is not features:
             averaged = F.pad(values.movedim(1, -1).to(mean.dtype), (0, 0, r, r, r, r))
         keys, directions, averaged = (t.flatten(0, 2) for t in (prepared.keys, prepared.directions, averaged))
-        return Grid(keys, directions, averaged, w + 2 * r, 2 * r + 1)
+        return Grid(keys, directions, averaged, prepared.settings, w + 2 * r, 2 * r + 1)
 
     def pieces(self) -> Iterator[Piece]:
         """The output, rectangle by rectangle."""
@@ -252,8 +255,9 @@ class Job:
             self.codes.at(y, x)[:, None],
             grid.windows(grid.keys, rows, columns),
             directions @ directions.mT,
-            bias(down.to(dtype)[:, None])[:, :, None, :, None, :, None],
-            bias(across.to(dtype)[:, None])[:, :, None, None, :, None, :],
+            bias(down.to(dtype)[:, None], grid.settings)[:, :, None, :, None, :, None],
+            bias(across.to(dtype)[:, None], grid.settings)[:, :, None, None, :, None, :],
+            grid.settings,
         )
         return (grid.windows(grid.values, rows, columns).mT @ weights)[..., 0]
 
@@ -265,8 +269,9 @@ class Job:
             x.flatten(0, 1),
             grid.windows(grid.keys, rows, columns),
             directions @ directions.mT,
-            bias(down.offsets)[:, :, None, :, None, :, None],
-            bias(across.offsets)[:, None, :, None, :, None, :],
+            bias(down.offsets, grid.settings)[:, :, None, :, None, :, None],
+            bias(across.offsets, grid.settings)[:, None, :, None, :, None, :],
+            grid.settings,
         )
         made = grid.windows(grid.values, rows, columns).mT @ weights
         return Piece(made.view(len(down), len(across), -1, down.pixels.shape[1], across.pixels.shape[1]), down, across)
