@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
-import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .bundled import ANY, TINY
 from .options import add_eval_commands, add_mask_options, add_model_options
 from .pictures import IMAGE_SUFFIXES
 
@@ -23,6 +24,11 @@ __all__ = ["main"]
 
 # What a user's files, names and machine can cause: LoftUpError is a ValueError, torch's out-of-memory a RuntimeError.
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+
+IN_PACKAGE: tuple[dict[str, Any], ...] = (  # in the fields of published.Checkpoint; None for any
+    {"name": ANY, "channels": None, "patch_size": None, "licence": "MIT", "backbones": ["any"]},
+    {"name": TINY, "channels": 192, "patch_size": 16, "licence": "MIT", "backbones": [TINY]},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"loftup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="picture of an image's features: low-res, bilinear, LoftUp")
-    demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="photograph; a drawn scene if left out")
-    add_model_options(demo)
+    demo = commands.add_parser(
+        "demo",
+        help="picture of an image's features: low-res, bilinear, LoftUp; needs no network as it stands",
+    )
+    demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="photograph; default: one in the package")
+    add_model_options(demo, backbone=None)
     demo.add_argument("-o", "--output", type=Path, default=Path("loftup_demo.png"), metavar="FILE")
     demo.set_defaults(run=_demo)
 
@@ -68,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("--overwrite", action="store_true", help="write files anew that are there already")
     features.set_defaults(run=_features)
 
-    listing = commands.add_parser("list", help="published weights")
+    listing = commands.add_parser("list", help="weights: published ones, and those in the package")
     listing.add_argument("--json", action="store_true", help="as JSON, with all fields")
     listing.set_defaults(run=_list)
 
@@ -89,29 +98,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _models(arguments: argparse.Namespace) -> "tuple[Backbone, LoftUp]":
-    """Backbone and upsampler that the options name, on the device, checked against each other."""
-    import torch
+def _models(arguments: argparse.Namespace, *names: str) -> "tuple[Backbone, list[LoftUp]]":
+    """Backbone and upsamplers on the device, checked against each other.
 
+    Args:
+        arguments: of the command; ``arguments.backbone`` is the backbone.
+        names: of the upsamplers' weights; left out, the one that the options name.
+    """
     from .backbones import Upsampled
     from .hub import UnreachableError
-    from .model import LoftUp
 
     _check_device(arguments.device)
     try:
-        up = LoftUp.from_pretrained(
-            arguments.weights or arguments.backbone, device=arguments.device, dtype=getattr(torch, arguments.dtype)
-        )
+        ups = [_upsampler(arguments, name) for name in names or (arguments.weights or arguments.backbone,)]
     except UnreachableError as error:
-        if arguments.backbone_weights:
+        if arguments.backbone_weights or arguments.backbone == TINY:
             raise
         raise UnreachableError(
             f"{error}. The backbone's weights are needed too{_repository(arguments.backbone)}: give both --weights and "
             "--backbone-weights"
         ) from error
     backbone = backbone_of(arguments)
-    Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
-    return backbone, up
+    for up in ups:
+        Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
+    return backbone, ups
+
+
+def _upsampler(arguments: argparse.Namespace, name: str) -> "LoftUp":
+    """The upsampler of that name; warnings, such as of a stand-in, are lines of their own on stderr."""
+    import torch
+
+    from .model import LoftUp
+
+    dtype = getattr(torch, arguments.dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        up = LoftUp.from_pretrained(name, device=arguments.device, dtype=dtype, strict=arguments.strict)
+    for warning in caught:
+        text = " ".join(str(warning.message).split()).replace("strict=True", "--strict")
+        print(f"loftup {arguments.command}: {text}", file=sys.stderr)
+    return up
 
 
 def backbone_of(arguments: argparse.Namespace) -> "Backbone":
@@ -152,8 +178,10 @@ def _repository(backbone: str) -> str:
     return f", from the Hub repository {config.hf_hub_id!r}" if config and config.hf_hub_id else ""
 
 
-def _run(arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", image: Any) -> "tuple[Tensor, Tensor]":
-    """Low-resolution and upsampled features, (1, C, h, w) and (1, C, H, W), of a PIL image or path."""
+def _run(
+    arguments: argparse.Namespace, backbone: "Backbone", ups: "Sequence[LoftUp]", image: Any
+) -> "tuple[Tensor, list[Tensor]]":
+    """Features of a PIL image or path, (1, C, h, w), and what each upsampler makes of them, (1, C, H, W)."""
     import torch
 
     large = backbone.preprocess(image)
@@ -163,7 +191,7 @@ def _run(arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", imag
     small = backbone.preprocess(image, size=(max(1, round(height * scale)), max(1, round(width * scale))))
     with torch.inference_mode():
         features = backbone(small.to(arguments.device))
-        return features, up(features, large.to(arguments.device), size=size)
+        return features, [up(features, large.to(arguments.device), size=size) for up in ups]
 
 
 def _within(height: int, width: int, longest: int) -> tuple[int, int]:
@@ -172,35 +200,9 @@ def _within(height: int, width: int, longest: int) -> tuple[int, int]:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    import torch.nn.functional as F
+    from .demo import run
 
-    from .pictures import check_suffix, open_picture, require_pillow
-    from .viz import compare
-
-    pil = require_pillow()
-    check_suffix(arguments.output)
-    picture = drawn_scene() if arguments.image is None else open_picture(arguments.image)
-    backbone, up = _models(arguments)
-    start = time.perf_counter()
-    low, high = _run(arguments, backbone, up, picture)
-    seconds = time.perf_counter() - start
-    size = (int(high.shape[-2]), int(high.shape[-1]))
-    name = backbone.name or arguments.backbone
-    if arguments.backbone_weights:
-        name = name.partition(".")[0]  # the tag tells timm's weights
-    maps = {
-        f"{name} {low.shape[-2]}x{low.shape[-1]}": low,
-        "bilinear": F.interpolate(low.float(), size, mode="bilinear", align_corners=False),
-        "LoftUp": high,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    shown = picture.resize((size[1], size[0]), pil.Resampling.BICUBIC)
-    compare(shown, maps).save(arguments.output)
-    print(
-        f"{arguments.backbone}: {tuple(low.shape[1:])} -> {tuple(high.shape[1:])} in {seconds:.1f} s; "
-        f"wrote {arguments.output}"
-    )
-    return 0
+    return run(arguments, _models, _run)
 
 
 def drawn_scene(height: int = 336, width: int = 448) -> "Image.Image":
@@ -241,12 +243,12 @@ def _features(arguments: argparse.Namespace) -> int:
         print(f"{skipped} of {len(images)} images are finished already", file=sys.stderr)
     if not waiting:
         return 0
-    backbone, up = _models(arguments)
+    backbone, ups = _models(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = 0
     for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
         try:
-            _write_features(arguments, backbone, up, image, targets[image], settings)
+            _write_features(arguments, backbone, ups, image, targets[image], settings)
         except FAILURES as error:
             failed += 1
             tqdm.write(f"loftup features: {image}: {_one_line(error)}", file=sys.stderr)
@@ -257,7 +259,7 @@ def _features(arguments: argparse.Namespace) -> int:
 def _write_features(
     arguments: argparse.Namespace,
     backbone: "Backbone",
-    up: "LoftUp",
+    ups: "Sequence[LoftUp]",
     image: Path,
     target: Path,
     settings: dict[str, str],
@@ -270,7 +272,7 @@ def _write_features(
     from .weights import write_atomically
 
     read = {"image": image.name, "image_file": stamp(image)}
-    _, high = _run(arguments, backbone, up, open_picture(image))
+    _, (high,) = _run(arguments, backbone, ups, open_picture(image))
     half = high[0].to(torch.float16)
     if not bool(half.isfinite().all()):
         raise ValueError(f"features reach {high.abs().max():.3g}, beyond what float16 holds")
@@ -312,16 +314,23 @@ def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    import dataclasses
+    from dataclasses import asdict, fields
 
-    from .published import list_pretrained
+    from .published import Checkpoint, list_pretrained
 
-    checkpoints = list_pretrained()
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(checkpoint) for checkpoint in checkpoints], indent=2))
+        unknown = {field.name: None for field in fields(Checkpoint)}
+        entries = [{**asdict(checkpoint), "in_package": False} for checkpoint in list_pretrained()]
+        entries += [{**unknown, **weights, "in_package": True} for weights in IN_PACKAGE]
+        print(json.dumps(entries, indent=2))
         return 0
     rows = [("NAME", "C", "PATCH", "HUB REPOSITORY", "LICENCE", "BACKBONE (timm)")]
-    rows += [(c.name, str(c.channels), str(c.patch_size), c.repo, c.licence, c.timm) for c in checkpoints]
+    rows += [(c.name, str(c.channels), str(c.patch_size), c.repo, c.licence, c.timm) for c in list_pretrained()]
+    for weights in IN_PACKAGE:
+        channels, patch_size = (str(weights[key] or "any") for key in ("channels", "patch_size"))
+        rows.append(
+            (weights["name"], channels, patch_size, "in the package", weights["licence"], *weights["backbones"])
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -19,10 +19,11 @@ TASKS = {
 }
 
 
-def add_backbone_options(parser: argparse.ArgumentParser) -> None:
-    """Options that name a backbone and a device."""
+def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = "dinov2_vits14") -> None:
+    """Options that name a backbone and a device; with no default, what comes in the package is meant."""
     add = parser.add_argument
-    add("--backbone", default="dinov2_vits14", metavar="NAME", help="loftup's or timm's name (default: %(default)s)")
+    shown = "%(default)s" if default else "tiny and its upsamplers, all in the package"
+    add("--backbone", default=default, metavar="NAME", help=f"loftup's or timm's name (default: {shown})")
     add("--backbone-weights", metavar="FILE", help="local weights of the backbone; default: from the Hub")
     add("--layer", type=int, metavar="K", help="stage or block of the backbone to take; default: its last")
     add("--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="passed to timm, repeatable")
@@ -31,11 +32,16 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="torch device (default: %(default)s)")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options that name a backbone, an upsampler, sizes, device and dtype."""
-    add_backbone_options(parser)
+def add_model_options(parser: argparse.ArgumentParser, backbone: str | None = "dinov2_vits14") -> None:
+    """Options that name a backbone, an upsampler, sizes, device and dtype; ``backbone`` is the default one."""
+    add_backbone_options(parser, backbone)
     add = parser.add_argument
-    add("--weights", metavar="NAME|PATH", help="LoftUp weights: name, repository, folder, file; default: --backbone's")
+    add(
+        "--weights",
+        metavar="NAME|PATH",
+        help="LoftUp weights: name (any: for every backbone), repository, folder, file; default: --backbone's",
+    )
+    add("--strict", action="store_true", help="refuse a backbone without LoftUp weights of its own; else it gets any")
     add(
         "--size",
         nargs=2,

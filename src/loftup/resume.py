@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
+from .bundled import BUNDLED, TINY
 from .published import find_checkpoint
 from .weights import CONFIG, PICKLE, SAFETENSORS
 
@@ -15,9 +16,10 @@ __all__ = ["finished", "settings_of", "stamp"]
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
     """What decides the content of a features file, as safetensors metadata."""
+    own = "in the package" if arguments.backbone == TINY else "from the Hub"
     return {
         "backbone": arguments.backbone,
-        "backbone_weights": _identity(arguments.backbone_weights) if arguments.backbone_weights else "from the Hub",
+        "backbone_weights": _identity(arguments.backbone_weights) if arguments.backbone_weights else own,
         "weights": _identity(arguments.weights or arguments.backbone, known=True),
         "layer": "last" if arguments.layer is None else str(arguments.layer),
         "options": json.dumps(dict(arguments.option), sort_keys=True),
@@ -34,10 +36,11 @@ def _identity(source: str, known: bool = False) -> str:
 
     Args:
         source: name or path.
-        known: names of published weights win over paths, as in :meth:`loftup.LoftUp.from_pretrained`.
+        known: names of weights, published or in the package, win over paths, as in
+            :meth:`loftup.LoftUp.from_pretrained`.
     """
     path = Path(source).expanduser()
-    if (known and find_checkpoint(source)) or not path.exists():
+    if (known and (source in BUNDLED or find_checkpoint(source))) or not path.exists():
         return source
     files = [path / name for name in (SAFETENSORS, PICKLE, CONFIG)] if path.is_dir() else [path]
     return " ".join([path.resolve().name, *(stamp(file) for file in files if file.exists())])

@@ -56,6 +56,7 @@ def check(config: "TrainConfig") -> None:
         "model.radius": model.radius,
         "model.code_width": model.code_width,
         "objective.mask_bicubic.masks": objective.mask_bicubic.masks,
+        "objective.segments.masks": objective.segments.masks,
         "objective.self_distillation.masks": distillation.masks,
         "objective.self_distillation.crops": distillation.crops,
         "objective.self_distillation.every": distillation.every,
@@ -78,6 +79,7 @@ def check(config: "TrainConfig") -> None:
         "objective.mask_bicubic.weight": objective.mask_bicubic.weight,
         "objective.self_distillation.weight": distillation.weight,
         "objective.high_resolution.weight": objective.high_resolution.weight,
+        "objective.segments.weight": objective.segments.weight,
         "objective.multi_view.weight": views.weight,
         "objective.total_variation.weight": objective.total_variation.weight,
     }.items():
@@ -173,6 +175,11 @@ def _check_backbones(config: "TrainConfig") -> None:
         raise LoftUpError(
             f"{count} backbones with model.values=projected, a network for one number of channels; set "
             "model.values=features, or give a single backbone"
+        )
+    if config.objective.segments.weight and model.values == "projected":
+        raise LoftUpError(
+            f"objective.segments.weight={config.objective.segments.weight:g} with model.values=projected, whose "
+            "attention does not average what it is given; set model.values=features, or objective.segments.weight=0"
         )
     if model.channel_dropout and model.values == "projected":
         raise LoftUpError(

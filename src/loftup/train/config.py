@@ -21,6 +21,7 @@ __all__ = [
     "MultiViewConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "SegmentsConfig",
     "SelfDistillationConfig",
     "TotalVariationConfig",
     "TrainConfig",
@@ -168,6 +169,21 @@ class HighResolutionConfig:
 
 
 @dataclass
+class SegmentsConfig:
+    """A probe of every picture's masks, read at low resolution and judged on the output's pixels.
+
+    Args:
+        weight: of the term; for ``model.values=features`` alone.
+        ridge: of the probe, as a share of the mean squared length of a cell's features.
+        masks: at most so many of a picture, drawn at random.
+    """
+
+    weight: float = 0.0
+    ridge: float = 0.3
+    masks: int = 32
+
+
+@dataclass
 class MultiViewConfig:
     """FeatUp's consistency: downsampled dense features of a moved view equal the backbone's features of that view.
 
@@ -200,6 +216,7 @@ class ObjectiveConfig:
     mask_bicubic: MaskBicubicConfig = field(default_factory=MaskBicubicConfig)
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     high_resolution: HighResolutionConfig = field(default_factory=HighResolutionConfig)
+    segments: SegmentsConfig = field(default_factory=SegmentsConfig)
     multi_view: MultiViewConfig = field(default_factory=MultiViewConfig)
     total_variation: TotalVariationConfig = field(default_factory=TotalVariationConfig)
 

@@ -160,22 +160,24 @@ class TrainingViews(Dataset[Sample]):
         index, picture, unreadable = self._read(step, slot, generator)
         height, width = picture.image.shape[1:]
         view = draw_view(self.config, height, width, self._view_generator(index, generator))
-        distillation, bicubic = self.config.objective.self_distillation, self.config.objective.mask_bicubic
+        objective = self.config.objective
+        distillation = objective.self_distillation
         cut = _Cropper(picture, view)
 
         whole, size, output = (0, 0, plan.output, plan.output), plan.size, plan.output
         image = cut.image(whole, output, size)
         guidance = image if output == size else cut.image(whole, output, output)
         masks = torch.zeros(0, output, output, dtype=torch.bool)
-        if bicubic.weight:
-            masks = cut.masks(whole, output, output, bicubic.masks, generator)
+        limits = [term.masks for term in (objective.mask_bicubic, objective.segments) if term.weight]
+        if limits:
+            masks = cut.masks(whole, output, output, max(limits), generator)
         crops = []
         for box in plan.crops:
             crop_masks = torch.zeros(0, size, size, dtype=torch.bool)
             if distillation.refine:
                 crop_masks = cut.masks(box, output, size, distillation.masks, generator)
             crops.append((cut.image(box, output, size), crop_masks))
-        takes_masks = bicubic.weight or (distillation.weight and distillation.refine)
+        takes_masks = limits or (distillation.weight and distillation.refine)
         shown = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
         large = None
         if plan.region is not None:

@@ -18,7 +18,9 @@ __all__ = [
     "distance",
     "mask_bicubic_target",
     "mask_refine",
+    "membership_loss",
     "pool_to",
+    "read_membership",
     "total_variation",
 ]
 
@@ -82,6 +84,56 @@ def mask_bicubic_target(
         ValueError: as :func:`mask_refine`.
     """
     return mask_refine(F.interpolate(features, size, mode="bicubic", align_corners=False), masks, alpha, limit)
+
+
+def read_membership(features: Tensor, masks: Tensor, ridge: float = 0.3) -> Tensor:
+    """How far a linear probe of the features sees each cell of a picture in each mask.
+
+    For every cell the probe is the ridge regression of the masks' shares of the other cells on their features, so that
+    what it says of a cell is a guess, with the blur and the noise that the features have, and not what it was told. It
+    comes in closed form from the regression on all cells (leave-one-out residuals are ``e / (1 - H_ii)``).
+
+    Args:
+        features: (C, h, w), standardised over the cells.
+        masks: (M, H, W) bool.
+        ridge: as a share of the mean squared length of a cell's features.
+
+    Returns:
+        (M, h, w), about 0 outside and 1 inside, in the dtype of ``features``, float32 at least; no gradients.
+    """
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        x = _wide(features).flatten(1).mT  # (cells, C)
+        share = F.adaptive_avg_pool2d(masks.to(x.dtype), features.shape[-2:])
+        known = share.flatten(1).mT
+        gram = x @ x.mT
+        gram = gram / gram.diagonal().mean().clamp(min=1e-12)
+        hat = torch.linalg.solve(gram + ridge * torch.eye(len(x), device=x.device, dtype=x.dtype), gram).mT
+        hat = hat + 1 / len(x)  # the mean, which is not shrunk
+        mean = known.mean(0)
+        missed = known - mean - (hat - 1 / len(x)) @ (known - mean)
+        guess = known - missed / (1 - hat.diagonal().clamp(max=0.95))[:, None]
+        return guess.mT.reshape(share.shape)
+
+
+def membership_loss(read: Tensor, masks: Tensor) -> Tensor:
+    """Mean squared error of a membership at pixels, every mask's inside and outside weighing the same.
+
+    Balanced so that a small mask, a pole or a bird, counts as much as the sky.
+
+    Args:
+        read: (M, H, W), :func:`read_membership` after upsampling.
+        masks: (M, H, W) bool.
+
+    Returns:
+        A scalar, the mean over the masks that have both an inside and an outside; 0 if there are none.
+    """
+    inside = masks.to(read.dtype).flatten(1)
+    counts = inside.sum(1)
+    outside = inside.shape[1] - counts
+    error = (read.flatten(1) - inside).square()
+    balanced = (error * inside).sum(1) / counts.clamp(min=1) + (error * (1 - inside)).sum(1) / outside.clamp(min=1)
+    both = (counts > 0) & (outside > 0)
+    return (balanced * both).sum() / (2 * both.sum().clamp(min=1))
 
 
 def affinity_loss(student: Tensor, teacher: Tensor) -> Tensor:

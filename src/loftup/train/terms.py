@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..model import LoftUp
+from ..universal import UniversalUpsampler
 from .cache import open_caches
 from .config import TrainConfig
 from .data import Batch
 from .multiview import AttentionDownsampler, draw_motions
-from .objectives import crop_border, distance, mask_refine, pool_to, total_variation
+from .objectives import (
+    crop_border,
+    distance,
+    mask_refine,
+    membership_loss,
+    pool_to,
+    read_membership,
+    total_variation,
+)
 from .several import backbone_list
 from .standardise import draw_channels, standardisation
 from .start import freeze_batch_norm
@@ -116,6 +125,8 @@ class Objective(nn.Module):
             terms["mask_bicubic"], compared["bicubic"] = self._mask_bicubic(output.dense, normalised, batch)
         if objective.high_resolution.weight:
             terms["high_resolution"] = self._high_resolution(output.dense, batch, see)
+        if objective.segments.weight:
+            terms["segments"] = self._segments(normalised, batch)
         if objective.multi_view.weight:
             terms["multi_view"] = self._multi_view(output.dense, batch, see)
         if objective.total_variation.weight:
@@ -230,6 +241,24 @@ class Objective(nn.Module):
         )
         pooled = pool_to(student, (target.shape[-2], target.shape[-1]))
         return distance(pooled, target, self.config.objective.high_resolution.distance)
+
+    def _segments(self, normalised: Tensor, batch: Batch) -> Tensor:
+        """What a probe reads off the cells, averaged by the student's attention, against the masks' pixels."""
+        settings = self.config.objective.segments
+        masks = [of_picture[: settings.masks] for of_picture in batch.masks]
+        most = max(map(len, masks))
+        h, w = normalised.shape[-2:]
+        values = normalised.new_zeros(len(masks), max(1, most), h, w)
+        for index, of_picture in enumerate(masks):
+            if len(of_picture):
+                values[index, : len(of_picture)] = read_membership(normalised[index], of_picture, settings.ridge)
+        network = cast(UniversalUpsampler, self.up.upsampler)
+        read = network(normalised, batch.guidance, batch.window, values)
+        losses = [
+            membership_loss(own[: len(of_picture)], _cut(of_picture, batch.window))
+            for own, of_picture in zip(read, masks, strict=True)
+        ]
+        return torch.stack(losses).mean()
 
     def _multi_view(self, dense: Tensor, batch: Batch, see: See) -> Tensor:
         assert self.downsampler is not None
