@@ -1,6 +1,7 @@
 """The command, end to end on small weights."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 import loftup
 import loftup.viz
 from loftup import LoftUp, LoftUpConfig
+from loftup.bundled import BUNDLED
 from loftup.cli import drawn_scene, main
+from loftup.demo import PHOTO
 
 MOBILENET = ["--layer", "1", "--option", "pad_type=same", "--mean", ".5", ".5", ".5", "--std", ".5", ".5", ".5"]
 
@@ -40,11 +43,157 @@ def photos(tmp_path):
     return folder
 
 
-def test_demo_draws_a_scene_when_no_image_is_given(models, tmp_path, capsys):
-    assert main(["demo", *models, "-o", str(tmp_path / "new" / "out.png")]) == 0
-    out = capsys.readouterr().out
-    assert "-> (32, 48, 64) in" in out
-    assert Image.open(tmp_path / "new" / "out.png").width == 4 * 64 + 3 * 4
+@pytest.fixture
+def offline(monkeypatch):
+    """No connection can be made, and the Hub's client is told so."""
+    import huggingface_hub.constants
+
+    def refuse(*arguments):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the demo puts side by side."""
+    maps = {}
+    compare = loftup.viz.compare
+    monkeypatch.setattr("loftup.viz.compare", lambda image, given: maps.update(given) or compare(image, given))
+    return maps
+
+
+STAND_IN = (
+    "no LoftUp weights of its own for this backbone (named 'test_resnet'): using 'any', which takes features of any "
+    "backbone. --strict refuses instead; to train weights for this one, see `loftup train --help`\n"
+)
+
+
+def test_the_demo_needs_neither_arguments_nor_a_network(offline, shown, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    first, second = out.splitlines()
+    assert first == (
+        "Using what comes in the package: the backbone 'tiny' and the LoftUp weights 'any' and 'tiny'. "
+        "For published ones, from the Hub: loftup demo --backbone dinov2_vits14"
+    )
+    assert second.startswith("tiny: (192, 14, 21) -> (192, 341, 512) in ")
+    assert second.endswith("; wrote loftup_demo.png")
+    assert list(shown) == ["tiny 14x21", "bilinear", "LoftUp any", "LoftUp tiny"]
+    picture = Image.open("loftup_demo.png")
+    assert picture.size == (5 * 512 + 4 * 5, 341 + 2 * 18)
+    panel = picture.crop((0, 36, 512, 377)).resize((600, 400))
+    pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in (panel, Image.open(PHOTO))]
+    assert (pixels[0].float() - pixels[1].float()).abs().mean() < 5
+
+
+def test_the_demo_shows_what_the_library_gives(offline, shown, photos, tmp_path):
+    command = ["demo", str(photos / "scene0.png"), "--size", "48", "64", "-o", str(tmp_path / "new" / "x.png")]
+    assert main(command) == 0
+    assert Image.open(tmp_path / "new" / "x.png").width == 5 * 64 + 4 * 4
+    backbone = loftup.load_backbone("tiny")
+    with torch.inference_mode():
+        low = backbone(backbone.preprocess(photos / "scene0.png", size=(224, 299)))
+        image = backbone.preprocess(photos / "scene0.png")
+        for name in ("any", "tiny"):
+            torch.testing.assert_close(shown[f"LoftUp {name}"], LoftUp.from_pretrained(name)(low, image, size=(48, 64)))
+
+
+@pytest.mark.parametrize(
+    ("options", "caption", "line"),
+    [
+        (["--weights", "any"], "LoftUp any", "Using what comes in the package: the backbone 'tiny'. For published"),
+        (["--backbone", "tiny"], "LoftUp tiny", ""),
+        (["--backbone", "tiny", "--weights", "any"], "LoftUp any", ""),
+        (["--backbone", "tiny", "--strict"], "LoftUp tiny", ""),
+    ],
+)
+def test_a_demo_of_one_upsampler_in_the_package(offline, shown, photos, tmp_path, capsys, options, caption, line):
+    command = ["demo", str(photos / "scene0.png"), *options, "--size", "48", "64", "-o", str(tmp_path / "x.png")]
+    assert main(command) == 0
+    assert list(shown) == ["tiny 14x19", "bilinear", caption]
+    out, err = capsys.readouterr()
+    assert out.startswith(line or "tiny: ")
+    assert err == ""
+
+
+def test_the_photo_is_small_and_has_its_licence():
+    assert min(Image.open(PHOTO).size) <= 400
+    assert PHOTO.stat().st_size <= 120 * 1024
+    assert "CC0" in (PHOTO.parent / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--layer", "3"], "--layer"),
+        (["--backbone-weights", "mine.pth", "--option", "img_size=64"], "--backbone-weights, --option"),
+        (["--mean", "0", "0", "0", "--std", "1", "1", "1"], "--mean, --std"),
+    ],
+)
+def test_options_of_a_backbone_need_its_name(tmp_path, capsys, options, named):
+    assert main(["demo", *options, "-o", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err == (
+        f"loftup demo: error: {named} without --backbone: name the backbone too, such as --backbone dinov2_vits14\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["demo", "features"])
+def test_any_stands_in_with_one_line_unless_strict(offline, models, photos, tmp_path, capsys, command):
+    own = models.index("--weights")
+    words = [command, str(photos / "scene0.png"), *models[:own], *models[own + 2 :], "-o"]
+    assert main([*words, str(tmp_path / "refused.png"), "--strict"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"loftup {command}: error: no published LoftUp weights for this backbone (named 'test_resn")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "refused.png").exists()
+    assert main([*words, str(tmp_path / "warned.png")]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"loftup {command}: {STAND_IN}")
+    assert err.count("no LoftUp weights") == 1
+    assert "UserWarning" not in err
+    assert main([*words, str(tmp_path / "chosen.png"), "--weights", "any", "--strict"]) == 0
+    assert "no LoftUp weights" not in capsys.readouterr().err
+    assert (tmp_path / "warned.png").exists()
+
+
+def test_features_by_what_is_in_the_package(offline, photos, tmp_path, capsys):
+    command = ["features", str(photos / "scene0.png"), "--backbone", "tiny", "--size", "48", "64", "-o", str(tmp_path)]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "1 of 1 images are finished already" in capsys.readouterr().err
+    target = tmp_path / "scene0.png.safetensors"
+    backbone = loftup.load_backbone("tiny")
+    for name, options in (("tiny", []), ("any", ["--weights", "any", "--overwrite"])):
+        assert main([*command, *options]) == 0
+        with safe_open(target, framework="pt") as handle:
+            written, metadata = handle.get_tensor("features"), handle.metadata()
+        assert (metadata["backbone"], metadata["backbone_weights"]) == ("tiny", "in the package")
+        assert metadata["weights"] == name
+        with torch.inference_mode():
+            low = backbone(backbone.preprocess(photos / "scene0.png", size=(224, 299)))
+            image = backbone.preprocess(photos / "scene0.png")
+            expected = LoftUp.from_pretrained(name)(low, image, size=(48, 64))
+        torch.testing.assert_close(written, expected[0].half())
+    assert main(command) == 2
+    assert "written with other settings (weights 'any', now 'tiny')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(BUNDLED))
+def test_names_in_the_package_win_over_folders(models, photos, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(BUNDLED, name, tmp_path / "up")
+    LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
+    assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
+    with safe_open(tmp_path / "out" / "scene0.png.safetensors", framework="pt") as handle:
+        assert handle.metadata()["weights"] == name
+    LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
+    assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
 
 
 @pytest.mark.slow
@@ -268,15 +417,19 @@ def test_errors_are_one_line_and_status_two(models, tmp_path, capsys, change, te
 
 def test_without_a_network_the_demo_says_how_to_give_local_files(hub, tmp_path, capsys):
     hub.close()
-    assert main(["demo", "-o", str(tmp_path / "x.png")]) == 2
+    command = ["demo", "--backbone", "dinov2_vits14", "-o", str(tmp_path / "x.png")]
+    assert main(command) == 2
     err = capsys.readouterr().err
     assert "haiwen/loftup-dinov2s" in err
     assert "HF_HUB_OFFLINE=1" in err
     assert (
         "from the Hub repository 'timm/vit_small_patch14_dinov2.lvd142m': give both --weights and --backbone-w" in err
     )
-    assert main(["demo", "--backbone-weights", str(tmp_path / "mine.pth"), "-o", str(tmp_path / "x.png")]) == 2
-    assert "give both" not in capsys.readouterr().err
+    for own in (["--backbone-weights", str(tmp_path / "mine.pth")], ["--backbone", "tiny", "--weights", "me/mine"]):
+        assert main([*command, *own]) == 2
+        err = capsys.readouterr().err
+        assert "HF_HUB_OFFLINE=1" in err
+        assert "give both" not in err
 
 
 def test_two_images_of_one_name_are_refused(models, photos, tmp_path, capsys):
@@ -317,21 +470,34 @@ def test_pictures_that_cannot_be_written_are_refused_first(capsys, name):
     assert f"cannot write a picture named '{name}': expected a suffix such as .png" in capsys.readouterr().err
 
 
-def test_the_caption_names_timms_weights_only_where_they_are_used(models, tmp_path, monkeypatch):
-    captions = []
-    compare = loftup.viz.compare
-    monkeypatch.setattr("loftup.viz.compare", lambda image, maps: captions.extend(maps) or compare(image, maps))
+def test_the_caption_names_timms_weights_only_where_they_are_used(models, shown, tmp_path):
     assert main(["demo", *models, "-o", str(tmp_path / "x.png")]) == 0
-    assert captions == ["test_resnet 16x21", "bilinear", "LoftUp"]
+    assert list(shown) == ["test_resnet 16x24", "bilinear", "LoftUp"]
 
 
 def test_list(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
-    assert "haiwen/loftup-siglip2" in lines[-1]
+    assert len(lines) == 10
+    assert "haiwen/loftup-siglip2" in lines[-3]
+    assert [line.split() for line in lines[-2:]] == [
+        ["any", "any", "any", "in", "the", "package", "MIT", "any"],
+        ["tiny", "192", "16", "in", "the", "package", "MIT", "tiny"],
+    ]
+
+
+def test_list_as_json(capsys):
     assert main(["list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["channels"] == 384
+    entries = json.loads(capsys.readouterr().out)
+    published = loftup.list_pretrained()
+    assert [entry["name"] for entry in entries] == [*[checkpoint.name for checkpoint in published], *BUNDLED]
+    assert entries[0]["channels"] == 384
+    assert [entry["in_package"] for entry in entries] == [False] * len(published) + [True] * len(BUNDLED)
+    assert all(entry.keys() == entries[0].keys() for entry in entries)
+    for entry in entries[len(published) :]:
+        assert entry["channels"] == LoftUp.from_pretrained(entry["name"]).config.channels
+    backbone = loftup.load_backbone("tiny")
+    assert (entries[-1]["channels"], entries[-1]["patch_size"]) == (backbone.channels, backbone.patch_size)
 
 
 def test_the_command_is_installed():

@@ -66,6 +66,7 @@ def load_pretrained(
     if not only_path and name in BUNDLED:
         folder = BUNDLED[name]
         candidates, config = _candidates(_reader(folder), f"the installed folder {folder}")
+        dtype = dtype or torch.float32  # stored as float16 to keep the package small
     elif checkpoint:
         source = repository(checkpoint.repo)
         if (file := source.fetch(checkpoint.file)) is None:

@@ -53,12 +53,15 @@ def test_membership_finds_what_the_features_tell():
     assert (silent - 0.5).abs().max() < 0.02
 
 
-def test_membership_loss_weighs_inside_and_outside_alike():
-    masks = torch.tensor([[[True, False, False, False]], [[True, True, True, True]]])
-    read = torch.tensor([[[0.5, 0.1, 0.0, 0.2]], [[0.0, 0.0, 0.0, 0.0]]])
-    # 0.25 inside, (0.01 + 0 + 0.04) / 3 outside; the second mask has no outside and is left out.
-    close(membership_loss(read, masks), torch.tensor((0.25 + 0.05 / 3) / 2))
-    assert membership_loss(read[1:], masks[1:]) == 0
+def test_membership_loss_is_a_balanced_cross_entropy():
+    # Pixels: in the first mask alone (three), in both, in none.
+    masks = torch.tensor([[[1, 1, 1, 1, 0]], [[0, 0, 0, 1, 0]]], dtype=torch.bool)
+    read = torch.tensor([[[0.5, 0.1, 0.0, 0.2, 9.0]], [[0.0, 0.4, 0.0, 0.7, 0.0]]])
+    logits = (2 * read[:, 0, :4]).log_softmax(0)
+    first, second = 4**-0.5, 1.0  # the weights of the masks
+    total = first * (logits[0, :3].sum() + 0.5 * logits[0, 3]) + second * 0.5 * logits[1, 3]
+    close(membership_loss(read, masks, 2.0), -total / (first * 3.5 + second * 0.5))
+    assert membership_loss(read, masks & False) == 0
     assert membership_loss(read[:0], masks[:0]) == 0
 
 

@@ -115,25 +115,28 @@ def read_membership(features: Tensor, masks: Tensor, ridge: float = 0.3) -> Tens
         return guess.mT.reshape(share.shape)
 
 
-def membership_loss(read: Tensor, masks: Tensor) -> Tensor:
-    """Mean squared error of a membership at pixels, every mask's inside and outside weighing the same.
+def membership_loss(read: Tensor, masks: Tensor, sharpness: float = 6.0) -> Tensor:
+    """Cross-entropy of the masks that a pixel lies in, against those that the features place it in.
 
-    Balanced so that a small mask, a pole or a bird, counts as much as the sky.
+    The masks' memberships are the logits of a pixel's mask, as a classifier's would be; a pixel in several masks wants
+    all of them alike, one in none is left out. Masks weigh by the root of their area, so that a pole or a bird is not
+    lost beside the sky.
 
     Args:
         read: (M, H, W), :func:`read_membership` after upsampling.
         masks: (M, H, W) bool.
+        sharpness: factor on the memberships.
 
     Returns:
-        A scalar, the mean over the masks that have both an inside and an outside; 0 if there are none.
+        A scalar; 0 where no pixel lies in a mask.
     """
     inside = masks.to(read.dtype).flatten(1)
-    counts = inside.sum(1)
-    outside = inside.shape[1] - counts
-    error = (read.flatten(1) - inside).square()
-    balanced = (error * inside).sum(1) / counts.clamp(min=1) + (error * (1 - inside)).sum(1) / outside.clamp(min=1)
-    both = (counts > 0) & (outside > 0)
-    return (balanced * both).sum() / (2 * both.sum().clamp(min=1))
+    wanted = inside / inside.sum(0).clamp(min=1)
+    weights = wanted * inside.sum(1, keepdim=True).clamp(min=1).rsqrt()
+    if not len(read):
+        return read.sum()
+    loss = -(weights * (sharpness * read.flatten(1)).log_softmax(0)).sum()
+    return loss / weights.sum().clamp(min=1e-12)
 
 
 def affinity_loss(student: Tensor, teacher: Tensor) -> Tensor:
