@@ -18,7 +18,7 @@ features of a large receptive field are smooth, blur outlines over more cells, a
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +52,15 @@ class Axis:
     places: Tensor
 
 
+def cell_of(pixel: Any, length: int, cells: int) -> Any:
+    """The cell that a pixel's centre lies in, of whole numbers or a tensor of them."""
+    return (2 * pixel + 1) * cells // (2 * length)
+
+
 def make_axis(length: int, cells: int, device: torch.device | None = None) -> Axis:
     """Assign ``length`` pixels to ``cells`` cells, each to the cell that its centre lies in."""
     pixel = torch.arange(length, device=device)
-    cell = (2 * pixel + 1) * cells // (2 * length)
+    cell = cell_of(pixel, length, cells)
     index = torch.arange(cells, device=device)
     first = torch.searchsorted(cell, index)
     count = torch.searchsorted(cell, index, right=True) - first
@@ -291,8 +296,8 @@ class UniversalUpsampler(nn.Module):
             prepared = replace(prepared, values=F.pad(values.movedim(1, -1).to(codes.dtype), (0, 0, r, r, r, r)))
         # The cells that hold the box.
         most = [axis.pixels.shape[1] for axis in (rows, columns)]
-        first_row, last_row = (int(rows.places[edge]) // most[0] for edge in (top, bottom - 1))
-        first_column, last_column = (int(columns.places[edge]) // most[1] for edge in (left, right - 1))
+        first_row, last_row = (cell_of(edge, height, h) for edge in (top, bottom - 1))
+        first_column, last_column = (cell_of(edge, width, w) for edge in (left, right - 1))
         x = self.cells(codes, prepared, rows, columns, (first_row, last_row + 1), (first_column, last_column + 1))
         x = x.movedim(-1, 1)  # (B, C, n, m, P, Q)
         x = x.movedim(4, 3).flatten(2, 3).flatten(3, 4)  # (B, C, n*P, m*Q)
@@ -326,7 +331,7 @@ class UniversalUpsampler(nn.Module):
             directions,
             prepared.settings.repeat(n * m),
         )
-        return (weights @ values).view(batch, n, m, p, q, -1)
+        return (weights @ values).view(batch, n, m, p, q, values.shape[-1])
 
 
 def _autocorrelation(directions: Tensor, step: int) -> Tensor:

@@ -103,16 +103,16 @@ def read_membership(features: Tensor, masks: Tensor, ridge: float = 0.3) -> Tens
     """
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         x = _wide(features).flatten(1).mT  # (cells, C)
-        share = F.adaptive_avg_pool2d(masks.to(x.dtype), features.shape[-2:])
+        h, w = features.shape[-2:]
+        share = F.adaptive_avg_pool2d(masks.to(x.dtype), (h, w))
         known = share.flatten(1).mT
         gram = x @ x.mT
         gram = gram / gram.diagonal().mean().clamp(min=1e-12)
         hat = torch.linalg.solve(gram + ridge * torch.eye(len(x), device=x.device, dtype=x.dtype), gram).mT
-        hat = hat + 1 / len(x)  # the mean, which is not shrunk
-        mean = known.mean(0)
-        missed = known - mean - (hat - 1 / len(x)) @ (known - mean)
-        guess = known - missed / (1 - hat.diagonal().clamp(max=0.95))[:, None]
-        return guess.mT.reshape(share.shape)
+        centred = known - known.mean(0)
+        leverage = hat.diagonal() + 1 / len(x)  # the mean is fitted too, and not shrunk
+        guess: Tensor = known - (centred - hat @ centred) / (1 - leverage.clamp(max=0.95))[:, None]
+        return guess.mT.reshape(-1, h, w)
 
 
 def membership_loss(read: Tensor, masks: Tensor, sharpness: float = 6.0) -> Tensor:
