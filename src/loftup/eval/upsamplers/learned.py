@@ -77,6 +77,7 @@ for _name in ARCHITECTURES:
 
 @register("loftup")
 def _loftup(backbone: Backbone, argument: str) -> Upsampler:
-    up = LoftUp.from_pretrained(argument or backbone)
+    # A stand-in must not be judged under another name: "loftup:any" says what it is.
+    up = LoftUp.from_pretrained(argument or backbone, strict=not argument)
     Upsampled(backbone, up)  # refuses a pair that does not fit
     return up.requires_grad_(False)
