@@ -3,9 +3,9 @@
     python benchmarks/any_costs.py [--rounds N] [--threads N] [-o benchmarks/results/any_costs.csv]
 
 Contenders of a size take turns, round after round, in one process; the CSV has medians, the fastest and the slowest.
-FLOPs are those of the whole-image path by PyTorch's counter (two for each multiply-add; convolutions and matrix products
-alone). Memory is the highest resident size of a process of its own that makes 21 logits at 2048x2048 from features of
-128x128 cells and 384 channels, everything included.
+FLOPs are those of the whole-image path by PyTorch's counter (two for each multiply-add; convolutions and matrix
+products alone). Memory is the highest resident size of a process of its own that makes 21 logits at 2048x2048 from
+features of 128x128 cells and 384 channels, everything included.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def test_distillation_stops_and_goes_on_as_if_it_had_not(tmp_path, capsys, monke
     read = Pictures.__getitem__
 
     def interrupted(self, index):
-        if index == 2:  # of the second step
+        if index == 1:  # the second step
             raise KeyboardInterrupt
         return read(self, index)
 

@@ -40,27 +40,28 @@ def torchrun(*arguments):
     return done.stderr
 
 
-def assert_same_training(folder, other, steps):
-    """The same gradients to float32 accuracy, and so the same weights.
+def assert_same_training(folder, other, steps, gradients=1e-5, weights=1.0):
+    """The same gradients to `gradients` of the largest, and so the same weights, at least that share of them.
 
     Where a gradient is 0 but for rounding (of key biases, and of biases in front of batch statistics), AdamW turns the
     rounding into steps of full length: those weights are only near.
     """
     name = f"checkpoints/step_{steps:06d}.pt"
     ours, theirs = load_checkpoint(folder / name), load_checkpoint(other / name)
-    up, compared = LoftUp.from_pretrained(folder), 0
+    up, compared, equal = LoftUp.from_pretrained(folder), 0, 0
     names = [name for name, _ in up.named_parameters() if not name.startswith("channelnorm")]
     moments = [[run["optimizer"]["state"][index] for index in range(len(names))] for run in (ours, theirs)]
     largest = max(float(moment["exp_avg"].abs().max()) for moment in moments[1])
     for name, mine, other_moment in zip(names, *moments, strict=True):
         close = functools.partial(torch.testing.assert_close, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-        close(mine["exp_avg"], other_moment["exp_avg"], atol=1e-5 * largest)
+        close(mine["exp_avg"], other_moment["exp_avg"], atol=gradients * largest)
         a, b = (run["state_dict"][name] for run in (ours, theirs))
         certain = other_moment["exp_avg_sq"].sqrt() > 1e-7
-        close(a[certain], b[certain], atol=1e-5)
         close(a, b, atol=2 * steps * 1e-4)
         compared += int(certain.sum())
+        equal += int(torch.isclose(a, b, rtol=0, atol=1e-5)[certain].sum())
     assert compared > 0.8 * sum(p.numel() for p in up.parameters())
+    assert equal >= weights * compared
     for name, buffer in LoftUp.from_pretrained(other).named_buffers():
         # Running means follow the biases in front.
         torch.testing.assert_close(up.get_buffer(name), buffer, rtol=1e-5, atol=2 * steps * 1e-4, msg=name)
@@ -98,7 +99,10 @@ def test_batch_statistics_over_two_processes(material, tmp_path):
     train(config)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     torchrun(tmp_path / "run.yaml", "batch=2", f"output={tmp_path / 'two'}")
-    assert_same_training(tmp_path / "two", tmp_path / "one", 3)
+    # Statistics summed in another order differ in the last digit, which turns a ReLU of the stem on or off where its
+    # input is 0 but for rounding: a jump in the gradients in front of it. How large depends on the processor; 4e-4 of
+    # the largest gradient and 78 of 151 000 weights were seen.
+    assert_same_training(tmp_path / "two", tmp_path / "one", 3, gradients=1e-3, weights=0.99)
 
 
 def test_an_error_of_the_main_process_reaches_all(material, tmp_path):
