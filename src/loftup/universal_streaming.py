@@ -10,7 +10,6 @@ innermost axis, and offsets and fading, which rows and columns have each for the
 """
 
 import copy
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,7 +39,6 @@ __all__ = ["features_at", "upsample"]
 
 LONGEST, SHORTEST = 32, 4  # sides of a block of pixels
 IN_CACHE = 24 * 2**20  # bytes that one step works on, on a CPU
-HUGE_PAGES = 8 * 2**20  # bytes from which on the result asks for them
 
 
 # Attention
@@ -315,7 +313,7 @@ def upsample(
                 (top, bottom), (left, right) = piece.down.range, piece.across.range
                 if head is None or linear:
                     if result is None:
-                        result = _new_result(values, (batch, values.shape[1], *size))
+                        result = values.new_empty(batch, values.shape[1], *size)
                     _check_out(result, (batch, values.shape[1], *size))
                     piece.write(result[index, :, top:bottom, left:right])
                     continue
@@ -381,13 +379,3 @@ def _commutes_with_averages(head: Head) -> bool:
     # Where its parameters' gradients are wanted, the map is kept for them.
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
     return not hooked and not learns
-
-
-def _new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor; on Linux in huge pages, whose first writing is several times faster."""
-    count = torch.Size(shape).numel()
-    if like.device.type != "cpu" or count * like.element_size() < HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    pages = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
