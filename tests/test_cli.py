@@ -1,6 +1,7 @@
 """The command, end to end on small weights."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -173,15 +174,31 @@ def test_features_by_what_is_in_the_package(offline, photos, tmp_path, capsys):
         assert main([*command, *options]) == 0
         with safe_open(target, framework="pt") as handle:
             written, metadata = handle.get_tensor("features"), handle.metadata()
-        assert (metadata["backbone"], metadata["backbone_weights"]) == ("tiny", "in the package")
-        assert metadata["weights"] == name
+        assert metadata["backbone"] == "tiny"
+        assert re.fullmatch("in the package, [0-9a-f]{12}", metadata["backbone_weights"])
+        assert re.fullmatch(f"{name} in the package, [0-9a-f]{{12}}", metadata["weights"])
         with torch.inference_mode():
             low = backbone(backbone.preprocess(photos / "scene0.png", size=(224, 299)))
             image = backbone.preprocess(photos / "scene0.png")
             expected = LoftUp.from_pretrained(name)(low, image, size=(48, 64))
         torch.testing.assert_close(written, expected[0].half())
     assert main(command) == 2
-    assert "written with other settings (weights 'any', now 'tiny')" in capsys.readouterr().err
+    assert re.search("written with other settings \\(weights 'any in .*', now 'tiny in", capsys.readouterr().err)
+
+
+def test_features_tell_a_stand_in_from_weights_of_its_own(models, photos, tmp_path, capsys):
+    named = [part for part in models if part != "--weights" and not part.endswith("up")]
+    command = ["features", str(photos / "scene0.png"), *named, "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "no LoftUp weights of its own" in capsys.readouterr().err
+    with safe_open(tmp_path / "out" / "scene0.png.safetensors", framework="pt") as handle:
+        assert re.fullmatch("any in the package, .* for want of its own", handle.metadata()["weights"])
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert main([*command, "--strict"]) == 2  # finished or not
+    assert "no published LoftUp weights for this backbone" in capsys.readouterr().err
+    assert main([*command, "--weights", "any"]) == 2
+    assert "written with other settings (weights 'any in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(BUNDLED))
@@ -191,7 +208,7 @@ def test_names_in_the_package_win_over_folders(models, photos, tmp_path, monkeyp
     LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
     assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
     with safe_open(tmp_path / "out" / "scene0.png.safetensors", framework="pt") as handle:
-        assert handle.metadata()["weights"] == name
+        assert handle.metadata()["weights"].startswith(f"{name} in the package, ")
     LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
     assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
 

@@ -70,6 +70,16 @@ def test_any_takes_few_and_many_channels(any_up, channels):
     assert (dense <= high + 4e-3).all()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 384])
+@pytest.mark.parametrize("grid", [(1, 2), (1, 3), (14, 14)])
+def test_any_streams_to_what_it_gives_as_a_whole(any_up, grid, channels):
+    torch.manual_seed(7)
+    features, image = torch.randn(1, channels, *grid), torch.rand(1, 3, 8 * grid[0], 8 * grid[1])
+    with torch.no_grad():
+        whole = any_up.upsampler(features, image)
+        assert (any_up(features, image) - whole).abs().max() <= 1e-4
+
+
 @torch.inference_mode()
 def test_any_knows_no_order_of_channels(any_up):
     torch.manual_seed(3)

@@ -146,6 +146,45 @@ def test_gradients_reach_features_image_and_parameters(module):
     assert {"upsampler.agreement", "upsampler.gate.weight", "upsampler.encoder.down.weight"} <= set(used)
 
 
+@pytest.mark.parametrize(("grid", "silent"), [((5, 7), 3), ((1, 1), 0), ((1, 2), 24)])
+def test_gradients_are_finite_where_channels_are_constant(grid, silent):
+    up = universal()
+    features, image = inputs(grid=grid)
+    features[:, :silent] = 0  # as behind a ReLU that has died
+    features.requires_grad_()
+    up(features, image).square().sum().backward()
+    assert features.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in up.parameters())
+
+
+def test_constant_channels_count_for_nothing_whatever_their_value():
+    """The rounding of their mean is no feature."""
+    up = universal()
+    features, image = inputs()
+    features[:, :8] = 0
+    shifted = features.clone()
+    shifted[:, :8] = 100.1
+    with torch.inference_mode():
+        torch.testing.assert_close(up(shifted, image)[:, 8:], up(features, image)[:, 8:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e6])
+def test_features_of_any_scale_weigh_alike(scale):
+    up = universal()
+    features, image = inputs()
+    with torch.inference_mode():
+        torch.testing.assert_close(up(features * scale, image) / scale, up(features, image), atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_changes_nothing():
+    up = universal().train()
+    features, image = inputs()
+    expected = up(features, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(up(features, image), expected)
+        assert torch.equal(up.upsampler(features, image), expected)
+
+
 def test_gradient_through_the_features_is_the_derivative():
     up = universal(heads=2).double()
     features, image = inputs(grid=(2, 3), size=(5, 4), channels=3)
@@ -159,6 +198,15 @@ def test_an_empty_batch_gives_an_empty_result(training):
     with torch.no_grad():
         assert up(features[:0], image[:0], size=(8, 9)).shape == (0, 24, 8, 9)
         assert up(features[:0], image[:0], head=torch.nn.Linear(24, 5)).shape == (0, 5, 33, 46)
+
+
+def test_an_empty_batch_minds_its_target():
+    features, image = (tensor[:0] for tensor in inputs())
+    out = torch.empty(0, 24, 33, 46)
+    with torch.no_grad():
+        assert universal()(features, image, out=out) is out
+        with pytest.raises(ValueError, match=r"out has shape \(5, 5\), the result needs \(0, 24, 33, 46\)"):
+            universal()(features, image, out=torch.empty(5, 5))
 
 
 # Config
@@ -182,6 +230,7 @@ def test_the_config_survives_its_dictionary():
         ({"values": "features", "radius": 0}, "radius must be a positive integer, got 0"),
         ({"values": "features", "code_width": 1.5}, "code_width must be a positive integer, got 1.5"),
         ({"values": "features", "encoder_width": True}, "encoder_width must be a positive integer, got True"),
+        ({"values": "features", "encoder_width": 1}, "encoder_width must be at least 2, got 1"),
     ],
 )
 def test_bad_configs(fields, text):

@@ -1,6 +1,7 @@
 """Streamed inference with values="features": equal to the network all at once, whatever is cut where."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -139,6 +140,34 @@ def test_the_working_memory_stays_near_the_budget():
     changes = [event.self_cpu_memory_usage for event in profile.events()]
     assert max(changes) <= memory
     assert max(changes) < result
+
+
+def test_an_image_is_forgotten_before_the_next(monkeypatch):
+    jobs, alive, made = [], [], universal_streaming.Job.__init__
+
+    def watched(self, *arguments, **keywords):
+        alive.append(sum(job() is not None for job in jobs))
+        jobs.append(weakref.ref(self))
+        made(self, *arguments, **keywords)
+
+    monkeypatch.setattr(universal_streaming.Job, "__init__", watched)
+    up = universal()
+    features, image = inputs(batch=3)
+    with torch.inference_mode():
+        up(features, image)
+        up.at(features, image, torch.zeros(3, 2, 2))
+    assert len(jobs) == 6
+    assert sum(alive) == 0
+
+
+def test_many_points_come_in_parts(monkeypatch):
+    up = universal()
+    features, image = inputs(grid=(5, 7), size=(40, 50))
+    points = torch.rand(1, 300, 2) * torch.tensor([49, 39])
+    with torch.inference_mode():
+        expected = up.at(features, image, points)
+        monkeypatch.setattr(universal_streaming, "IN_CACHE", 50_000)
+        torch.testing.assert_close(up.at(features, image, points), expected, atol=1e-5, rtol=1e-5)
 
 
 # Heads

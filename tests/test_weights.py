@@ -267,6 +267,8 @@ def test_a_bad_header_is_refused(up, tmp_path):
         ("dinov2_vits15", "unknown LoftUp weights 'dinov2_vits15'; did you mean 'dinov2_vits14'"),
         ("DINOv2_ViTS14", "did you mean 'dinov2_vits14'"),
         ("ViT-B-16", "'ViT-B-16/openai'"),
+        ("vit_small_patch14_dinov2.lvd142n", "did you mean .*'vit_small_patch14_dinov2.lvd142m'"),
+        ("vit_base_patch16_clip_224.opanai", "did you mean .*'vit_base_patch16_clip_224.openai'"),
         ("entirely-different", "Published: dinov2_vits14.*'user/repo'.*'./folder'"),
         ("./nowhere", "no such file or folder: ./nowhere"),
         ("nowhere.bin", "no such file or folder: nowhere.bin"),

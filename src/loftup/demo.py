@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, models: Callable[..., Any], upsampled: Ca
     maps = {
         f"{name} {low.shape[-2]}x{low.shape[-1]}": low,
         "bilinear": F.interpolate(low.float(), size, mode="bilinear", align_corners=False),
-        **{_caption(weights, up): high for weights, up, high in zip(names, ups, dense, strict=True)},
+        **{_caption(weights): high for weights, high in zip(names, dense, strict=True)},
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     shown = picture.resize(size[::-1], pil.Resampling.BICUBIC)
@@ -74,9 +74,9 @@ def _names(arguments: argparse.Namespace) -> list[str]:
     return names
 
 
-def _caption(weights: str, up: Any) -> str:
-    from .bundled import ANY, TINY
+def _caption(weights: str) -> str:
+    from .bundled import ANY, BUNDLED
+    from .weights import stands_in
 
-    if up.config.values == "features":
-        return f"LoftUp {ANY}"
-    return f"LoftUp {TINY}" if weights == TINY else "LoftUp"
+    name = ANY if stands_in(weights) else weights
+    return f"LoftUp {name}" if name in BUNDLED else "LoftUp"

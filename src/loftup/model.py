@@ -92,6 +92,8 @@ class LoftUpConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LoftUpConfig.{name} must be a positive integer, got {value!r}")
+        if self.encoder_width < 2:
+            raise ValueError(f"LoftUpConfig.encoder_width must be at least 2, got {self.encoder_width}")
         if not universal and self.width % self.heads:
             fitting = [n for n in range(1, 17) if self.width % n == 0]
             raise ValueError(
@@ -311,16 +313,18 @@ class LoftUp(nn.Module):
         if len(features) == 0:
             return features.new_empty(0, features.shape[1], *guidance.shape[-2:])
         dtype = torch.promote_types(self.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
-            if self.dtype == dtype:
-                return self.upsampler(features, guidance)  # type: ignore[no-any-return]
-            state = {name: parameter.to(dtype) for name, parameter in self.upsampler.named_parameters()}
-            return torch.func.functional_call(self.upsampler, state, (features, guidance))  # type: ignore[no-any-return]
+        if self.dtype == dtype:
+            return self.upsampler(features, guidance)  # type: ignore[no-any-return]
+        state = {name: parameter.to(dtype) for name, parameter in self.upsampler.named_parameters()}
+        return torch.func.functional_call(self.upsampler, state, (features, guidance))  # type: ignore[no-any-return]
 
     def at(
         self, features: Tensor, image: Tensor, points: Tensor, size: Size = None, *, backend: str | None = None
     ) -> Tensor:
-        """Upsampled features at points alone; the cost grows with their number, not with the image.
+        """Upsampled features at points alone; the cost grows with their number, not with the image's size.
+
+        With ``values="features"`` the whole image is looked at first, and from some percent of its pixels on the map
+        costs less.
 
         At pixel centres these are the vectors of ``up(features, image, size)``; between them they are interpolated
         bilinearly, as ``grid_sample`` would from the full map. Inference only.
@@ -396,7 +400,8 @@ class LoftUp(nn.Module):
             cache_dir: where downloads are kept; None means the Hub's default cache.
             local_files_only: take files from the cache and never ask the network.
             device: where to put the module; None means the CPU.
-            dtype: floating dtype to convert the parameters to; None means as stored (float32 in the published weights).
+            dtype: floating dtype to convert the parameters to; None means as stored (float32 in the published weights),
+                and float32 for those in the package.
             channel_norm: "identity" accepts a file that lacks the channel norm and passes features on as they come.
                 Otherwise such a file is refused, because its results would be wrong without any sign of it.
             strict: refuse a backbone without weights of its own, in place of taking "any" with a warning.

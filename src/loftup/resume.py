@@ -1,26 +1,38 @@
 """Which features files are finished: what they were made from, as their metadata has it."""
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
-from .bundled import BUNDLED, TINY
+from .backbones.tiny import FOLDER
+from .bundled import ANY, BUNDLED, TINY
 from .published import find_checkpoint
-from .weights import CONFIG, PICKLE, SAFETENSORS
+from .weights import CONFIG, PICKLE, SAFETENSORS, no_weights_for, stands_in
 
 __all__ = ["finished", "settings_of", "stamp"]
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """What decides the content of a features file, as safetensors metadata."""
-    own = "in the package" if arguments.backbone == TINY else "from the Hub"
+    """What decides the content of a features file, as safetensors metadata.
+
+    Raises:
+        LoftUpError: with ``strict``, "any" would stand in for weights.
+    """
+    own = _in_package(FOLDER) if arguments.backbone == TINY else "from the Hub"
+    named = arguments.weights or arguments.backbone
+    if stand_in := stands_in(named):
+        if arguments.strict:
+            raise no_weights_for(f"named {named!r}")
+        named = ANY
+    weights = _identity(named, known=True) + (" for want of its own" if stand_in else "")
     return {
         "backbone": arguments.backbone,
         "backbone_weights": _identity(arguments.backbone_weights) if arguments.backbone_weights else own,
-        "weights": _identity(arguments.weights or arguments.backbone, known=True),
+        "weights": weights,
         "layer": "last" if arguments.layer is None else str(arguments.layer),
         "options": json.dumps(dict(arguments.option), sort_keys=True),
         "scaling": json.dumps([arguments.mean, arguments.std]),
@@ -32,7 +44,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _identity(source: str, known: bool = False) -> str:
-    """A name as it is; a local file or folder with sizes and times, so that another one of its name is told apart.
+    """A name as it is; files and folders with what tells them from others of their name.
 
     Args:
         source: name or path.
@@ -40,10 +52,17 @@ def _identity(source: str, known: bool = False) -> str:
             :meth:`loftup.LoftUp.from_pretrained`.
     """
     path = Path(source).expanduser()
-    if (known and (source in BUNDLED or find_checkpoint(source))) or not path.exists():
+    if known and source in BUNDLED:
+        return f"{source} {_in_package(BUNDLED[source])}"
+    if (known and find_checkpoint(source)) or not path.exists():
         return source
     files = [path / name for name in (SAFETENSORS, PICKLE, CONFIG)] if path.is_dir() else [path]
     return " ".join([path.resolve().name, *(stamp(file) for file in files if file.exists())])
+
+
+def _in_package(folder: Path) -> str:
+    """Of weights in the package, whose content a new version may change."""
+    return f"in the package, {hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()[:12]}"
 
 
 def stamp(file: Path) -> str:

@@ -33,6 +33,8 @@ __all__ = ["Axis", "Prepared", "UniversalUpsampler", "make_axis"]
 
 FAR = -1e9  # the score of a cell outside the grid
 SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
+CONSTANT = 1e-6  # deviation over largest value of a channel that is constant but for rounding
+SHORTEST_MEAN = 1e-2  # squared length of a mean direction below which agreement fades
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class UniversalUpsampler(nn.Module):
         self.adapt = nn.Linear(2, rounds + 2 * self.heads)
         with torch.no_grad():
             # At first the codes are colours, so that training starts from joint bilateral upsampling.
-            nn.init.orthogonal_(self.encoder.colour.weight.view(rounds * self.depth, 3)[:, :])
+            nn.init.orthogonal_(self.encoder.colour.weight.view(rounds * self.depth, 3))
             self.encoder.colour.weight.mul_(3.0 * math.sqrt(rounds))
             self.encoder.fine_out.weight.mul_(0.3)
             self.encoder.coarse_out.weight.mul_(0.3)
@@ -198,8 +200,12 @@ class UniversalUpsampler(nn.Module):
         constant = -length - F.softplus(self.mixed) * spread
         keys = torch.cat([mean, constant], -1)
         centred = values - values.mean((1, 2), keepdim=True)
-        deviation = centred.square().mean((1, 2), keepdim=True).sqrt()
-        directions = F.normalize(centred / deviation.clamp(min=1e-6), dim=-1)
+        variance = centred.square().mean((1, 2), keepdim=True)
+        constant_below = (CONSTANT * values.abs().amax((1, 2), keepdim=True)).square().clamp(min=1e-30)
+        varies = variance > constant_below
+        # Not sqrt, whose gradient at 0 is infinite.
+        scaled = centred * variance.where(varies, torch.ones_like(variance)).rsqrt()
+        directions = F.normalize(scaled.where(varies, torch.zeros_like(scaled)), dim=-1)
         r = self.radius
         around = (0, 0, r, r, r, r)
         keys = torch.cat(
@@ -256,7 +262,7 @@ class UniversalUpsampler(nn.Module):
 
         first = scores(0).softmax(-1)
         agreement = first @ gram
-        length = (agreement * first).sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        length = (agreement * first).sum(-1, keepdim=True).clamp(min=SHORTEST_MEAN).sqrt()
         agreement = agreement / length
         shares = (self.gate(queries) + settings.shares[:, None]).softmax(-1)
         total = torch.zeros_like(first)
@@ -280,11 +286,17 @@ class UniversalUpsampler(nn.Module):
         """Features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W), all at once.
 
         Args:
-            features: any float dtype; computed in float32 at least.
+            features: any float dtype; computed in the dtype of the parameters, whatever autocast says.
             guidance: the image.
             box: (top, left, bottom, right) of the output pixels wanted; None means all.
             values: (B, E, h, w), what to average in place of the features, with the weights that these give.
         """
+        with torch.autocast(features.device.type, enabled=False):
+            return self._forward(features, guidance, box, values)
+
+    def _forward(
+        self, features: Tensor, guidance: Tensor, box: tuple[int, int, int, int] | None, values: Tensor | None
+    ) -> Tensor:
         height, width = guidance.shape[-2:]
         h, w = features.shape[-2:]
         top, left, bottom, right = box or (0, 0, height, width)

@@ -29,7 +29,7 @@ from .streaming import (
     _plain_arithmetic,
     apply_head,
 )
-from .universal import Settings, UniversalUpsampler, make_axis
+from .universal import SHORTEST_MEAN, Settings, UniversalUpsampler, make_axis
 from .universal_codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Attention:
 
         first = scores(0).softmax(1)
         agreement = gram @ first
-        agreement *= (agreement * first).sum(1, keepdim=True).clamp_(min=1e-6).rsqrt_()
+        agreement *= (agreement * first).sum(1, keepdim=True).clamp_(min=SHORTEST_MEAN).rsqrt_()
         shares = (net.gate.weight @ pixels).add_((net.gate.bias + settings.shares[0])[:, None]).softmax(1)
         total = torch.zeros_like(first)
         for head, strength in enumerate(settings.strength[0].tolist()):
@@ -296,7 +296,9 @@ def upsample(
     linear = head is not None and _commutes_with_averages(head)
     if batch == 0:
         empty = features.new_empty(0, channels, *size)
-        return empty if head is None else apply_head(head, empty)
+        empty = empty if head is None else apply_head(head, empty)
+        _check_out(empty if out is None else out, tuple(empty.shape))
+        return empty if out is None else out
     with _plain_arithmetic(image):
         attention = Attention(_wide(up))
     for index in range(batch):
@@ -324,6 +326,7 @@ def upsample(
                 result = made.new_empty(batch, *made.shape[1:-2], *size)
             _check_out(result, (batch, *made.shape[1:-2], *size))
             result[index, ..., top:bottom, left:right] = made[0]
+        del job, pieces  # or they stay until the next image's are ready
     assert result is not None
     return result
 
@@ -350,9 +353,12 @@ def features_at(
             own = features[index : index + 1]
             job = Job(attention, own, resize_guidance(image[index : index + 1], size), own, budget, keep=False)
             pixels, shares = _corners(points[index].to(torch.float64), height, width)
-            needed, position = pixels.unique(return_inverse=True)
-            around = torch.cat([job.at(part // width, part % width) for part in needed.split(job.points_at_once)])
-            result[index] = (around[position] * shares[..., None].to(around.dtype)).sum(1)
+            shares = shares[..., None].to(job.grid.values.dtype)
+            for some in torch.arange(len(pixels), device=pixels.device).split(max(1, job.points_at_once // 4)):
+                needed, position = pixels[some].unique(return_inverse=True)
+                made = (job.at(needed // width, needed % width)[position] * shares[some]).sum(1)
+                result[index, some] = made.to(result.dtype)
+            del job
     return result
 
 
@@ -375,7 +381,7 @@ def _commutes_with_averages(head: Head) -> bool:
         plain = type(head) is nn.Linear
     if not plain or not isinstance(head, nn.Module):
         return False
-    hooked = head._forward_hooks or head._forward_pre_hooks
+    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     # Where its parameters' gradients are wanted, the map is kept for them.
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
     return not hooked and not learns

@@ -61,7 +61,7 @@ def load_pretrained(
     def repository(repo: str) -> Repository:
         return Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
 
-    if not only_path and name not in BUNDLED and not checkpoint and _is_backbone(name):
+    if not only_path and stands_in(name):
         name = _any_for(f"named {name!r}", strict, stacklevel=4)
     if not only_path and name in BUNDLED:
         folder = BUNDLED[name]
@@ -105,13 +105,19 @@ def _name_of(backbone: nn.Module, strict: bool) -> str:
     return _any_for(found, strict, stacklevel=5)
 
 
+def no_weights_for(found: str) -> LoftUpError:
+    """What refuses a backbone without weights of its own."""
+    return LoftUpError(
+        f"no published LoftUp weights for this backbone ({found}); there are weights for {', '.join(PUBLISHED)}. "
+        "If it is one of these under another name, pass that name; for weights of your own, pass their path; "
+        f"{ANY!r} is an upsampler for features of any backbone"
+    )
+
+
 def _any_for(found: str, strict: bool, stacklevel: int) -> str:
     """Let the weights for any backbone stand in, with a warning; ``strict`` refuses."""
     if strict:
-        raise LoftUpError(
-            f"no published LoftUp weights for this backbone ({found}); there are weights for {', '.join(PUBLISHED)}. "
-            "If it is one of these under another name, pass that name; for weights of your own, pass their path"
-        )
+        raise no_weights_for(found)
     warnings.warn(
         f"no LoftUp weights of its own for this backbone ({found}): using {ANY!r}, which takes features of any "
         "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`",
@@ -121,8 +127,10 @@ def _any_for(found: str, strict: bool, stacklevel: int) -> str:
     return ANY
 
 
-def _is_backbone(name: str) -> bool:
-    """Whether a name is that of a timm model, and not of a file or folder here."""
+def stands_in(name: str) -> bool:
+    """Whether "any" stands in for the weights of that name: that of a timm model without any, not of a file here."""
+    if name in BUNDLED or find_checkpoint(name):
+        return False
     if name.startswith(("hf-hub:", "hf_hub:")):
         return True
     bare = name.removeprefix("timm/")
@@ -130,7 +138,9 @@ def _is_backbone(name: str) -> bool:
         return False
     import timm
 
-    return bool(timm.is_model(bare.split(".")[0]))
+    architecture, _, tag = bare.partition(".")
+    # A tag that timm does not know is a misspelt one, or of a version of timm that is not here.
+    return bool(timm.is_model(architecture)) and (not tag or bare in timm.list_pretrained(f"{architecture}.*"))
 
 
 def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
@@ -157,7 +167,8 @@ def _unknown(name: str) -> str:
     near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
-        f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(BUNDLED)}. "
+        f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(BUNDLED)} ({ANY!r} takes features of any "
+        "backbone). "
         f"Published: {', '.join(PUBLISHED)}. A Hub repository is written 'user/repo', a local folder './folder'"
     )
 
@@ -199,6 +210,8 @@ def _first_complete(
         state, own_config = read_state(file)
         settings = own_config or _settings(config, file)
         if settings.get("values") == "features" or UNIVERSAL_KEY in state:
+            if channel_norm:
+                raise LoftUpError(f"{file} is of a network without a channel norm; leave channel_norm= out")
             return _build(state, settings, file, backbone)
         wanted = channel_norm or settings.get("channel_norm", "layer")
         has_norm = any(key.startswith("channelnorm.") for key in state)

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bundled import ANY
 from ..errors import LoftUpError
 from ..published import PUBLISHED
 from .images import check_image, read_picture, resolve_size, triple
@@ -312,6 +313,7 @@ class Upsampled(nn.Module):
                 f"the backbone {self.backbone.name or type(self.backbone.model).__name__!r} gives "
                 f"{self.backbone.channels} channels, the upsampler expects {expected}"
                 + (f"; for {self.backbone.channels} channels: {', '.join(map(repr, fitting))}" if fitting else "")
+                + f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
             )
 
     def forward(self, image: Tensor, size: Size | None = None) -> Tensor:

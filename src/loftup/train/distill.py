@@ -177,11 +177,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             targets = []
             for teacher, scale in zip(teachers, scales, strict=True):
                 features = teacher(teacher.normalise(image))
-                grid = image.shape[-1] // PATCH
-                if features.shape[-1] != grid:
+                size, grid, expected = (
+                    "x".join(map(str, sides))
+                    for sides in (image.shape[-2:], features.shape[-2:], (side // PATCH for side in image.shape[-2:]))
+                )
+                if grid != expected:
                     raise SystemExit(
-                        f"{given.teacher} gives a grid of {features.shape[-1]} for {image.shape[-1]} pixels, "
-                        f"expected {grid} (stride {PATCH}); choose other --layers, or "
+                        f"{given.teacher} gives a grid of {grid} for {size} pixels, "
+                        f"expected {expected} (stride {PATCH}); choose other --layers, or "
                         "--options '{\"output_stride\": 16}'"
                     )
                 targets.append(scale(features.flatten(2).mT.flatten(0, 1)))

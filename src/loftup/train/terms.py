@@ -253,7 +253,7 @@ class Objective(nn.Module):
             if len(of_picture):
                 values[index, : len(of_picture)] = read_membership(normalised[index], of_picture, settings.ridge)
         network = cast(UniversalUpsampler, self.up.upsampler)
-        read = network(normalised, batch.guidance, batch.window, values)
+        read = network(normalised, batch.guidance, batch.window, values).to(normalised.dtype)
         losses = [
             membership_loss(own[: len(of_picture)], _cut(of_picture, batch.window))
             for own, of_picture in zip(read, masks, strict=True)
