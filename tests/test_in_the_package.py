@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loftup import LoftUp, load_backbone
+from loftup import LoftUp, LoftUpError, load_backbone
 from loftup.bundled import BUNDLED, FOLDER
 
 
@@ -107,3 +107,22 @@ def test_any_compiles_and_exports_whole(any_up):
     with torch.no_grad():
         exported = torch.export.export(any_up, (features.clone(), image.clone())).module()
         torch.testing.assert_close(exported(features.clone(), image.clone()), whole.clone(), atol=2e-5, rtol=0)
+
+
+def test_any_exports_for_any_batch(any_up):
+    image, features, _ = edge(channels=3)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    with torch.no_grad():
+        pair = features.repeat(2, 1, 1, 1), image.repeat(2, 1, 1, 1)
+        shapes = {"features": {0: batch}, "image": {0: batch}}
+        exported = torch.export.export(any_up, pair, dynamic_shapes=shapes).module()
+        four = features.repeat(4, 1, 1, 1), image.repeat(4, 1, 1, 1)
+        torch.testing.assert_close(exported(*four), any_up(*four), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLED))
+def test_what_is_in_the_package_has_no_revisions(name):
+    with pytest.raises(LoftUpError, match=f"'{name}' comes with the package and has no revisions, got revision='v2'"):
+        LoftUp.from_pretrained(name, revision="v2")
+    with pytest.raises(LoftUpError, match="network without a channel norm|has a channel norm"):
+        LoftUp.from_pretrained(name, channel_norm="identity")

@@ -168,12 +168,15 @@ def test_constant_channels_count_for_nothing_whatever_their_value():
         torch.testing.assert_close(up(shifted, image)[:, 8:], up(features, image)[:, 8:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e6])
+@pytest.mark.parametrize("scale", [1e-30, 1e-14, 1e-4, 1e6, 1e30])
 def test_features_of_any_scale_weigh_alike(scale):
     up = universal()
     features, image = inputs()
     with torch.inference_mode():
         torch.testing.assert_close(up(features * scale, image) / scale, up(features, image), atol=1e-5, rtol=1e-5)
+    scaled = (features * scale).requires_grad_()
+    up(scaled, image).sum().backward()
+    assert scaled.grad.isfinite().all()
 
 
 def test_autocast_changes_nothing():

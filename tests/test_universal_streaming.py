@@ -227,6 +227,27 @@ def test_a_linear_head_sees_the_cells_instead_of_the_pixels(head, monkeypatch):
         torch.testing.assert_close(up(features, image, head=hooked), long.relu(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("patched", ["its own forward", "a hook on all modules"])
+def test_a_head_that_is_linear_no_more_is_applied_to_the_pixels(patched):
+    up = universal()
+    features, image = inputs()
+    head = nn.Linear(24, 5)
+    hook = None
+    if patched == "its own forward":
+        head.forward = lambda x: nn.functional.linear(x, head.weight, head.bias).relu()
+    else:
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, _, made: made.relu() if module is head else None
+        )
+    try:
+        with torch.inference_mode():
+            expected = head(up(features, image).movedim(1, -1)).movedim(-1, 1)
+            torch.testing.assert_close(up(features, image, head=head), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        if hook:
+            hook.remove()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_head_sees_and_sets_the_dtype(dtype):
     up, head = universal(), nn.Linear(24, 5).to(dtype)

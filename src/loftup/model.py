@@ -273,7 +273,7 @@ class LoftUp(nn.Module):
                 one too).
             memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
                 libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA. With ``values="features"`` it is
-                also beside the guidance's codes at half resolution.
+                also beside the guidance's codes at half resolution and some six times the features.
             backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.engines.explain`.
 
         Returns:
@@ -310,7 +310,7 @@ class LoftUp(nn.Module):
 
     def _universal(self, features: Tensor, guidance: Tensor) -> Tensor:
         """The universal network all at once, in float32 at least whatever the module's dtype and autocast say."""
-        if len(features) == 0:
+        if features.shape[0] == 0:  # len() would fix the batch of an export
             return features.new_empty(0, features.shape[1], *guidance.shape[-2:])
         dtype = torch.promote_types(self.dtype, torch.float32)
         if self.dtype == dtype:

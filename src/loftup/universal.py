@@ -71,9 +71,8 @@ def make_axis(length: int, cells: int, device: torch.device | None = None) -> Ax
     nearest = ((2 * index + 1) * length // (2 * cells)).clamp(max=length - 1)
     pixels = torch.where(count[:, None] > 0, first[:, None] + slot.minimum(count[:, None] - 1), nearest[:, None])
     weights = (slot < count[:, None].clamp(min=1)) / count[:, None].clamp(min=1)
-    centres = (pixels.double() + 0.5) * (cells / length)
-    offsets = centres - (index[:, None].double() + 0.5)
-    return Axis(pixels, weights.float(), offsets.float(), cell * most + pixel - first[cell])
+    offsets = ((2 * pixels + 1) * cells - (2 * index[:, None] + 1) * length).float() / (2 * length)
+    return Axis(pixels, weights.float(), offsets, cell * most + pixel - first[cell])
 
 
 class GuidanceEncoder(nn.Module):
@@ -199,10 +198,11 @@ class UniversalUpsampler(nn.Module):
         spread = (square - length).clamp(min=0)
         constant = -length - F.softplus(self.mixed) * spread
         keys = torch.cat([mean, constant], -1)
-        centred = values - values.mean((1, 2), keepdim=True)
+        # The result does not depend on the largest value, so that needs no gradient.
+        largest = values.detach().abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        centred = (values - values.mean((1, 2), keepdim=True)) / largest
         variance = centred.square().mean((1, 2), keepdim=True)
-        constant_below = (CONSTANT * values.abs().amax((1, 2), keepdim=True)).square().clamp(min=1e-30)
-        varies = variance > constant_below
+        varies = variance > CONSTANT**2
         # Not sqrt, whose gradient at 0 is infinite.
         scaled = centred * variance.where(varies, torch.ones_like(variance)).rsqrt()
         directions = F.normalize(scaled.where(varies, torch.zeros_like(scaled)), dim=-1)
@@ -248,7 +248,7 @@ class UniversalUpsampler(nn.Module):
         fade = self._fade(down, steps)[..., :, None] + self._fade(across, steps)[..., None, :]
         fade = fade.flatten(-2)
         place = torch.stack([down, across], -1)  # (n, P, 2)
-        cells = torch.stack([far_down, far_across], -1).expand(len(keys), -1, -1)
+        cells = torch.stack([far_down, far_across], -1).expand(keys.shape[0], -1, -1)
         constants = keys[..., queries.shape[-1] :]
         gram = directions @ directions.mT  # (n, K, K)
 

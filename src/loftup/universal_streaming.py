@@ -3,7 +3,8 @@
 Every output pixel needs its own guidance code and the keys, directions and values of the cells around it. Codes come
 from a convolutional network and are made in tiles with a halo; keys are means of codes, so the codes are read twice:
 for the keys of all cells, then for the pixels. In between they are kept if they fit into the budget, and made again if
-not. Memory is the result, a copy of the guidance, its codes at half resolution and the budget.
+not. Memory is the result, a copy of the guidance, its codes at half resolution, some six times the features and the
+budget.
 
 The arithmetic is that of :meth:`loftup.universal.UniversalUpsampler.weights`, laid out for speed: pixels are the
 innermost axis, and offsets and fading, which rows and columns have each for themselves, are added as one sum.
@@ -212,17 +213,19 @@ class Job:
     def _grid(self, down: Blocks, across: Blocks, features: Tensor, values: Tensor) -> Grid:
         net, depth = self.net, self.codes.coarse.shape[1]
         h, w = features.shape[-2:]
-        mean, square = self.codes.coarse.new_zeros(2, h, w, depth)
+        mean = self.codes.coarse.new_zeros(h, w, depth)
+        square = mean.new_zeros(h, w, 1 + net.heads)
         for tall, wide in rectangles(len(down), len(across), self.limit // self.encoded):
             rows, columns = down.part(tall), across.part(wide)
             x = self.codes.blocks(rows, columns)
             if self.stored is not None:
                 self.stored.append(x)
             weights = (rows.weights[:, None, :, None] * columns.weights[:, None, :]).view(len(x), 1, -1)
-            where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), depth)
+            where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), -1)
             mean.index_put_(where, (weights @ x).view(shape), accumulate=True)
-            square.index_put_(where, (weights @ x.square()).view(shape), accumulate=True)
-        prepared = net.assemble(features, mean[None], square.unflatten(-1, (-1, net.depth)).sum(-1)[None])
+            squares = (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
+            square.index_put_(where, squares.view(shape), accumulate=True)
+        prepared = net.assemble(features, mean[None], square[None])
         r = net.radius
         averaged = prepared.values
         if values is not features:
@@ -381,7 +384,8 @@ def _commutes_with_averages(head: Head) -> bool:
         plain = type(head) is nn.Linear
     if not plain or not isinstance(head, nn.Module):
         return False
-    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    hooked = everywhere or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     # Where its parameters' gradients are wanted, the map is kept for them.
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
     return not hooked and not learns

@@ -64,6 +64,8 @@ def load_pretrained(
     if not only_path and stands_in(name):
         name = _any_for(f"named {name!r}", strict, stacklevel=4)
     if not only_path and name in BUNDLED:
+        if revision is not None:
+            raise LoftUpError(f"{name!r} comes with the package and has no revisions, got revision={revision!r}")
         folder = BUNDLED[name]
         candidates, config = _candidates(_reader(folder), f"the installed folder {folder}")
         dtype = dtype or torch.float32  # stored as float16 to keep the package small

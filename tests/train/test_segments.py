@@ -3,13 +3,13 @@
 import pytest
 import torch
 from small_config import configured
-from small_objective import backbone, batch, close, config, cut
+from small_objective import backbone, batch, close, config, cut, full_batch
 from test_universal_terms import scale, seen, upsampler
 
 from loftup import LoftUpError
 from loftup.train.check import check
 from loftup.train.objectives import membership_loss, read_membership
-from loftup.train.terms import Objective
+from loftup.train.terms import Objective, _some
 
 
 def guesses(features, masks, ridge):
@@ -99,3 +99,21 @@ def test_a_projected_network_is_refused(tmp_path):
     made.data.path = [str(tmp_path)]
     with pytest.raises(LoftUpError, match=r"objective.segments.weight=1 with model.values=projected.*values=features"):
         check(made)
+
+
+def test_two_terms_share_one_pass():
+    made = configured(config("segments", "high_resolution"), model__values="features")
+    seeing = backbone()
+    term, data = Objective(made, upsampler(), seeing), full_batch()
+    passes = []
+    term.up.upsampler.register_forward_hook(lambda *_: passes.append(1))
+    _, parts = term(data)
+    assert len(passes) == 1
+    alone = Objective(configured(config("segments"), model__values="features"), term.up, seeing)
+    close(alone(data)[1]["segments"], parts["segments"])
+
+
+def test_fewer_masks_than_another_term_takes_are_spread_over_them():
+    masks = torch.arange(10)
+    assert _some(masks, 4).tolist() == [0, 2, 5, 7]
+    assert _some(masks, 10) is masks

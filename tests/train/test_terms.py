@@ -254,7 +254,7 @@ class Slopes:
 @pytest.mark.parametrize("part", [False, True])
 def test_student_and_targets_show_the_same_places(flip, ratio, window, part, monkeypatch):
     """With features that are places: misaligned by half an output pixel, the means would differ by more than 0.3."""
-    monkeypatch.setattr(terms, "upsample_window", lambda up, features, guidance, box: cut(guidance, box))
+    monkeypatch.setattr(terms, "upsample_window", lambda up, features, guidance, box, values=None: cut(guidance, box))
     pairs = []
 
     def record(student, target, kind):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..model import LoftUp
-from ..universal import UniversalUpsampler
 from .cache import open_caches
 from .config import TrainConfig
 from .data import Batch
@@ -118,7 +117,8 @@ class Objective(nn.Module):
 
         normalised = self._normalise(scale(features))
         whole = model.architecture == "loftup" and model.values == "projected" and model.batch_norm == "batch"
-        output = _Output(self.up, normalised, batch, whole=whole)
+        guesses = self._guesses(normalised, batch) if objective.segments.weight else None
+        output = _Output(self.up, normalised, batch, whole=whole, beside=guesses)
         terms: dict[str, Tensor] = {}
         compared: dict[str, Tensor] = {}
         if objective.mask_bicubic.weight:
@@ -126,7 +126,7 @@ class Objective(nn.Module):
         if objective.high_resolution.weight:
             terms["high_resolution"] = self._high_resolution(output.dense, batch, see)
         if objective.segments.weight:
-            terms["segments"] = self._segments(normalised, batch)
+            terms["segments"] = self._segments(output.beside, batch)
         if objective.multi_view.weight:
             terms["multi_view"] = self._multi_view(output.dense, batch, see)
         if objective.total_variation.weight:
@@ -186,7 +186,8 @@ class Objective(nn.Module):
         settings = self.config.objective.mask_bicubic
         with torch.no_grad():
             bicubic = F.interpolate(normalised, batch.guidance.shape[-2:], mode="bicubic", align_corners=False)
-            target = _cut(mask_refine(bicubic, batch.masks, settings.alpha, settings.masks), batch.window)
+            masks = [_some(of_picture, settings.masks) for of_picture in batch.masks]
+            target = _cut(mask_refine(bicubic, masks, settings.alpha, settings.masks), batch.window)
             baseline = F.mse_loss(_cut(bicubic, batch.window), target)
         return F.mse_loss(dense, target), baseline
 
@@ -242,21 +243,25 @@ class Objective(nn.Module):
         pooled = pool_to(student, (target.shape[-2], target.shape[-1]))
         return distance(pooled, target, self.config.objective.high_resolution.distance)
 
-    def _segments(self, normalised: Tensor, batch: Batch) -> Tensor:
-        """What a probe reads off the cells, averaged by the student's attention, against the masks' pixels."""
-        settings = self.config.objective.segments
-        masks = [of_picture[: settings.masks] for of_picture in batch.masks]
+    def _segment_masks(self, batch: Batch) -> list[Tensor]:
+        return [_some(of_picture, self.config.objective.segments.masks) for of_picture in batch.masks]
+
+    def _guesses(self, normalised: Tensor, batch: Batch) -> Tensor:
+        """What a probe of the masks reads off the cells: (B, M, h, w), zeros for a picture that has fewer masks."""
+        settings, masks = self.config.objective.segments, self._segment_masks(batch)
         most = max(map(len, masks))
         h, w = normalised.shape[-2:]
         values = normalised.new_zeros(len(masks), max(1, most), h, w)
         for index, of_picture in enumerate(masks):
             if len(of_picture):
                 values[index, : len(of_picture)] = read_membership(normalised[index], of_picture, settings.ridge)
-        network = cast(UniversalUpsampler, self.up.upsampler)
-        read = network(normalised, batch.guidance, batch.window, values).to(normalised.dtype)
+        return values
+
+    def _segments(self, read: Tensor, batch: Batch) -> Tensor:
+        """The guesses as the student's attention averages them, against the masks' pixels."""
         losses = [
             membership_loss(own[: len(of_picture)], _cut(of_picture, batch.window))
-            for own, of_picture in zip(read, masks, strict=True)
+            for own, of_picture in zip(read, self._segment_masks(batch), strict=True)
         ]
         return torch.stack(losses).mean()
 
@@ -272,16 +277,29 @@ class Objective(nn.Module):
 class _Output:
     """The student's output for a batch, computed where it is asked for.
 
-    With ``whole`` everything is cut out of the whole map: batch statistics of a part would be others.
+    With ``whole`` everything is cut out of the whole map: batch statistics of a part would be others. ``beside``, with
+    values="features", is averaged in the same pass.
     """
 
-    def __init__(self, up: LoftUp, normalised: Tensor, batch: Batch, *, whole: bool) -> None:
-        self.up, self.normalised, self.batch, self.whole = up, normalised, batch, whole
+    def __init__(
+        self, up: LoftUp, normalised: Tensor, batch: Batch, *, whole: bool, beside: Tensor | None = None
+    ) -> None:
+        self.up, self.normalised, self.batch, self.whole, self._given = up, normalised, batch, whole, beside
+
+    @functools.cached_property
+    def _both(self) -> Tensor:
+        values = None if self._given is None else torch.cat([self.normalised, self._given], 1)
+        return self._window(self.batch.window, values)
 
     @functools.cached_property
     def dense(self) -> Tensor:
         """The batch's window, in the dtype of the targets."""
-        return self._window(self.batch.window)
+        return self._both[:, : self.normalised.shape[1]]
+
+    @functools.cached_property
+    def beside(self) -> Tensor:
+        """The same window of ``beside``."""
+        return self._both[:, self.normalised.shape[1] :]
 
     def at(self, box: Box) -> Tensor:
         """Any box, given in pixels of the whole output."""
@@ -289,9 +307,16 @@ class _Output:
             return _cut(self.dense, box)
         return self._window(box)
 
-    def _window(self, box: Box | None) -> Tensor:
+    def _window(self, box: Box | None, values: Tensor | None = None) -> Tensor:
         # Autocast may have made it half precision.
-        return upsample_window(self.up, self.normalised, self.batch.guidance, box).to(self.normalised.dtype)
+        return upsample_window(self.up, self.normalised, self.batch.guidance, box, values).to(self.normalised.dtype)
+
+
+def _some(masks: Tensor, most: int) -> Tensor:
+    """At most so many masks, evenly spaced: those of a picture are a random choice for the term that takes most."""
+    if len(masks) <= most:
+        return masks
+    return masks[torch.arange(most, device=masks.device) * len(masks) // most]
 
 
 def _cut(x: Tensor, box: Box | None) -> Tensor:

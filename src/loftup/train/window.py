@@ -14,7 +14,9 @@ __all__ = ["Box", "upsample_window"]
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, the last two excluded
 
 
-def upsample_window(up: LoftUp, normalised: Tensor, guidance: Tensor, box: Box | None) -> Tensor:
+def upsample_window(
+    up: LoftUp, normalised: Tensor, guidance: Tensor, box: Box | None, values: Tensor | None = None
+) -> Tensor:
     """A window of ``up``'s output, equal to cutting it out of the whole map, at the cost of the window.
 
     Pixels are independent behind the stem, whose two 3x3 convolutions see 2 pixels around the window; zero padding
@@ -28,9 +30,10 @@ def upsample_window(up: LoftUp, normalised: Tensor, guidance: Tensor, box: Box |
         normalised: (B, C, h, w), features behind the channel norm, in ``up``'s dtype.
         guidance: (B, 3, H, W), the whole image at output size.
         box: (top, left, bottom, right) of the window; None means everything.
+        values: (B, E, h, w), with values="features" what to average in place of the features.
 
     Returns:
-        (B, C, bottom - top, right - left).
+        (B, C, bottom - top, right - left), or with E channels.
 
     Raises:
         ValueError: the box is empty or reaches beyond the image.
@@ -43,7 +46,7 @@ def upsample_window(up: LoftUp, normalised: Tensor, guidance: Tensor, box: Box |
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         raise ValueError(f"window {box} does not lie in an image of {height}x{width}")
     if isinstance(network, UniversalUpsampler):
-        return network(normalised, guidance, box)  # type: ignore[no-any-return]
+        return network(normalised, guidance, box, values)  # type: ignore[no-any-return]
     if box is None:
         return network(normalised, guidance, up.activation_checkpointing)  # type: ignore[no-any-return]
     checkpointing = up.activation_checkpointing
