@@ -269,7 +269,8 @@ class LoftUp(nn.Module):
                 an ``nn.Linear`` over C, or anything that maps (1, C, n, m) to (1, K, n, m) or (1, n, m) position by
                 position (1x1 convolution, linear probe, similarity to texts, argmax). It sees the dtype of
                 ``features``. Where gradients of its own parameters are wanted, the map is kept for them. With
-                ``values="features"`` an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, which gives the same.
+                ``values="features"`` an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, to the same
+                result.
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
             memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
