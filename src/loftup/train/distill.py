@@ -137,9 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
     optimizer = torch.optim.AdamW(network.parameters(), lr=given.rate, weight_decay=0.05, betas=(0.9, 0.98))
-    scales = [
-        nn.BatchNorm1d(t.channels, affine=False, momentum=None) for t in teachers
-    ]  # by the step's mean and variance
+    # They standardise by the means and variances of the step at hand.
+    scales = [nn.BatchNorm1d(t.channels, affine=False, momentum=None) for t in teachers]
     given.output.mkdir(parents=True, exist_ok=True)
     checkpoint, log = given.output / "checkpoint.pt", given.output / "log.csv"
     step, spent, steps = 0, 0.0, given.steps
