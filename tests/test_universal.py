@@ -188,6 +188,12 @@ def test_autocast_changes_nothing():
         assert torch.equal(up.upsampler(features, image), expected)
 
 
+def test_shapes_can_be_had_without_computing():
+    up = universal().to("meta")
+    features, image = (tensor.to("meta") for tensor in inputs())
+    assert up.upsampler(features, image).shape == (1, 24, 33, 46)
+
+
 def test_gradient_through_the_features_is_the_derivative():
     up = universal(heads=2).double()
     features, image = inputs(grid=(2, 3), size=(5, 4), channels=3)

@@ -17,6 +17,7 @@ features of a large receptive field are smooth, blur outlines over more cells, a
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -291,7 +292,9 @@ class UniversalUpsampler(nn.Module):
             box: (top, left, bottom, right) of the output pixels wanted; None means all.
             values: (B, E, h, w), what to average in place of the features, with the weights that these give.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        device = features.device.type
+        plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with plain:
             return self._forward(features, guidance, box, values)
 
     def _forward(
