@@ -76,7 +76,7 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 def _caption(weights: str) -> str:
     from .bundled import ANY, BUNDLED
-    from .weights import stands_in
+    from .stand_in import stands_in
 
     name = ANY if stands_in(weights) else weights
     return f"LoftUp {name}" if name in BUNDLED else "LoftUp"

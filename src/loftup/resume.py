@@ -11,7 +11,8 @@ from . import __version__
 from .backbones.tiny import FOLDER
 from .bundled import ANY, BUNDLED, TINY
 from .published import find_checkpoint
-from .weights import CONFIG, PICKLE, SAFETENSORS, no_weights_for, stands_in
+from .stand_in import no_weights_for, stands_in
+from .weights import CONFIG, PICKLE, SAFETENSORS
 
 __all__ = ["finished", "settings_of", "stamp"]
 
@@ -24,11 +25,11 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
     """
     own = _in_package(FOLDER) if arguments.backbone == TINY else "from the Hub"
     named = arguments.weights or arguments.backbone
-    if stand_in := stands_in(named):
+    if missing := stands_in(named):
         if arguments.strict:
             raise no_weights_for(f"named {named!r}")
         named = ANY
-    weights = _identity(named, known=True) + (" for want of its own" if stand_in else "")
+    weights = _identity(named, known=True) + (" for want of its own" if missing else "")
     return {
         "backbone": arguments.backbone,
         "backbone_weights": _identity(arguments.backbone_weights) if arguments.backbone_weights else own,

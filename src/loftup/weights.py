@@ -7,7 +7,6 @@ import pickle
 import re
 import secrets
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from .errors import LoftUpError
 from .hub import Repository, upload
 from .model import LoftUp, LoftUpConfig
 from .published import PUBLISHED, Checkpoint, find_checkpoint, known_names, list_pretrained
+from .stand_in import any_for, looks_like_path, name_of, stands_in
 
 __all__ = ["PUBLISHED", "Checkpoint", "find_checkpoint", "list_pretrained", "load_pretrained", "save_pretrained"]
 
@@ -49,7 +49,7 @@ def load_pretrained(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
     if isinstance(name_or_path, nn.Module):
-        name_or_path = _name_of(name_or_path, strict)
+        name_or_path = name_of(name_or_path, strict)
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
             f"expected a name, a path, or a backbone object (torch.nn.Module), got {type(name_or_path).__name__}"
@@ -62,7 +62,7 @@ def load_pretrained(
         return Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
 
     if not only_path and stands_in(name):
-        name = _any_for(f"named {name!r}", strict, stacklevel=4)
+        name = any_for(f"named {name!r}", strict, stacklevel=4)
     if not only_path and name in BUNDLED:
         if revision is not None:
             raise LoftUpError(f"{name!r} comes with the package and has no revisions, got revision={revision!r}")
@@ -78,7 +78,7 @@ def load_pretrained(
         candidates, config = iter([path]), None
     elif path.is_dir():
         candidates, config = _candidates(_reader(path), str(path))
-    elif only_path or _looks_like_path(name):
+    elif only_path or looks_like_path(name):
         raise LoftUpError(f"no such file or folder: {name}")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         candidates, config = _candidates(_or_no_folder(repository(name)), f"the Hub repository {name!r}")
@@ -92,59 +92,6 @@ def _reader(folder: Path) -> Callable[[str], Path | None]:
     return lambda file: folder / file if (folder / file).is_file() else None
 
 
-def _name_of(backbone: nn.Module, strict: bool) -> str:
-    """The name of the weights for a backbone object."""
-    from .backbones import identify, wrap
-
-    name: str | None = identify(backbone)
-    if name is not None and (find_checkpoint(name) or name in BUNDLED):
-        return name
-    found = f"named {name!r}" if name else f"a {type(backbone).__name__} without a recognised name"
-    try:
-        wrap(backbone)
-    except LoftUpError:
-        strict = True  # no backbone that anything could be for
-    return _any_for(found, strict, stacklevel=5)
-
-
-def no_weights_for(found: str) -> LoftUpError:
-    """What refuses a backbone without weights of its own."""
-    return LoftUpError(
-        f"no published LoftUp weights for this backbone ({found}); there are weights for {', '.join(PUBLISHED)}. "
-        "If it is one of these under another name, pass that name; for weights of your own, pass their path; "
-        f"{ANY!r} is an upsampler for features of any backbone"
-    )
-
-
-def _any_for(found: str, strict: bool, stacklevel: int) -> str:
-    """Let the weights for any backbone stand in, with a warning; ``strict`` refuses."""
-    if strict:
-        raise no_weights_for(found)
-    warnings.warn(
-        f"no LoftUp weights of its own for this backbone ({found}): using {ANY!r}, which takes features of any "
-        "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`",
-        UserWarning,
-        stacklevel=stacklevel,
-    )
-    return ANY
-
-
-def stands_in(name: str) -> bool:
-    """Whether "any" stands in for the weights of that name: that of a timm model without any, not of a file here."""
-    if name in BUNDLED or find_checkpoint(name):
-        return False
-    if name.startswith(("hf-hub:", "hf_hub:")):
-        return True
-    bare = name.removeprefix("timm/")
-    if "/" in bare or _looks_like_path(name) or Path(name).exists():
-        return False
-    import timm
-
-    architecture, _, tag = bare.partition(".")
-    # A tag that timm does not know is a misspelt one, or of a version of timm that is not here.
-    return bool(timm.is_model(architecture)) and (not tag or bare in timm.list_pretrained(f"{architecture}.*"))
-
-
 def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
     """``repository.fetch`` for what might have been meant as a folder."""
 
@@ -155,11 +102,6 @@ def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
             raise type(error)(f"{error}; and there is no local folder of that name") from error
 
     return fetch
-
-
-def _looks_like_path(name: str) -> bool:
-    suffixes = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
-    return name.endswith(suffixes) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
 
 
 def _unknown(name: str) -> str:
