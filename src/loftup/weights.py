@@ -65,7 +65,9 @@ def load_pretrained(
         name = any_for(f"named {name!r}", strict, stacklevel=4)
     if not only_path and name in BUNDLED:
         if revision is not None:
-            raise LoftUpError(f"{name!r} comes with the package and has no revisions, got revision={revision!r}")
+            raise LoftUpError(
+                f"{name!r} comes with the package and has no revisions, got revision={revision!r}; leave it out"
+            )
         folder = BUNDLED[name]
         candidates, config = _candidates(_reader(folder), f"the installed folder {folder}")
         dtype = dtype or torch.float32  # stored as float16 to keep the package small
@@ -155,7 +157,9 @@ def _first_complete(
         settings = own_config or _settings(config, file)
         if settings.get("values") == "features" or UNIVERSAL_KEY in state:
             if channel_norm:
-                raise LoftUpError(f"{file} is of a network without a channel norm; leave channel_norm= out")
+                raise LoftUpError(
+                    f"{file} is of a network without a channel norm, got channel_norm={channel_norm!r}; leave it out"
+                )
             return _build(state, settings, file, backbone)
         wanted = channel_norm or settings.get("channel_norm", "layer")
         has_norm = any(key.startswith("channelnorm.") for key in state)
