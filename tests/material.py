@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loftup import LoftUp, LoftUpConfig
+from loftup import LoftUp, LoftUpConfig, UniversalConfig
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -33,7 +33,7 @@ def randomised(config: LoftUpConfig) -> LoftUp:
 def universal(seed: int = 0, **fields: int) -> LoftUp:
     """A module with ``values="features"`` whose parameters are all away from their first values."""
     torch.manual_seed(seed)
-    up = LoftUp(LoftUpConfig(values="features", **fields)).eval()
+    up = LoftUp(UniversalConfig(**fields)).eval()
     with torch.no_grad():
         for parameter in up.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -15,8 +15,8 @@ from PIL import Image
 from small_backbones import vit
 from torch import nn
 
-from loftup import LoftUp, LoftUpConfig, LoftUpError
-from loftup.backbones import Backbone, Upsampled, identify, wrap
+from loftup import LoftUp, LoftUpConfig, LoftUpError, Upsampled
+from loftup.backbones import Backbone, identify, wrap
 
 
 @pytest.mark.parametrize(

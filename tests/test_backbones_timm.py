@@ -9,7 +9,7 @@ from torch import nn
 
 from loftup import LoftUpError
 from loftup.backbones import identify, load_backbone, wrap
-from loftup.published import PUBLISHED
+from loftup.weights.catalogue import PUBLISHED
 
 SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 SMALL_VIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}

@@ -8,8 +8,8 @@ import torch
 from material import universal
 
 from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError, list_pretrained, load_backbone, wrap
-from loftup.bundled import BUNDLED
-from loftup.published import PUBLISHED
+from loftup.weights.bundled import BUNDLED
+from loftup.weights.catalogue import PUBLISHED
 
 STAND_IN = (
     r"no LoftUp weights of its own for this backbone \({}\): using 'any', which takes features of any backbone. "

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import loftup
 import loftup.viz
 from loftup import LoftUp, LoftUpConfig
-from loftup.bundled import BUNDLED
 from loftup.cli import drawn_scene, main
-from loftup.demo import PHOTO
+from loftup.cli.demo import PHOTO
+from loftup.weights.bundled import BUNDLED
 
 MOBILENET = ["--layer", "1", "--option", "pad_type=same", "--mean", ".5", ".5", ".5", "--std", ".5", ".5", ".5"]
 
@@ -286,7 +286,7 @@ def test_another_version_or_another_image_of_the_name_is_not_taken_as_finished(
     command = ["features", str(photos / "scene0.png"), *models, "-o", str(tmp_path / "out")]
     assert main(command) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("loftup.resume.__version__", "9.9")
+        patch.setattr("loftup.cli.resume.__version__", "9.9")
         assert main(command) == 2
     assert "other settings (loftup_version " in capsys.readouterr().err
     drawn_scene(61, 80).save(photos / "scene0.png")
@@ -398,15 +398,15 @@ def test_one_unreadable_image_is_reported_and_the_rest_written(models, photos, t
 
 
 def test_an_interrupt_leaves_whole_files(models, photos, tmp_path, capsys, monkeypatch):
-    import loftup.weights
+    import loftup.weights.files
 
-    write = loftup.weights.write_atomically
+    write = loftup.files.write_atomically
 
     def once(path, content):
         write(path, content)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loftup.weights.write_atomically", once)
+    monkeypatch.setattr("loftup.files.write_atomically", once)
     assert main(["features", str(photos), *models, "-o", str(tmp_path / "out")]) == 130
     assert "interrupted; files already written are whole, run again to resume" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["scene0.png.safetensors"]

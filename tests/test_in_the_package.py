@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from loftup import LoftUp, LoftUpError, load_backbone
-from loftup.bundled import BUNDLED, FOLDER
+from loftup.weights.bundled import BUNDLED, FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_weights_are_used_in_float32_unless_asked_otherwise(name):
 
 
 def test_any_is_small(any_up):
-    assert any_up.config.values == "features"
+    assert any_up.config.channels is None
     assert sum(p.numel() for p in any_up.parameters()) <= 1_500_000
 
 

@@ -9,7 +9,7 @@ from material import LEARNABLE, SINE, inputs, randomised, shared
 from safetensors.torch import load_file
 
 from loftup import LoftUp, LoftUpConfig
-from loftup.layers import FourierCode
+from loftup.networks.layers import FourierCode
 from loftup.ops.eager import cross_attention
 
 

@@ -10,10 +10,10 @@ from material import LEARNABLE, SINE, inputs, randomised
 from torch import nn
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError
-from loftup.engines import CpuEngine, EagerEngine, can_run, explain
+from loftup.inference.bands import Plan, plan
+from loftup.inference.choose import CpuEngine, EagerEngine, can_run, explain
+from loftup.inference.fold import _CACHE, fold
 from loftup.inputs import resize_guidance
-from loftup.prepare import _CACHE, fold
-from loftup.streaming import Plan, plan
 
 WIDE = LoftUpConfig(384)
 BACKENDS = ("torch", "cpu")  # tests/ops/test_engine.py has "triton"
@@ -28,7 +28,7 @@ def untiled(up: LoftUp, features, image, size=None):
 
 
 def cut(monkeypatch, columns: int, rows: int) -> None:
-    monkeypatch.setattr("loftup.streaming.plan", lambda *arguments: Plan(columns, rows))
+    monkeypatch.setattr("loftup.inference.bands.plan", lambda *arguments: Plan(columns, rows))
 
 
 @pytest.mark.parametrize("config", [SINE, LEARNABLE], ids=["sine", "learnable"])
@@ -317,7 +317,7 @@ def test_the_default_dtype_does_not_matter(default):
 
 
 def test_notes_on_slow_bfloat16(monkeypatch):
-    monkeypatch.setattr("loftup.engines._has_bfloat16", lambda: False)
+    monkeypatch.setattr("loftup.inference.choose._has_bfloat16", lambda: False)
     assert "no bfloat16 arithmetic: float32 will be faster" in str(explain(randomised(SINE).bfloat16()))
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from material import inputs, universal
 
-from loftup import LoftUp, LoftUpConfig, LoftUpError, Upsampled, load_backbone
-from loftup.engines import explain
+from loftup import LoftUp, LoftUpConfig, LoftUpError, UniversalConfig, Upsampled, load_backbone
+from loftup.inference.choose import explain
+from loftup.networks.config import read_config
 
 
 def windows(grid: torch.Tensor, height: int, width: int, radius: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,20 +223,20 @@ def test_an_empty_batch_minds_its_target():
 
 
 def test_the_config_survives_its_dictionary():
-    config = LoftUpConfig(values="features", heads=3, radius=1, code_width=4, encoder_width=16, backbone="mine")
-    assert LoftUpConfig.from_dict(config.to_dict()) == config
-    assert LoftUpConfig.from_dict({"values": "features"}) == LoftUpConfig(values="features")
+    config = UniversalConfig(heads=3, radius=1, code_width=4, encoder_width=16, backbone="mine")
+    assert read_config(config.to_dict()) == config
+    assert read_config({"values": "features"}) == UniversalConfig()
     projected = LoftUpConfig(24).to_dict()
     assert not {"values", "radius", "code_width", "encoder_width"} & set(projected)
-    assert LoftUpConfig.from_dict(projected) == LoftUpConfig(24)
+    assert read_config(projected) == LoftUpConfig(24)
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"channels": 24, "values": "features"}, 'channels must be None with values="features".*got 24'),
+        ({"channels": 24, "values": "features"}, r"unknown keys \['channels'\]"),
         ({"channels": None}, "channels must be a positive integer, got None"),
-        ({"values": "keys"}, r"values must be one of \('projected', 'features'\), got 'keys'"),
+        ({"values": "keys"}, r"'values' must be 'projected' or 'features', got 'keys'"),
         ({"values": "features", "radius": 0}, "radius must be a positive integer, got 0"),
         ({"values": "features", "code_width": 1.5}, "code_width must be a positive integer, got 1.5"),
         ({"values": "features", "encoder_width": True}, "encoder_width must be a positive integer, got True"),
@@ -244,7 +245,7 @@ def test_the_config_survives_its_dictionary():
 )
 def test_bad_configs(fields, text):
     with pytest.raises(ValueError, match=text):
-        LoftUpConfig(**fields)
+        read_config(fields)
 
 
 def test_the_settings_shape_the_network():
@@ -254,7 +255,7 @@ def test_the_settings_shape_the_network():
     assert up.upsampler.radius == 1
     assert up.dtype == torch.float32
     assert up.device == torch.device("cpu")
-    assert "values='features', channels=any, heads=2, backbone=''" in repr(up)
+    assert "channels=any, heads=2, backbone=''" in repr(up)
     assert all(key.startswith("upsampler.") for key in up.state_dict())
 
 
@@ -352,4 +353,4 @@ def test_the_card_does_not_name_a_number_of_channels(hub):
     assert "# LoftUp for any vision backbone" in card
     assert "(any C) to any resolution" in card
     assert "# (B, C, h, w) and (B, 3, H, W) to (B, C, H, W)" in card
-    assert LoftUp.from_pretrained("me/any").config.values == "features"
+    assert LoftUp.from_pretrained("me/any").config.channels is None

@@ -8,10 +8,10 @@ import torch
 from material import inputs, universal
 from torch import nn
 
-from loftup import universal_streaming
+from loftup.inference import windows as universal_streaming
+from loftup.inference.codes import cut_blocks, encode, rectangles
 from loftup.inputs import resize_guidance
-from loftup.universal import make_axis
-from loftup.universal_codes import cut_blocks, encode, rectangles
+from loftup.networks.universal import make_axis
 
 MIB = 2**20
 

@@ -10,8 +10,8 @@ from material import randomised, shared
 from safetensors.torch import save_file
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, list_pretrained
-from loftup.published import PUBLISHED, find_checkpoint
-from loftup.weights import write_atomically
+from loftup.files import write_atomically
+from loftup.weights.catalogue import PUBLISHED, find_checkpoint
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import LoftUpError
 
 if TYPE_CHECKING:
-    from .backbones import Backbone, Upsampled, load_backbone, wrap
-    from .model import LoftUp, LoftUpConfig
-    from .published import list_pretrained
+    from .backbones import Backbone, load_backbone, wrap
+    from .inference.choose import explain
+    from .model import LoftUp
+    from .networks.config import LoftUpConfig, UniversalConfig
+    from .upsampled import Upsampled
+    from .weights.catalogue import list_pretrained
 
 __version__ = "0.1.0"
 
@@ -16,8 +19,10 @@ __all__ = [
     "LoftUp",
     "LoftUpConfig",
     "LoftUpError",
+    "UniversalConfig",
     "Upsampled",
     "__version__",
+    "explain",
     "list_pretrained",
     "load_backbone",
     "wrap",
@@ -26,9 +31,11 @@ __all__ = [
 _HOME = {
     "Backbone": "backbones",
     "LoftUp": "model",
-    "LoftUpConfig": "model",
-    "Upsampled": "backbones",
-    "list_pretrained": "published",
+    "LoftUpConfig": "networks.config",
+    "UniversalConfig": "networks.config",
+    "Upsampled": "upsampled",
+    "explain": "inference.choose",
+    "list_pretrained": "weights.catalogue",
     "load_backbone": "backbones",
     "wrap": "backbones",
 }

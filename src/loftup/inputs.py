@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .model import LoftUp, LoftUpConfig
+    from .model import LoftUp
+    from .networks.config import LoftUpConfig
 
 __all__ = ["Size", "check_inputs", "check_points", "output_size", "resize_guidance"]
 
@@ -85,7 +86,7 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
 
 def channel_mismatch(channels: int, config: "LoftUpConfig") -> str:
     """Explain features of the wrong channel count, naming the published weights that would fit."""
-    from .published import PUBLISHED
+    from .weights.catalogue import PUBLISHED
 
     weights = f"the weights {config.backbone!r} expect" if config.backbone else "these weights expect"
     fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == channels]

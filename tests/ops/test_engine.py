@@ -7,7 +7,7 @@ import torch
 from material import LEARNABLE, SINE, inputs, randomised
 from torch import nn
 
-from loftup.engines import explain
+from loftup.inference.choose import explain
 
 
 @pytest.mark.parametrize("config", [SINE, LEARNABLE], ids=["sine", "learnable"])

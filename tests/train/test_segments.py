@@ -77,7 +77,7 @@ def test_term(window):
         masks = masks[:2]
         values = read_membership(standardised[index], masks, 0.3)[None]
         with torch.no_grad():
-            read = term.up.upsampler(low[index : index + 1], data.guidance[index : index + 1], None, values)
+            read = term.up.upsampler(low[index : index + 1], data.guidance[index : index + 1], values=values)
         expected.append(membership_loss(cut(read[0], window), cut(masks, window)))
     loss, parts = term(data)
     close(loss, torch.stack(expected).mean())

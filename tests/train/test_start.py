@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from material import LEARNABLE, SINE, inputs, randomised
 from torch import nn
 
-from loftup import LoftUp, LoftUpConfig
+from loftup import LoftUp, LoftUpConfig, UniversalConfig
 from loftup.train.start import calibrate_batch_norm, freeze_batch_norm, start_as_interpolator
 from loftup.train.window import upsample_window
 
@@ -136,7 +136,7 @@ class TestInterpolator:
         up = LoftUp(LoftUpConfig(96)).eval()
         start_as_interpolator(up)
         with torch.no_grad():
-            queries = up.upsampler.queries(torch.rand(1, 3, 40, 40), torch.float32)[0]
+            queries = up.upsampler.queries(torch.rand(1, 3, 40, 40))[0]
         assert (queries.amax(0) > 0).all()
         assert (queries[:, 96:104] > 0).float().mean(0).min() > 0.2  # the position: each half the time
 
@@ -160,7 +160,7 @@ class TestInterpolator:
             (LoftUpConfig(24, image_frequencies=1), {}, "got 'sine' with 5 and 1"),
             (LoftUpConfig(28, heads=16), {}, "heads of width 4 or more, got width 48 with 16 heads"),
             (SINE, {"grid": 1}, "grid is 1, expected at least 2"),
-            (LoftUpConfig(values="features"), {}, "is for values='projected', got a network with values='features'"),
+            (UniversalConfig(), {}, "is for values='projected', got a network with values='features'"),
         ],
     )
     def test_refuses(self, config, options, text):

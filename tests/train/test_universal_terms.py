@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from small_config import configured
 from small_objective import PATCH, SIZE, backbone, batch, close, config, crops, cut, full_batch
 
-from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError
+from loftup import Backbone, LoftUp, LoftUpError, UniversalConfig
 from loftup.train import terms
 from loftup.train.config import BackboneConfig
 from loftup.train.data import TrainingViews, collate
@@ -21,7 +21,7 @@ TERMS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "
 
 def upsampler():
     """A small universal network whose every weight matters."""
-    up = LoftUp(LoftUpConfig(values="features", heads=2, radius=1, code_width=4, encoder_width=8))
+    up = LoftUp(UniversalConfig(heads=2, radius=1, code_width=4, encoder_width=8))
     with torch.no_grad():
         for parameter in up.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bundled import ANY
 from ..errors import LoftUpError
-from ..published import PUBLISHED
+from ..inputs import Size
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
 from .load import build, resolve
@@ -17,9 +16,7 @@ from .maps import hub_dino, timm_features, timm_stages, transformers_backbone
 from .tiny import TINY, build_tiny
 from .vit import IMAGENET
 
-__all__ = ["Backbone", "Upsampled", "identify", "load_backbone", "wrap"]
-
-Size = int | tuple[int, int]
+__all__ = ["Backbone", "identify", "load_backbone", "wrap"]
 
 FAMILIES = (
     timm_features,
@@ -110,7 +107,7 @@ class Backbone(nn.Module):
             )
         return features
 
-    def preprocess(self, source: Any, size: Size | None = None) -> Tensor:
+    def preprocess(self, source: Any, size: Size = None) -> Tensor:
         """Turn a picture into the normalised image that :meth:`forward` and the upsampler take.
 
         Args:
@@ -281,52 +278,6 @@ def load_backbone(
     if checkpoint:
         backbone.name = checkpoint.name
     return backbone.eval()
-
-
-class Upsampled(nn.Module):
-    """A backbone and its upsampler in one: image to features at the image's resolution, or any other.
-
-    Args:
-        backbone: a :class:`Backbone`, or anything that :func:`wrap` takes.
-        up: the upsampler, called as ``up(features, image, size=size)``.
-
-    Raises:
-        LoftUpError: the upsampler expects another number of channels.
-        TypeError: not two modules, or the two swapped.
-    """
-
-    def __init__(self, backbone: nn.Module, up: nn.Module) -> None:
-        from ..model import LoftUp
-
-        super().__init__()
-        if isinstance(backbone, LoftUp) or isinstance(up, Backbone):
-            raise TypeError("backbone and up look swapped: call Upsampled(backbone, up)")
-        if not isinstance(up, nn.Module):
-            hint = "; for weights by their name: LoftUp.from_pretrained(name)" if isinstance(up, str) else ""
-            raise TypeError(f"up must be an upsampler (torch.nn.Module), got {type(up).__name__}{hint}")
-        self.backbone = wrap(backbone)
-        self.up = up
-        expected = getattr(getattr(up, "config", None), "channels", None)
-        if expected is not None and expected != self.backbone.channels:
-            fitting = [c.name for c in PUBLISHED.values() if c.channels == self.backbone.channels]
-            raise LoftUpError(
-                f"the backbone {self.backbone.name or type(self.backbone.model).__name__!r} gives "
-                f"{self.backbone.channels} channels, the upsampler expects {expected}"
-                + (f"; for {self.backbone.channels} channels: {', '.join(map(repr, fitting))}" if fitting else "")
-                + f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
-            )
-
-    def forward(self, image: Tensor, size: Size | None = None) -> Tensor:
-        """Extract features and upsample them.
-
-        Args:
-            image: (B, 3, H, W), normalised for the backbone; also the upsampler's guidance.
-            size: (H', W') of the result, None for (H, W).
-
-        Returns:
-            (B, C, H', W').
-        """
-        return cast(Tensor, self.up(self.backbone(image), image, size=size))
 
 
 def _rewrap(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoftUpError
-from ..published import find_checkpoint
+from ..weights.catalogue import find_checkpoint
 from .maps import dinov2_name, timm_config, timm_stages
 from .vit import (
     ANTIALIASED,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError
-from ..published import PUBLISHED, Checkpoint, find_checkpoint, known_names
+from ..weights.catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
 __all__ = ["Weights", "build", "resolve"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 
 __all__ = ["run"]
 
@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
     """Do what the command line says; returns the exit status, 1 where an upsampler failed.
 
     Args:
-        arguments: of :func:`loftup.options.add_eval_commands`.
+        arguments: of :func:`loftup.cli.options.add_eval_commands`.
         backbone_of: makes the backbone that they name.
     """
     if arguments.task == "list":

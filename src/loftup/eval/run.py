@@ -22,7 +22,7 @@ from torch import nn
 from .. import __version__
 from ..backbones import Backbone
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 from .datasets import open_dataset
 from .datasets.base import Dataset
 from .figure import figure

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backbones import Backbone, wrap
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 
 __all__ = ["Clip", "OpenClip", "embed", "templates"]
 

@@ -6,10 +6,12 @@ from typing import Any, cast
 
 import torch
 
-from ..backbones import Backbone, Upsampled, load_backbone
+from ..backbones import Backbone, load_backbone
 from ..errors import LoftUpError
-from ..hub import UnreachableError
-from ..model import LoftUp, LoftUpConfig
+from ..model import LoftUp
+from ..networks.config import LoftUpConfig, UniversalConfig, read_config
+from ..upsampled import Upsampled
+from ..weights.hub import UnreachableError
 from .config import ObjectiveConfig, TrainConfig
 from .data import loader
 from .several import backbone_configs, backbone_sections
@@ -70,18 +72,18 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
         return rebuild({"architecture": model.architecture, "channels": backbone.channels, "backbone": backbone.name})
     if model.pretrained is not None:
         up = _pretrained(model.pretrained)
-        if up.config.values != model.values:
+        values = "features" if isinstance(up.config, UniversalConfig) else "projected"
+        if values != model.values:
             raise LoftUpError(
-                f"model.pretrained={model.pretrained} has values={up.config.values}, the config says "
-                f"model.values={model.values}; set model.values={up.config.values}, or other weights"
+                f"model.pretrained={model.pretrained} has values={values}, the config says "
+                f"model.values={model.values}; set model.values={values}, or other weights"
             )
         if model.values == "projected":
             Upsampled(backbone, up)  # refuses a pair that does not fit
             up.config = dataclasses.replace(up.config, backbone=backbone.name)
     elif model.values == "features":
         up = LoftUp(
-            LoftUpConfig(
-                values="features",
+            UniversalConfig(
                 heads=model.heads,
                 radius=model.radius,
                 code_width=model.code_width,
@@ -110,7 +112,7 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
 def rebuild(config: dict[str, Any]) -> LoftUp:
     """A network from its config: LoftUp, or one that it is compared with, which has in common what training needs."""
     if "architecture" not in config:
-        return LoftUp(LoftUpConfig.from_dict(config))
+        return LoftUp(read_config(config))
     from ..eval.upsamplers.base import LearnedConfig
     from ..eval.upsamplers.learned import build
 

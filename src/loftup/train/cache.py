@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 from .config import TrainConfig
 from .several import backbone_configs
 

@@ -13,9 +13,9 @@ import torch
 
 from .. import __version__
 from ..errors import LoftUpError
-from ..hub import upload
-from ..model import LoftUpConfig
-from ..weights import CONFIG, SAFETENSORS, model_card
+from ..networks.config import LoftUpConfig
+from ..weights.files import CONFIG, SAFETENSORS, model_card
+from ..weights.hub import upload
 from .config import BackboneConfig, TrainConfig, to_yaml
 from .several import backbone_configs
 
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 def training_card(
     config: TrainConfig, up: LoftUpConfig, facts: Mapping[str, Any], measured: Mapping[str, float]
 ) -> str:
-    """README.md of the weights: :func:`loftup.weights.model_card` and the recipe.
+    """README.md of the weights: :func:`loftup.weights.files.model_card` and the recipe.
 
     Args:
         config: of the run.

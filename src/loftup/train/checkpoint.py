@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 
 __all__ = [
     "Progress",

@@ -52,8 +52,8 @@ class ModelConfig:
         architecture: "loftup", or one that it is compared with: "featup_jbu", "lift", "resize_conv" or "liif" (see
             :mod:`loftup.eval.upsamplers`), for which all below is without effect: they start near interpolation.
         values: "projected", the published network, for one backbone; or "features", the universal one (see
-            :mod:`loftup.universal`), for which ``start``, ``position_code``, ``lr_size``, ``blocks`` and ``batch_norm``
-            are without effect: it starts as joint bilateral upsampling and has no such parts.
+            :mod:`loftup.networks.universal`), for which ``start``, ``position_code``, ``lr_size``, ``blocks`` and
+            ``batch_norm`` are without effect: it starts as joint bilateral upsampling and has no such parts.
         pretrained: weights to go on from, as :meth:`loftup.LoftUp.from_pretrained` takes them; None starts anew.
         start: "interpolator" (:func:`loftup.train.start.start_as_interpolator`) or "random"; without ``pretrained``.
         position_code: "sine" or "learnable"; with ``pretrained`` that of the weights.

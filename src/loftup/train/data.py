@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
+from ..networks.layers import Box
 from .cache import FeatureCache, open_caches
 from .config import TrainConfig
 from .plan import Plan, Region, View, check_geometry, draw_view, make_plan, seeded
 from .several import backbone_list
 from .sources import ImageFolder, Masks, Picture, Several, Source, UnreadableError, open_source
-from .window import Box
 
 __all__ = ["Batch", "Crop", "Sample", "StepSampler", "TrainingViews", "collate", "loader", "open_data"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoftUpError
-from ..universal import UniversalUpsampler
+from ..networks.universal import UniversalNetwork
 from .build import build_backbones, build_upsampler, calibrate, check_paths, rebuild
 from .card import CARD, how_to_load, machine, push, shown, training_card, versions
 from .check import check
@@ -403,7 +403,7 @@ class _Run:
 
 
 def _compile(network: Any) -> None:
-    if isinstance(network, UniversalUpsampler):
+    if isinstance(network, UniversalNetwork):
         network.encoder.compile()  # the rest works on cells, whose numbers differ from step to step
     else:
         for part in (network.ca_transformer, network.final_conv):

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoftUpError
-from ..weights import SAFETENSORS, write_atomically
+from ..files import write_atomically
+from ..weights.files import SAFETENSORS
 from .checkpoint import differences, latest_checkpoint, load_checkpoint
 from .config import TrainConfig, to_yaml
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image

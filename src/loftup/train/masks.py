@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import LoftUpError
+from ..files import stamp
 from ..pictures import open_picture
-from ..resume import stamp
 from .folders import by_stem, find_pictures, label_maps
 from .regions import LabelMap, centres
 from .sa1b import Annotation, annotate, write_file, write_sa1b

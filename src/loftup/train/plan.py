@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 
 from ..errors import LoftUpError
+from ..networks.layers import Box
 from .config import TrainConfig
-from .window import Box
 
 __all__ = ["Plan", "View", "check_geometry", "draw_view", "make_plan", "seeded"]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import LoftUpError
-from ..weights import write_atomically
+from ..files import write_atomically
 from .regions import Picture, RleMasks, UnreadableError
 
 __all__ = ["annotate", "read_sa1b", "require_pycocotools", "write_file", "write_sa1b"]

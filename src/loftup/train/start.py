@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import FourierCode
 from ..model import LoftUp
+from ..networks.layers import FourierCode
 
 __all__ = ["calibrate_batch_norm", "freeze_batch_norm", "start_as_interpolator"]
 
@@ -34,7 +34,7 @@ def calibrate_batch_norm(up: LoftUp, images: Iterable[Tensor]) -> None:
     count = 0
     try:
         for image in images:
-            up.upsampler.queries(image, up.dtype)
+            up.upsampler.queries(image)
             count += 1
     finally:
         for norm, (training, momentum) in zip(norms, modes, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..model import LoftUp
+from ..networks.layers import Box
 from .cache import open_caches
 from .config import TrainConfig
 from .data import Batch
@@ -28,7 +29,7 @@ from .objectives import (
 from .several import backbone_list
 from .standardise import draw_channels, standardisation
 from .start import freeze_batch_norm
-from .window import Box, upsample_window
+from .window import upsample_window
 
 __all__ = ["Objective"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
+from ..files import write_atomically
 from ..model import LoftUp
 from ..viz import compare
-from ..weights import write_atomically
 from .config import TrainConfig
 from .data import open_data
 from .distributed import Processes

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import __version__
 from ...errors import LoftUpError
+from ...files import write_atomically
+from ...inference.canvas import apply_head
 from ...inputs import Size, check_inputs, check_points, output_size, resize_guidance
-from ...layers import ChannelNorm, MinMaxScale
-from ...streaming import apply_head
-from ...weights import CONFIG, SAFETENSORS, write_atomically
+from ...networks.layers import ChannelNorm, MinMaxScale
+from ...weights.files import CONFIG, SAFETENSORS
 
 __all__ = ["Box", "Doubling", "DoublingUpsampler", "LearnedConfig", "LearnedUpsampler"]
 

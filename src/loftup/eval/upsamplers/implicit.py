@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...inputs import resize_guidance
-from ...layers import MinMaxScale, grid_coordinates
+from ...networks.layers import MinMaxScale, grid_coordinates
 from ...train.config import MultiViewConfig
 from ...train.multiview import AttentionDownsampler, Motion, draw_motions
 from ..features import extract

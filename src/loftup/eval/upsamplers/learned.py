@@ -1,8 +1,9 @@
 """Learned upsamplers by name: trained with ``loftup train``, LoftUp itself among them."""
 
-from ...backbones import Backbone, Upsampled
+from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...model import LoftUp
+from ...upsampled import Upsampled
 from .base import LearnedConfig, LearnedUpsampler
 from .jbu import FeatUpJBU
 from .lift import LiFT

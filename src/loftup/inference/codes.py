@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .universal import Axis, UniversalUpsampler
+from ..networks.universal import CellAxis, UniversalNetwork
 
 __all__ = ["Blocks", "Codes", "channels_last", "cut_blocks", "encode", "rectangles", "too_small"]
 
@@ -57,7 +57,7 @@ class Blocks:
         return self.spans[0][0], last + max(1, count)
 
 
-def cut_blocks(axis: Axis, side: int, dtype: torch.dtype) -> Blocks:
+def cut_blocks(axis: CellAxis, side: int, dtype: torch.dtype) -> Blocks:
     """Cut an axis into blocks of at most ``side`` pixels."""
     cells, most = axis.pixels.shape
     parts = -(-most // side)
@@ -99,7 +99,7 @@ class Codes:
         coarse: (1, D, ceil(H / 2), ceil(W / 2)).
     """
 
-    net: UniversalUpsampler
+    net: UniversalNetwork
     image: Tensor
     coarse: Tensor
 
@@ -148,7 +148,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def encode(net: UniversalUpsampler, image: Tensor, budget: int) -> Codes:
+def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
     """Make the coarse codes of a scaled image (1, 3, H, W) in tiles.
 
     Raises:

@@ -6,7 +6,7 @@ for the keys of all cells, then for the pixels. In between they are kept if they
 not. Memory is the result, a copy of the guidance, its codes at half resolution, some six times the features and the
 budget.
 
-The arithmetic is that of :meth:`loftup.universal.UniversalUpsampler.weights`, laid out for speed: pixels are the
+The arithmetic is that of :meth:`loftup.networks.universal.UniversalNetwork.weights`, laid out for speed: pixels are the
 innermost axis, and offsets and fading, which rows and columns have each for themselves, are added as one sum.
 """
 
@@ -19,22 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engines import choose, inference_dtype
-from .inputs import resize_guidance
-from .streaming import (
+from ..inputs import resize_guidance
+from ..networks.universal import SHORTEST_MEAN, Settings, UniversalNetwork, make_axis
+from .bands import (
     DEFAULT_MEMORY,
     DEFAULT_MEMORY_ELSEWHERE,
-    Head,
     _check_out,
     _corners,
     _plain_arithmetic,
-    apply_head,
 )
-from .universal import SHORTEST_MEAN, Settings, UniversalUpsampler, make_axis
-from .universal_codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
+from .canvas import Head, apply_head
+from .choose import choose, inference_dtype
+from .codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
 
 if TYPE_CHECKING:
-    from .model import LoftUp
+    from ..model import LoftUp
 
 __all__ = ["features_at", "upsample"]
 
@@ -76,7 +75,7 @@ class Grid:
 class Attention:
     """The attention of a network, its small weights prepared."""
 
-    def __init__(self, net: UniversalUpsampler) -> None:
+    def __init__(self, net: UniversalNetwork) -> None:
         self.net = net
         self.steps = torch.arange(-net.radius, net.radius + 1, device=net.log_width.device, dtype=net.log_width.dtype)
 
@@ -369,10 +368,10 @@ def _budget(memory: int | None, device: torch.device) -> int:
     return DEFAULT_MEMORY.get(device.type, DEFAULT_MEMORY_ELSEWHERE) if memory is None else memory
 
 
-def _wide(up: "LoftUp") -> UniversalUpsampler:
+def _wide(up: "LoftUp") -> UniversalNetwork:
     """The network in the dtype that inference computes in: itself, or a copy."""
     net, dtype = up.upsampler, inference_dtype(up)
-    assert isinstance(net, UniversalUpsampler)
+    assert isinstance(net, UniversalNetwork)
     return net if up.dtype == dtype else copy.deepcopy(net).to(dtype)
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from . import __version__
-from .backbones.tiny import FOLDER
-from .bundled import ANY, BUNDLED, TINY
-from .published import find_checkpoint
-from .stand_in import no_weights_for, stands_in
-from .weights import CONFIG, PICKLE, SAFETENSORS
+from .. import __version__
+from ..backbones.tiny import FOLDER
+from ..files import stamp
+from ..weights.bundled import ANY, BUNDLED, TINY
+from ..weights.catalogue import find_checkpoint
+from ..weights.files import CONFIG, PICKLE, SAFETENSORS
+from ..weights.names import no_weights_for, stands_in
 
-__all__ = ["finished", "settings_of", "stamp"]
+__all__ = ["finished", "settings_of"]
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
@@ -64,12 +65,6 @@ def _identity(source: str, known: bool = False) -> str:
 def _in_package(folder: Path) -> str:
     """Of weights in the package, whose content a new version may change."""
     return f"in the package, {hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()[:12]}"
-
-
-def stamp(file: Path) -> str:
-    """Size and time of a file, which change with its content."""
-    status = file.stat()
-    return f"{status.st_size}@{status.st_mtime_ns}"
 
 
 def finished(target: Path, image: Path, settings: dict[str, str]) -> bool:

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .bundled import ANY, TINY
+from .. import __version__
+from ..pictures import IMAGE_SUFFIXES
+from ..weights.bundled import ANY, TINY
 from .options import add_eval_commands, add_mask_options, add_model_options
-from .pictures import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from .backbones import Backbone
-    from .model import LoftUp
+    from ..backbones import Backbone
+    from ..model import LoftUp
 
 __all__ = ["main"]
 
@@ -105,8 +105,8 @@ def _models(arguments: argparse.Namespace, *names: str) -> "tuple[Backbone, list
         arguments: of the command; ``arguments.backbone`` is the backbone.
         names: of the upsamplers' weights; left out, the one that the options name.
     """
-    from .backbones import Upsampled
-    from .hub import UnreachableError
+    from ..upsampled import Upsampled
+    from ..weights.hub import UnreachableError
 
     _check_device(arguments.device)
     try:
@@ -128,7 +128,7 @@ def _upsampler(arguments: argparse.Namespace, name: str) -> "LoftUp":
     """The upsampler of that name; warnings, such as of a stand-in, are lines of their own on stderr."""
     import torch
 
-    from .model import LoftUp
+    from ..model import LoftUp
 
     dtype = getattr(torch, arguments.dtype)
     with warnings.catch_warnings(record=True) as caught:
@@ -142,7 +142,7 @@ def _upsampler(arguments: argparse.Namespace, name: str) -> "LoftUp":
 
 def backbone_of(arguments: argparse.Namespace) -> "Backbone":
     """The backbone that the options name, on the device."""
-    from .backbones import load_backbone
+    from ..backbones import load_backbone
 
     backbone = load_backbone(
         arguments.backbone,
@@ -172,7 +172,7 @@ def _repository(backbone: str) -> str:
     """Where timm would fetch a backbone from, for the message."""
     import timm
 
-    from .backbones.load import resolve
+    from ..backbones.load import resolve
 
     config = timm.get_pretrained_cfg(resolve(backbone)[0])
     return f", from the Hub repository {config.hf_hub_id!r}" if config and config.hf_hub_id else ""
@@ -207,7 +207,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def drawn_scene(height: int = 336, width: int = 448) -> "Image.Image":
     """A drawn landscape with sharp outlines, for trying things without a photograph."""
-    from .pictures import require_pillow
+    from ..pictures import require_pillow
 
     pil = require_pillow()
     from PIL import ImageDraw
@@ -267,9 +267,8 @@ def _write_features(
     import torch
     from safetensors.torch import save
 
-    from .pictures import open_picture
-    from .resume import stamp
-    from .weights import write_atomically
+    from ..files import stamp, write_atomically
+    from ..pictures import open_picture
 
     read = {"image": image.name, "image_file": stamp(image)}
     _, (high,) = _run(arguments, backbone, ups, open_picture(image))
@@ -316,7 +315,7 @@ def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 def _list(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict, fields
 
-    from .published import Checkpoint, list_pretrained
+    from ..weights.catalogue import Checkpoint, list_pretrained
 
     if arguments.json:
         unknown = {field.name: None for field in fields(Checkpoint)}
@@ -338,7 +337,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _masks(arguments: argparse.Namespace) -> int:
-    from .train.masks_command import run
+    from ..train.masks_command import run
 
     if arguments.sam:
         _check_device(arguments.device)
@@ -346,13 +345,13 @@ def _masks(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .train.command import run
+    from ..train.command import run
 
     return run(arguments)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from .eval.command import run
+    from ..eval.command import run
 
     if arguments.task not in ("list", "table"):
         _check_device(arguments.device)

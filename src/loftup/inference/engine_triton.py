@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..prepare import Weights
-from .eager import EagerEngine, KeyValue
+from .engine import EagerEngine, KeyValue
+from .fold import Weights
 
 __all__ = ["TritonEngine"]
 

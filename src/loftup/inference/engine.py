@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.eager import cross_attention
-from ..prepare import Pair, Weights
+from .fold import Pair, Weights
 
 __all__ = ["EagerEngine", "KeyValue", "guidance_code", "normalise"]
 

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from .. import __version__
+from ..errors import LoftUpError
+from ..files import write_atomically
+from ..model import LoftUp
+from ..networks.config import Config, UniversalConfig, read_config
 from .bundled import ANY, BUNDLED
-from .errors import LoftUpError
+from .catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names, list_pretrained
 from .hub import Repository, upload
-from .model import LoftUp, LoftUpConfig
-from .published import PUBLISHED, Checkpoint, find_checkpoint, known_names, list_pretrained
-from .stand_in import any_for, looks_like_path, name_of, stands_in
+from .names import any_for, looks_like_path, name_of, stands_in
 
 __all__ = ["PUBLISHED", "Checkpoint", "find_checkpoint", "list_pretrained", "load_pretrained", "save_pretrained"]
 
@@ -181,7 +182,7 @@ def _settings(config: dict[str, Any] | None, file: Path) -> dict[str, Any]:
         return {}
     try:
         fields = {key: value for key, value in config.items() if key not in ("library_name", "loftup_version")}
-        return LoftUpConfig.from_dict(fields).to_dict()
+        return read_config(fields).to_dict()
     except (TypeError, ValueError, AttributeError) as error:
         raise LoftUpError(f"the {CONFIG} beside {file} does not describe a LoftUp network: {error}") from error
 
@@ -238,7 +239,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
 
 def _own_config(values: Any, file: Path) -> dict[str, Any]:
     try:
-        return LoftUpConfig.from_dict(values).to_dict()
+        return read_config(values).to_dict()
     except (TypeError, ValueError, AttributeError) as error:
         raise LoftUpError(f"the config in {file} does not describe a LoftUp network: {error}") from error
 
@@ -299,7 +300,7 @@ def _build(state: StateDict, settings: dict[str, Any], file: Path, backbone: str
         fields = settings if told else {**infer_config(state), **settings}
         if backbone:
             fields = {**fields, "backbone": backbone}
-        up = LoftUp(LoftUpConfig.from_dict(fields))
+        up = LoftUp(read_config(fields))
     except (KeyError, ValueError) as error:
         raise LoftUpError(
             f"{file} does not hold a LoftUp network ({error}); its keys are {_some(state) or 'none at all'}"
@@ -340,23 +341,6 @@ def save_pretrained(up: LoftUp, folder: "str | os.PathLike[str]") -> None:
     write_atomically(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or absent: to a temporary name beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    # Not mkstemp, whose 0600 would hide a shared model from colleagues. O_BINARY is Windows' own.
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
-    handle = os.open(temporary, flags, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def push_to_hub(up: LoftUp, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
     """See :meth:`loftup.LoftUp.push_to_hub`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -365,9 +349,9 @@ def push_to_hub(up: LoftUp, repo: str, *, private: bool, token: str | None, comm
         return upload(folder, repo, private=private, token=token, commit_message=commit_message)
 
 
-def model_card(config: LoftUpConfig, repo: str) -> str:
+def model_card(config: Config, repo: str) -> str:
     """README.md of a Hub repository: what the weights are for and how to use them."""
-    universal = config.values == "features"
+    universal = isinstance(config, UniversalConfig)
     backbone = config.backbone or ("any vision backbone" if universal else "a vision backbone")
     channels = "C" if universal else str(config.channels)
     described = "any C" if universal else f"C = {channels}"

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["PHOTO", "run"]
 
-PHOTO = Path(__file__).parent / "bundled" / "photo" / "photo.jpg"
+PHOTO = Path(__file__).parent.parent / "bundled" / "photo" / "photo.jpg"
 
 
 def run(arguments: argparse.Namespace, models: Callable[..., Any], upsampled: Callable[..., Any]) -> int:
@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace, models: Callable[..., Any], upsampled: Ca
     """
     import torch.nn.functional as F
 
-    from .pictures import check_suffix, open_picture, require_pillow
-    from .viz import compare
+    from ..pictures import check_suffix, open_picture, require_pillow
+    from ..viz import compare
 
     pil = require_pillow()
     check_suffix(arguments.output)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, models: Callable[..., Any], upsampled: Ca
 
 def _names(arguments: argparse.Namespace) -> list[str]:
     """The weights to show; where no backbone is named, it becomes the one in the package, and a line says so."""
-    from .bundled import ANY, TINY
+    from ..weights.bundled import ANY, TINY
 
     if arguments.backbone is not None:
         return [arguments.weights or arguments.backbone]
@@ -75,8 +75,8 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 
 def _caption(weights: str) -> str:
-    from .bundled import ANY, BUNDLED
-    from .stand_in import stands_in
+    from ..weights.bundled import ANY, BUNDLED
+    from ..weights.names import stands_in
 
     name = ANY if stands_in(weights) else weights
     return f"LoftUp {name}" if name in BUNDLED else "LoftUp"

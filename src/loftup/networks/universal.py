@@ -19,18 +19,17 @@ features of a large receptive field are smooth, blur outlines over more cells, a
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import MinMaxScale
+from .config import UniversalConfig
+from .layers import Box, MinMaxScale, run
 
-if TYPE_CHECKING:
-    from .model import LoftUpConfig
-
-__all__ = ["Axis", "Prepared", "UniversalUpsampler", "make_axis"]
+__all__ = ["CellAxis", "Prepared", "UniversalNetwork", "make_axis"]
 
 FAR = -1e9  # the score of a cell outside the grid
 SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
@@ -39,7 +38,7 @@ SHORTEST_MEAN = 1e-2  # squared length of a mean direction below which agreement
 
 
 @dataclass(frozen=True)
-class Axis:
+class CellAxis:
     """How the pixels of one axis belong to its cells.
 
     Attributes:
@@ -60,7 +59,7 @@ def cell_of(pixel: Any, length: int, cells: int) -> Any:
     return (2 * pixel + 1) * cells // (2 * length)
 
 
-def make_axis(length: int, cells: int, device: torch.device | None = None) -> Axis:
+def make_axis(length: int, cells: int, device: torch.device | None = None) -> CellAxis:
     """Assign ``length`` pixels to ``cells`` cells, each to the cell that its centre lies in."""
     pixel = torch.arange(length, device=device)
     cell = cell_of(pixel, length, cells)
@@ -73,7 +72,7 @@ def make_axis(length: int, cells: int, device: torch.device | None = None) -> Ax
     pixels = torch.where(count[:, None] > 0, first[:, None] + slot.minimum(count[:, None] - 1), nearest[:, None])
     weights = (slot < count[:, None].clamp(min=1)) / count[:, None].clamp(min=1)
     offsets = ((2 * pixels + 1) * cells - (2 * index[:, None] + 1) * length).float() / (2 * length)
-    return Axis(pixels, weights.float(), offsets, cell * most + pixel - first[cell])
+    return CellAxis(pixels, weights.float(), offsets, cell * most + pixel - first[cell])
 
 
 class GuidanceEncoder(nn.Module):
@@ -150,15 +149,12 @@ class Settings:
         return Settings(*(x.repeat_interleave(times, 0) for x in (self.sharpness, self.strength, self.shares)))
 
 
-class UniversalUpsampler(nn.Module):
-    """The network behind :class:`loftup.LoftUp` with ``values="features"``; see the module's text.
+class UniversalNetwork(nn.Module):
+    """The network behind ``LoftUp.from_pretrained("any")``; see the module's text."""
 
-    Args:
-        config: with ``heads``, ``radius`` and ``code_width``.
-    """
-
-    def __init__(self, config: "LoftUpConfig") -> None:
+    def __init__(self, config: UniversalConfig) -> None:
         super().__init__()
+        self.config = config
         self.heads, self.radius, self.depth = config.heads, config.radius, config.code_width
         rounds = 1 + self.heads  # the first round has one head
         self.scale = MinMaxScale()
@@ -178,12 +174,12 @@ class UniversalUpsampler(nn.Module):
                 layer.weight.zero_()
                 layer.bias.zero_()
 
-    def prepare(self, features: Tensor, codes: Tensor, rows: Axis, columns: Axis) -> Prepared:
+    def prepare(self, features: Tensor, codes: Tensor, rows: CellAxis, columns: CellAxis) -> Prepared:
         """Keys and values of all cells, from features (B, C, h, w) and codes (B, D, H, W)."""
         mean, square = self.pool(codes, rows, columns)
         return self.assemble(features, mean, square)
 
-    def pool(self, codes: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
+    def pool(self, codes: Tensor, rows: CellAxis, columns: CellAxis) -> tuple[Tensor, Tensor]:
         """Mean codes (B, n, m, D) and mean squared length of each head's (B, n, m, 1 + heads) of the axes' cells."""
         x = gather_cells(codes, rows, columns)  # (B, n, m, P, Q, D)
         weights = rows.weights[:, None, :, None] * columns.weights[:, None, :]  # (n, m, P, Q)
@@ -277,34 +273,54 @@ class UniversalUpsampler(nn.Module):
         share = (offsets[..., None] - steps) / (self.radius + 0.5)
         return 2 * (1 - share.square()).clamp(min=SHARPEST).log()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes: that of its parameters, float32 at least, whatever autocast says."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
     def forward(
         self,
         features: Tensor,
         guidance: Tensor,
-        box: tuple[int, int, int, int] | None = None,
+        box: Box | None = None,
+        *,
         values: Tensor | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
-        """Features (B, C, h, w) and an image at output size (B, 3, H, W) to (B, C, H, W), all at once.
+        """Compute the upsampled features, or a box of them; the whole image is looked at.
 
         Args:
-            features: any float dtype; computed in the dtype of the parameters, whatever autocast says.
-            guidance: the image.
+            features: (B, C, h, w), any float dtype.
+            guidance: (B, 3, H, W), the image at output size.
             box: (top, left, bottom, right) of the output pixels wanted; None means all.
             values: (B, E, h, w), what to average in place of the features, with the weights that these give.
+            checkpointing: compute the activations again in the backward pass, to save memory before it.
+
+        Returns:
+            (B, C, bottom - top, right - left), or with E channels, in :attr:`dtype`.
         """
+        if features.shape[0] == 0:  # len() would fix the batch of an export
+            top, left, bottom, right = box or (0, 0, *guidance.shape[-2:])
+            channels = features.shape[1] if values is None else values.shape[1]
+            return features.new_empty(0, channels, bottom - top, right - left, dtype=self.dtype)
+        if next(self.parameters()).dtype != self.dtype:
+            state = {name: parameter.to(self.dtype) for name, parameter in self.named_parameters()}
+            inputs = (features, guidance, box)
+            options = {"values": values, "checkpointing": checkpointing}
+            return torch.func.functional_call(self, state, inputs, options)  # type: ignore[no-any-return]
         device = features.device.type
         plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with plain:
-            return self._forward(features, guidance, box, values)
+            return self._forward(features, guidance, box, values, checkpointing)
 
     def _forward(
-        self, features: Tensor, guidance: Tensor, box: tuple[int, int, int, int] | None, values: Tensor | None
+        self, features: Tensor, guidance: Tensor, box: Box | None, values: Tensor | None, checkpointing: bool
     ) -> Tensor:
         height, width = guidance.shape[-2:]
         h, w = features.shape[-2:]
         top, left, bottom, right = box or (0, 0, height, width)
         rows, columns = make_axis(height, h, features.device), make_axis(width, w, features.device)
-        codes = self.encoder(self.scale(guidance).to(self.gate.weight.dtype))
+        codes = run(checkpointing, self.encoder, self.scale(guidance).to(self.dtype))
         prepared = self.prepare(features, codes, rows, columns)
         if values is not None:
             r = self.radius
@@ -313,9 +329,9 @@ class UniversalUpsampler(nn.Module):
         most = [axis.pixels.shape[1] for axis in (rows, columns)]
         first_row, last_row = (cell_of(edge, height, h) for edge in (top, bottom - 1))
         first_column, last_column = (cell_of(edge, width, w) for edge in (left, right - 1))
-        x = self.cells(codes, prepared, rows, columns, (first_row, last_row + 1), (first_column, last_column + 1))
-        x = x.movedim(-1, 1)  # (B, C, n, m, P, Q)
-        x = x.movedim(4, 3).flatten(2, 3).flatten(3, 4)  # (B, C, n*P, m*Q)
+        down, across = (first_row, last_row + 1), (first_column, last_column + 1)
+        x = run(checkpointing, self.cells, codes, prepared, rows, columns, down, across)
+        x = rearrange(x, "b n m p q c -> b c (n p) (m q)")
         x = x.index_select(2, rows.places[top:bottom] - first_row * most[0])
         return x.index_select(3, columns.places[left:right] - first_column * most[1])
 
@@ -323,8 +339,8 @@ class UniversalUpsampler(nn.Module):
         self,
         codes: Tensor,
         prepared: Prepared,
-        rows: Axis,
-        columns: Axis,
+        rows: CellAxis,
+        columns: CellAxis,
         down: tuple[int, int],
         across: tuple[int, int],
     ) -> Tensor:
@@ -362,12 +378,12 @@ def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))
 
 
-def cut_axis(axis: Axis, first: int, last: int) -> Axis:
+def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:
     """The cells from ``first`` to ``last`` (excluded) alone; pixels keep their numbers."""
-    return Axis(axis.pixels[first:last], axis.weights[first:last], axis.offsets[first:last], axis.places)
+    return CellAxis(axis.pixels[first:last], axis.weights[first:last], axis.offsets[first:last], axis.places)
 
 
-def gather_cells(x: Tensor, rows: Axis, columns: Axis) -> Tensor:
+def gather_cells(x: Tensor, rows: CellAxis, columns: CellAxis) -> Tensor:
     """Pixels of (B, E, H, W) by cells: (B, n, m, P, Q, E)."""
     (n, p), (m, q) = rows.pixels.shape, columns.pixels.shape
     x = x.index_select(2, rows.pixels.flatten()).index_select(3, columns.pixels.flatten())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .model import LoftUp
+    from ..model import LoftUp
 
 __all__ = ["BlockWeights", "Weights", "cached", "fold", "forget"]
 
@@ -49,7 +49,7 @@ class Weights:
 
     @property
     def phases(self) -> Tensor:
-        """(2, 5, F) float32: by sine or cosine, value, frequency (see :class:`loftup.layers.FourierCode`)."""
+        """(2, 5, F) float32: by sine or cosine, value, frequency (see :class:`loftup.networks.layers.FourierCode`)."""
         return self.biases.reshape(2, -1, 5).transpose(1, 2).contiguous()
 
     @property

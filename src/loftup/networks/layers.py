@@ -13,20 +13,28 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops.eager import cross_attention
+from ..ops.eager import cross_attention
 
 __all__ = [
+    "Box",
     "ChannelNorm",
     "CrossAttention",
     "CrossTransformer",
     "FeedForward",
     "FourierCode",
+    "ImageCode",
     "LayerNorm2d",
     "MinMaxScale",
+    "Stem",
     "axis_coordinates",
     "grid_coordinates",
+    "grow",
+    "reach",
     "run",
 ]
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, the last two excluded
+Margins = tuple[int, int, int, int]  # pixels beyond a box at its top, left, bottom and right
 
 LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY = -2.0, 10.0
 
@@ -36,9 +44,11 @@ def axis_coordinates(length: int, device: torch.device | None = None) -> Tensor:
     return torch.linspace(-1.0, 1.0, length, device=device, dtype=torch.float32)
 
 
-def grid_coordinates(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Row and column of every position of a grid, (1, 2, height, width), float32 in [-1, 1]."""
-    rows, columns = axis_coordinates(height, device), axis_coordinates(width, device)
+def grid_coordinates(height: int, width: int, device: torch.device | None = None, box: Box | None = None) -> Tensor:
+    """Row and column of every position of a grid, or of a box of it, (1, 2, height, width), float32 in [-1, 1]."""
+    top, left, bottom, right = box or (0, 0, height, width)
+    # Slices of the whole axes: an axis of the box's own would differ in the last bit, which e^10 makes visible.
+    rows, columns = axis_coordinates(height, device)[top:bottom], axis_coordinates(width, device)[left:right]
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).unsqueeze(0)
 
 
@@ -100,10 +110,12 @@ class ImageCode(FourierCode):
     def __init__(self, frequencies: int) -> None:
         super().__init__(5, frequencies)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map a scaled image (B, 3, H, W) to (B, 10 * frequencies + 3, H, W) float32."""
+    def forward(self, image: Tensor, box: Box | None = None) -> Tensor:
+        """Map a scaled image (B, 3, H, W), or a box of it, to (B, 10 * frequencies + 3, n, m) float32."""
         batch, _, height, width = image.shape
-        coordinates = grid_coordinates(height, width, image.device).expand(batch, -1, -1, -1)
+        coordinates = grid_coordinates(height, width, image.device, box).expand(batch, -1, -1, -1)
+        if box is not None:
+            image = image[..., box[0] : box[2], box[1] : box[3]]
         return torch.cat([super().forward(torch.cat([coordinates, image], dim=1)), image], dim=1)
 
 
@@ -136,6 +148,100 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def reach(module: nn.Module) -> int | None:
+    """Pixels that a module's output sees to each side at most; None where that cannot be told."""
+    total = 0
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            total += max(
+                spacing * (side - 1) // 2 for spacing, side in zip(layer.dilation, layer.kernel_size, strict=True)
+            )
+        elif not next(layer.children(), None) and not isinstance(layer, POINTWISE):
+            return None
+    return total
+
+
+# Layers that compute every pixel from itself alone (batch norms in evaluation mode).
+POINTWISE = (
+    nn.BatchNorm2d,
+    nn.Dropout,
+    nn.ELU,
+    nn.GELU,
+    nn.Identity,
+    nn.LayerNorm,
+    nn.LeakyReLU,
+    nn.Linear,
+    nn.ReLU,
+    nn.SiLU,
+)
+
+
+class Stem(nn.Sequential):
+    """From the guidance code to the queries: norm, then two 3x3 convolutions with batch norm and ReLU.
+
+    Zero padding is at the image's true border only, also where a box of the image is computed.
+    """
+
+    def __init__(self, code_channels: int, width: int) -> None:
+        super().__init__(
+            ChannelNorm(code_channels),
+            nn.Conv2d(code_channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+
+    # The published checkpoints number the layers; these are their names.
+    norm = property(lambda self: self[0])
+    conv1 = property(lambda self: self[1])
+    batch_norm1 = property(lambda self: self[2])
+    relu1 = property(lambda self: self[3])
+    conv2 = property(lambda self: self[4])
+    batch_norm2 = property(lambda self: self[5])
+    relu2 = property(lambda self: self[6])
+
+    @property
+    def halo(self) -> int | None:
+        """Pixels around a box that its result depends on; None where a replaced layer may see the whole image."""
+        return reach(self)
+
+    def forward(self, code: Tensor, dtype: torch.dtype, margins: Margins = (0, 0, 0, 0)) -> Tensor:
+        """Compute the queries of a box.
+
+        Args:
+            code: (B, E, n + margins, m + margins) float32, of the box and its margins.
+            dtype: of the convolutions.
+            margins: at each side :attr:`halo` pixels, or as many as there are before the image's border.
+
+        Returns:
+            (B, D, n, m).
+        """
+        x = self.conv1(self.norm(code).to(dtype))
+        # A convolution pads with zeros; at a side that is not the image's border, what they touched is cut off.
+        if any(margins):
+            x, margins = _trim(x, margins, reach(self.conv2) or 0)
+        x = self.conv2(self.relu1(self.batch_norm1(x)))
+        if any(margins):
+            x, margins = _trim(x, margins, 0)
+        return self.relu2(self.batch_norm2(x))  # type: ignore[no-any-return]
+
+
+def grow(box: Box, halo: int, height: int, width: int) -> tuple[Box, Margins]:
+    """A box and ``halo`` pixels around it as far as the image reaches, and how many these are at each side."""
+    top, left, bottom, right = box
+    grown = max(0, top - halo), max(0, left - halo), min(height, bottom + halo), min(width, right + halo)
+    return grown, (top - grown[0], left - grown[1], grown[2] - bottom, grown[3] - right)
+
+
+def _trim(x: Tensor, margins: Margins, most: int) -> tuple[Tensor, Margins]:
+    """Leave margins of at most ``most`` pixels around (B, D, n, m)."""
+    left_over = tuple(min(margin, most) for margin in margins)
+    top, left, bottom, right = (margin - rest for margin, rest in zip(margins, left_over, strict=True))
+    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right], left_over  # type: ignore[return-value]
+
+
 def run(checkpointing: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Call a function, with activation checkpointing if asked for."""
     if checkpointing:
@@ -154,6 +260,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
+
+    def extra_repr(self) -> str:
+        """Heads, for ``print(up)``."""
+        return f"heads={self.heads}"
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """Let ``queries`` (B, n, D) attend to ``tokens`` (B, t, D); returns (B, n, D)."""

@@ -4,24 +4,24 @@ Behind the stem every pixel is computed for itself, and the stem's two convoluti
 is made band by band, equal to the untiled result; memory is the output, a few copies of the guidance and a budget.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .engines import EagerEngine, engine_for, inference_dtype
-from .inputs import resize_guidance
-from .layers import MinMaxScale, axis_coordinates
+from ..inputs import resize_guidance
+from ..networks.layers import MinMaxScale, axis_coordinates
+from .canvas import Head, apply_head
+from .choose import EagerEngine, engine_for, inference_dtype
 
 if TYPE_CHECKING:
-    from .model import LoftUp
+    from ..model import LoftUp
 
-__all__ = ["Head", "Plan", "apply_head", "features_at", "plan", "upsample"]
+__all__ = ["Plan", "features_at", "plan", "upsample"]
 
-Head = Callable[[Tensor], Tensor]
 HALO = 2
 NARROWEST = 64  # columns of the narrowest strip
 POINTS_AT_ONCE = 512
@@ -129,25 +129,6 @@ def _tokens(up: "LoftUp", engine: EagerEngine, features: Tensor) -> Tensor:
     """Channel norm and positions by the module itself, in its dtype: (1, C, h, w) to (h*w, D) in the engine's."""
     normal = up.channelnorm(features.to(up.dtype)).to(up.dtype)
     return up.upsampler.tokens(normal)[0].to(engine.dtype)  # type: ignore[no-any-return]
-
-
-def apply_head(head: Head, features: Tensor) -> Tensor:
-    """Apply a pointwise head to (B, C, n, m); returns (B, K, n, m) or (B, n, m).
-
-    Raises:
-        ValueError: the head returns another shape.
-    """
-    if isinstance(head, nn.Linear):
-        return head(features.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
-    made = head(features)
-    batch, _, rows, columns = features.shape
-    shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-    if not isinstance(made, Tensor) or shape not in ((batch, rows, columns), (batch, *shape[1:2], rows, columns)):
-        raise ValueError(
-            f"head must be pointwise: given {tuple(features.shape)} it must return ({batch}, K, {rows}, {columns}) or "
-            f"({batch}, {rows}, {columns}), got {shape}"
-        )
-    return made
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:

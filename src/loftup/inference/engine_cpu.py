@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..ops.cpu import attend, linear, padded_width
 from ..ops.winograd import TILE, Winograd, Workspace
-from ..prepare import Pair, Weights
-from .eager import EagerEngine, KeyValue
+from .engine import EagerEngine, KeyValue
+from .fold import Pair, Weights
 
 __all__ = ["CpuEngine"]
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
+from ..errors import LoftUpError
 from .bundled import ANY, BUNDLED
-from .errors import LoftUpError
-from .published import PUBLISHED, find_checkpoint
+from .catalogue import PUBLISHED, find_checkpoint
 
 __all__ = ["any_for", "looks_like_path", "name_of", "no_weights_for", "stands_in"]
 
 
 def name_of(backbone: nn.Module, strict: bool) -> str:
     """The name of the weights for a backbone object."""
-    from .backbones import identify, wrap
+    from ..backbones import identify, wrap
 
     name: str | None = identify(backbone)
     if name is not None and (find_checkpoint(name) or name in BUNDLED):

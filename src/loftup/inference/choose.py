@@ -1,7 +1,7 @@
 """Engines: how the folded network is computed in inference, one for each kind of device.
 
-An engine turns guidance into queries (``stem``) and queries into features (``pixels``); :mod:`loftup.streaming` decides
-which rows when.
+An engine turns guidance into queries (``stem``) and queries into features (``pixels``);
+:mod:`loftup.inference.bands` decides which rows when.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import torch
 
 from ..errors import LoftUpError
 from ..ops import can_run_cpu, can_run_triton
-from ..prepare import Weights, cached
-from .cpu import CpuEngine
-from .eager import EagerEngine
+from .engine import EagerEngine
+from .engine_cpu import CpuEngine
+from .fold import Weights, cached
 
 if TYPE_CHECKING:
     from ..model import LoftUp
@@ -48,18 +48,19 @@ def choose(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> str:
     if backend is not None:
         if reason := _reason(up, backend, dtype):
             raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
-        return "torch" if up.config.values == "features" else backend
-    cpu = up.config.values == "projected" and can_run("cpu", up.device, dtype) is None
+        return "torch" if up.config.channels is None else backend
+    cpu = up.config.channels is not None and can_run("cpu", up.device, dtype) is None
     return "cpu" if cpu else "torch"
 
 
 def _reason(up: "LoftUp", backend: str, dtype: torch.dtype) -> str | None:
     """:func:`can_run` for a module."""
-    if up.config.values == "features" and backend == "triton":
+    if up.config.channels is None and backend == "triton":
         return 'there are no Triton kernels for values="features"'
-    if up.config.values == "features" and backend == "cpu":
+    if up.config.channels is None and backend == "cpu":
         return None if up.device.type == "cpu" else f"the weights are on {up.device}"
-    return can_run(backend, up.device, dtype, up.config.width // up.config.heads)
+    width = None if up.config.channels is None else up.config.width // up.config.heads
+    return can_run(backend, up.device, dtype, width)
 
 
 def engine_for(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> EagerEngine:
@@ -68,7 +69,7 @@ def engine_for(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> EagerEn
 
     def make(weights: Weights) -> EagerEngine:
         if name == "triton":
-            from .triton import TritonEngine
+            from .engine_triton import TritonEngine
 
             return TritonEngine(weights, dtype)
         return (CpuEngine if name == "cpu" else EagerEngine)(weights, dtype)
@@ -103,7 +104,7 @@ def explain(up: "LoftUp", backend: str | None = None) -> Choice:
     dtype = inference_dtype(up)
     reasons = {name: _reason(up, name, dtype) for name in BACKENDS}
     notes = []
-    if up.config.values == "features":
+    if up.config.channels is None:
         notes.append("'cpu' and 'torch' are the same plain PyTorch for values=\"features\"")
     if up.device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
         notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
@@ -117,7 +118,7 @@ def inference_dtype(up: "LoftUp") -> torch.dtype:
 
     With ``values="features"`` float32 at least, whatever autocast says.
     """
-    if up.config.values == "features":
+    if up.config.channels is None:
         return torch.promote_types(up.dtype, torch.float32)
     kind = up.device.type
     if up.dtype == torch.float64 or not torch.is_autocast_enabled(kind):

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .errors import LoftUpError
+from .. import __version__
+from ..errors import LoftUpError
 
 __all__ = ["Repository", "UnreachableError", "upload"]
 

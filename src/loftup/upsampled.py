@@ -1,0 +1,58 @@
+"""A backbone and its upsampler together."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from .backbones import Backbone, wrap
+from .errors import LoftUpError
+from .inputs import Size
+from .model import LoftUp
+from .weights.bundled import ANY
+from .weights.catalogue import PUBLISHED
+
+__all__ = ["Upsampled"]
+
+
+class Upsampled(nn.Module):
+    """A backbone and its upsampler in one: image to features at the image's resolution, or any other.
+
+    Args:
+        backbone: a :class:`Backbone`, or anything that :func:`wrap` takes.
+        up: the upsampler, called as ``up(features, image, size=size)``.
+
+    Raises:
+        LoftUpError: the upsampler expects another number of channels.
+        TypeError: not two modules, or the two swapped.
+    """
+
+    def __init__(self, backbone: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        if isinstance(backbone, LoftUp) or isinstance(up, Backbone):
+            raise TypeError("backbone and up look swapped: call Upsampled(backbone, up)")
+        if not isinstance(up, nn.Module):
+            hint = "; for weights by their name: LoftUp.from_pretrained(name)" if isinstance(up, str) else ""
+            raise TypeError(f"up must be an upsampler (torch.nn.Module), got {type(up).__name__}{hint}")
+        self.backbone = wrap(backbone)
+        self.up = up
+        expected = getattr(getattr(up, "config", None), "channels", None)
+        if expected is not None and expected != self.backbone.channels:
+            fitting = [c.name for c in PUBLISHED.values() if c.channels == self.backbone.channels]
+            raise LoftUpError(
+                f"the backbone {self.backbone.name or type(self.backbone.model).__name__!r} gives "
+                f"{self.backbone.channels} channels, the upsampler expects {expected}"
+                + (f"; for {self.backbone.channels} channels: {', '.join(map(repr, fitting))}" if fitting else "")
+                + f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
+            )
+
+    def forward(self, image: Tensor, size: Size = None) -> Tensor:
+        """Extract features and upsample them.
+
+        Args:
+            image: (B, 3, H, W), normalised for the backbone; also the upsampler's guidance.
+            size: (H', W') of the result, None for (H, W).
+
+        Returns:
+            (B, C, H', W').
+        """
+        return cast(Tensor, self.up(self.backbone(image), image, size=size))
