@@ -1,14 +1,12 @@
 """What may be passed to a LoftUp, and the errors that say so: got, expected, remedy."""
 
-from typing import TYPE_CHECKING
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model import LoftUp
-    from .networks.config import LoftUpConfig
+from .weights.catalogue import PUBLISHED
 
 __all__ = ["Size", "check_inputs", "check_points", "output_size", "resize_guidance"]
 
@@ -34,9 +32,18 @@ def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image.float(), size, mode="bilinear", align_corners=False)
 
 
-def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
-    """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights."""
-    config = up.config
+def check_inputs(
+    features: Tensor, image: Tensor, channels: int | None, device: torch.device, backbone: str = ""
+) -> None:
+    """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights.
+
+    Args:
+        features: (B, C, h, w).
+        image: (B, 3, H, W); half precision is taken with a warning.
+        channels: C that the weights expect; None for any.
+        device: of the weights.
+        backbone: that the weights belong to, for the message; may be empty.
+    """
     for name, tensor in (("features", features), ("image", image)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -49,10 +56,9 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
                 f"{name} must have 4 dimensions ({'B, C, h, w' if name == 'features' else 'B, 3, H, W'}), "
                 f"got shape {tuple(tensor.shape)}{remedy}{tokens if tensor.ndim == 3 else ''}"
             )
-    channels = features.shape[1]
     # Weights for any number of channels cannot tell; but an image has 3.
-    expected = image.shape[1] if config.channels is None else config.channels
-    if channels == 3 != expected and image.shape[1] == expected:
+    expected = image.shape[1] if channels is None else channels
+    if features.shape[1] == 3 != expected and image.shape[1] == expected:
         raise ValueError(
             f"features and image look swapped: got shapes {tuple(features.shape)} and {tuple(image.shape)}; "
             "call up(features, image)"
@@ -60,8 +66,11 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
     if image.shape[1] != 3:
         remedy = "; for a grey image: image.expand(-1, 3, -1, -1)" if image.shape[1] == 1 else ""
         raise ValueError(f"the image has {image.shape[1]} channels, expected 3 (B, 3, H, W){remedy}")
-    if config.channels is not None and channels != config.channels:
-        raise ValueError(channel_mismatch(channels, config))
+    if channels is not None and features.shape[1] != channels:
+        weights = f"the weights {backbone!r} expect" if backbone else "these weights expect"
+        fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == features.shape[1]]
+        remedy = f"; for {features.shape[1]} channels: {', '.join(fitting)}" if fitting else ""
+        raise ValueError(f"features have {features.shape[1]} channels, {weights} {channels}{remedy}")
     if features.shape[0] != image.shape[0]:
         raise ValueError(
             f"features have batch size {features.shape[0]}, the image {image.shape[0]}; "
@@ -69,12 +78,19 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
         )
     if 0 in features.shape[1:] or 0 in image.shape[-2:]:
         raise ValueError(f"features {tuple(features.shape)} and image {tuple(image.shape)} must not be empty")
-    if features.device != up.device or image.device != up.device:
+    if features.device != device or image.device != device:
         raise ValueError(
-            f"features are on {features.device}, the image on {image.device}, the LoftUp weights on {up.device}; "
+            f"features are on {features.device}, the image on {image.device}, the LoftUp weights on {device}; "
             "move them to one device with .to()"
         )
     if not torch.compiler.is_compiling():
+        if image.dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"the image is {str(image.dtype).removeprefix('torch.')}, whose rounding shows in the upsampled "
+                "features (bfloat16: 1 % of them, 11 % at worst); pass the image as it was read, in float32: features "
+                "and weights may stay in half precision",
+                stacklevel=5,
+            )
         for name, tensor in (("features", features), ("image", image)):
             if not bool(tensor.isfinite().all()):
                 bad = int((~tensor.isfinite()).sum())
@@ -82,16 +98,6 @@ def check_inputs(features: Tensor, image: Tensor, up: "LoftUp") -> None:
                 raise ValueError(
                     f"{name} hold {bad} values that are not finite{half if tensor.dtype == torch.float16 else ''}"
                 )
-
-
-def channel_mismatch(channels: int, config: "LoftUpConfig") -> str:
-    """Explain features of the wrong channel count, naming the published weights that would fit."""
-    from .weights.catalogue import PUBLISHED
-
-    weights = f"the weights {config.backbone!r} expect" if config.backbone else "these weights expect"
-    fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == channels]
-    remedy = f"; for {channels} channels: {', '.join(fitting)}" if fitting else ""
-    return f"features have {channels} channels, {weights} {config.channels}{remedy}"
 
 
 def check_points(points: Tensor, features: Tensor, height: int, width: int) -> None:

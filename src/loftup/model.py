@@ -6,9 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .inference import bands, windows
-from .inference.canvas import Head, apply_head
-from .inference.fold import forget
+from .inference.canvas import Canvas, Head, apply_head
+from .inference.choose import open_stream
 from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from .networks import build_network, build_norm
 from .networks.config import Config, LoftUpConfig
@@ -24,12 +23,12 @@ class LoftUp(nn.Module):
     torch.Size([B, 384, H, W])
 
     Args:
-        config: a :class:`LoftUpConfig`, or the channel count C for the published architecture. Weights are random:
-            use :meth:`from_pretrained` for trained ones.
+        config: a :class:`LoftUpConfig`, or the channel count C for the published architecture; a
+            :class:`UniversalConfig` for the network behind "any". Weights are random: use :meth:`from_pretrained` for
+            trained ones.
 
     Attributes:
-        activation_checkpointing: save memory in training by computing activations twice. Without effect with
-            ``values="features"``.
+        activation_checkpointing: save memory in training by computing activations twice.
     """
 
     def __init__(self, config: Config | int) -> None:
@@ -43,7 +42,7 @@ class LoftUp(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating dtype of the parameters, in which the network computes.
 
-        The Fourier code stays float32; with ``values="features"`` everything is computed in float32 at least.
+        The Fourier code stays float32; "any" computes everything in float32 at least.
         """
         return next(self.upsampler.parameters()).dtype
 
@@ -68,27 +67,31 @@ class LoftUp(nn.Module):
         In inference (``eval()``, and no gradient wanted: inside ``torch.inference_mode()`` or ``torch.no_grad()``, or
         nothing requires one) the result is made in bands of rows, so that memory is the result plus a constant. When a
         gradient is wanted, in training mode and inside ``torch.compile`` the whole image is computed at once; set
-        ``up.activation_checkpointing = True`` to save memory there by computing activations twice. Forward hooks on
-        inner modules run only then.
+        ``up.activation_checkpointing = True`` to save memory there by computing activations twice.
+
+        Inference folds the weights that it knows. Where a module was replaced (LoRA, quantisation) or has forward
+        hooks, it runs module by module, in bands all the same, and slower; :func:`loftup.explain` says so.
 
         Args:
             features: (B, C, h, w), straight from the backbone, any float dtype.
             image: (B, 3, H, W), the guidance; any per-channel affine scaling, so [0, 1], ImageNet-normalised or
-                0..255, any float dtype. Each image is scaled by its own extremes: batch-mates never matter.
+                0..255. Each image is scaled by its own extremes: batch-mates never matter. Pass it in float32 whatever
+                the dtype of the rest: the Fourier code's highest frequency is e^10, so that a bfloat16 image changes
+                the published network's output by 1 % (11 % at worst), a float16 one by a part of that. float64 counts
+                as float32.
             size: (H', W') of the result in pixels, or one int for a square; None means (H, W). Another size than the
                 image's resizes the guidance bilinearly first.
             head: a pointwise function of features, applied band by band, so that the (B, C, H', W') map never exists:
                 an ``nn.Linear`` over C, or anything that maps (1, C, n, m) to (1, K, n, m) or (1, n, m) position by
                 position (1x1 convolution, linear probe, similarity to texts, argmax). It sees the dtype of
-                ``features``. Where gradients of its own parameters are wanted, the map is kept for them. With
-                ``values="features"`` an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, to the same
-                result.
+                ``features``. Where gradients of its own parameters are wanted, the map is kept for them. With "any"
+                an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, to the same result.
             out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
                 one too).
             memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
-                libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA. With ``values="features"`` it is
-                also beside the guidance's codes at half resolution and some six times the features.
-            backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.inference.choose.explain`.
+                libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA. With "any" it is also beside
+                the guidance's codes at half resolution and some six times the features.
+            backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.explain`.
 
         Returns:
             (B, C, H', W') in the dtype of ``features``; with ``head`` (B, K, H', W') or (B, H', W') in the head's
@@ -102,29 +105,34 @@ class LoftUp(nn.Module):
             TypeError: an argument is not a float tensor.
             LoftUpError: ``backend`` cannot run here.
         """
-        check_inputs(features, image, self)
+        check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
         size = output_size(size, image)
         if not self._whole_at_once(features, image):
-            stream = (windows if self.config.channels is None else bands).upsample
-            return stream(self, features, image, size, head=head, out=out, memory=memory, backend=backend)
+            stream = open_stream(self.upsampler, backend)
+            canvas = Canvas(features, size, head, out)
+            stream.upsample(self._normalise(features), image, canvas, memory)
+            return canvas.finish()
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
                 raise ValueError(
                     f"{name}= is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile"
                 )
-        guidance = resize_guidance(image, size)
-        dtype = self.upsampler.dtype
-        normalised = self.channelnorm(features.to(dtype)).to(dtype)
+        guidance, normalised = resize_guidance(image, size), self._normalise(features)
         dense = self.upsampler(normalised, guidance, checkpointing=self.activation_checkpointing).to(features.dtype)
         return dense if head is None else apply_head(head, dense)
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        dtype = self.upsampler.dtype
+        if features.is_inference() and torch.is_grad_enabled():
+            features = features.clone()  # an ordinary tensor, which autograd can save
+        return self.channelnorm(features.to(dtype)).to(dtype)  # type: ignore[no-any-return]
 
     def at(
         self, features: Tensor, image: Tensor, points: Tensor, size: Size = None, *, backend: str | None = None
     ) -> Tensor:
         """Upsampled features at points alone; the cost grows with their number, not with the image's size.
 
-        With ``values="features"`` the whole image is looked at first, and from some percent of its pixels on the map
-        costs less.
+        With "any" the whole image is looked at first, and from some percent of its pixels on the map costs less.
 
         At pixel centres these are the vectors of ``up(features, image, size)``; between them they are interpolated
         bilinearly, as ``grid_sample`` would from the full map. Inference only.
@@ -146,7 +154,7 @@ class LoftUp(nn.Module):
             TypeError: as for :meth:`forward`.
             LoftUpError: ``backend`` cannot run here.
         """
-        check_inputs(features, image, self)
+        check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
         height, width = output_size(size, image)
         check_points(points, features, height, width)
         if self._whole_at_once(features, image):
@@ -154,20 +162,18 @@ class LoftUp(nn.Module):
                 "up.at is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile. With "
                 "gradients, sample the map: up(features, image, size)[..., y, x]"
             )
-        read = (windows if self.config.channels is None else bands).features_at
-        return read(self, features, image, (height, width), points, backend=backend)
+        stream = open_stream(self.upsampler, backend)
+        with torch.inference_mode(False):
+            vectors = features.new_empty(*points.shape[:2], features.shape[1])
+        if vectors.numel():
+            stream.at(self._normalise(features), image, (height, width), points, vectors)
+        return vectors
 
     def refresh(self) -> None:
-        """Forget the weights prepared for inference; needed only after writing through ``parameter.data``."""
-        forget(self)
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # .to() and .half() put new data into the same parameters, past their version counters.
-        forget(self)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Do nothing: inference follows every change of the weights by itself. Kept for older code."""
 
     def _whole_at_once(self, features: Tensor, image: Tensor) -> bool:
-        if self.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or any(m.training for m in self.modules()):
             return True
         wanted = features.requires_grad or image.requires_grad or any(p.requires_grad for p in self.parameters())
         return torch.is_grad_enabled() and wanted

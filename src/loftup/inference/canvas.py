@@ -1,12 +1,108 @@
-"""Where results go: heads applied on the way."""
+"""Where results go: ``out=``, ``head=``, points, memory budgets. Every stream writes through it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Head", "apply_head"]
+from ..networks.layers import Box
+from .fold import is_plain
+
+__all__ = ["Canvas", "Head", "apply_head", "budget", "sample"]
 
 Head = Callable[[Tensor], Tensor]
+MEMORY = {"cuda": 384 * 2**20}
+MEMORY_ELSEWHERE = 96 * 2**20
+
+
+def budget(memory: int | None, device: torch.device) -> int:
+    """The bytes of working memory: those asked for, or the default of a device."""
+    return MEMORY.get(device.type, MEMORY_ELSEWHERE) if memory is None else memory
+
+
+class Canvas:
+    """The result of one call, painted box by box, with the head applied on the way.
+
+    The result is an ordinary tensor also inside ``torch.inference_mode``, so that a probe can be trained on it.
+
+    Args:
+        features: (B, C, h, w), straight from the backbone; the result has their dtype and device.
+        size: (H, W) of the result.
+        head: pointwise function of features, or None.
+        out: tensor to write into, or None for a new one.
+
+    Raises:
+        ValueError: ``out`` has another shape than the result.
+    """
+
+    def __init__(self, features: Tensor, size: tuple[int, int], head: Head | None = None, out: Tensor | None = None):
+        self.features, self.size, self.head, self.out = features, size, head, out
+        self.channels, self.dtype = features.shape[1], features.dtype
+        self.result: Tensor | None = None
+        if head is None:
+            self._open((self.channels,), self.dtype, features.device)
+
+    def values(self) -> Tensor:
+        """Low-resolution values (B, E, h, w) to average, for a stream whose output averages the features.
+
+        The features; or, for a linear head, its values for them: weights have sum 1, so a linear head of an average is
+        the average of the head's values, and the canvas then needs no head any more.
+        """
+        if self.head is None or not len(self.features) or not _commutes_with_averages(self.head):
+            return self.features
+        values = apply_head(self.head, self.features).detach()
+        self.head, self.channels, self.dtype = None, values.shape[1], values.dtype
+        self._open((self.channels,), self.dtype, values.device)
+        return values
+
+    def paint(
+        self,
+        index: int,
+        box: Box,
+        write: Callable[[Tensor], None],
+        arithmetic: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Paint a box of one image.
+
+        Args:
+            index: of the image in the batch.
+            box: (top, left, bottom, right).
+            write: writes the box's features into the tensor (C, bottom - top, right - left) that it is given, of any
+                strides, dtype and device.
+            arithmetic: the context to call ``write`` in; the head is applied as the caller has it, with gradients.
+        """
+        top, left, bottom, right = box
+        if self.head is None:
+            assert self.result is not None
+            with arithmetic():
+                write(self.result[index, :, top:bottom, left:right])
+            return
+        # Channels innermost, as linear heads and channels-last convolutions read them.
+        band = self.features.new_empty(1, bottom - top, right - left, self.channels).movedim(-1, 1)
+        with arithmetic():
+            write(band[0])
+        values = apply_head(self.head, band)
+        result = self._open(tuple(values.shape[1:-2]), values.dtype, values.device)
+        result[index, ..., top:bottom, left:right] = values[0]
+
+    def finish(self) -> Tensor:
+        """The result, when all is painted."""
+        if self.result is None:  # an empty batch
+            assert self.head is not None
+            values = apply_head(self.head, self.features.new_empty(0, self.channels, *self.size))
+            self._open(tuple(values.shape[1:-2]), values.dtype, values.device)
+        assert self.result is not None
+        return self.result
+
+    def _open(self, channels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        shape = (len(self.features), *channels, *self.size)
+        if self.result is None:
+            with torch.inference_mode(False):
+                self.result = torch.empty(shape, dtype=dtype, device=device) if self.out is None else self.out
+        if tuple(self.result.shape) != shape:
+            raise ValueError(f"out has shape {tuple(self.result.shape)}, the result needs {shape}")
+        return self.result
 
 
 def apply_head(head: Head, features: Tensor) -> Tensor:
@@ -17,12 +113,61 @@ def apply_head(head: Head, features: Tensor) -> Tensor:
     """
     if isinstance(head, nn.Linear):
         return head(features.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
-    made = head(features)
+    values = head(features)
     batch, _, rows, columns = features.shape
-    shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-    if not isinstance(made, Tensor) or shape not in ((batch, rows, columns), (batch, *shape[1:2], rows, columns)):
+    shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if not isinstance(values, Tensor) or shape not in ((batch, rows, columns), (batch, *shape[1:2], rows, columns)):
         raise ValueError(
             f"head must be pointwise: given {tuple(features.shape)} it must return ({batch}, K, {rows}, {columns}) or "
             f"({batch}, {rows}, {columns}), got {shape}"
         )
-    return made
+    return values
+
+
+def _commutes_with_averages(head: Head) -> bool:
+    """Whether a head is linear, so that it may be applied to the cells in place of the pixels."""
+    if type(head) is nn.Conv2d:
+        linear = head.kernel_size == head.stride == (1, 1) and head.groups == 1 and head.padding == (0, 0)
+    else:
+        linear = type(head) is nn.Linear
+    if not linear or not isinstance(head, nn.Module):
+        return False
+    # Where its parameters' gradients are wanted, the map is kept for them.
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+    return is_plain(head) and not learns
+
+
+def sample(points: Tensor, size: tuple[int, int], most: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Features at points, interpolated bilinearly between the pixels around them.
+
+    Args:
+        points: (N, 2), (x, y) in pixels, inside the grid.
+        size: (H, W) of the grid.
+        most: pixels to compute at once.
+        compute: flat pixel indices row * W + column, (n,) int64, to their features (n, C).
+
+    Returns:
+        (N, C), N > 0, in float32 at least.
+    """
+    pixels, shares = _corners(points.to(torch.float64), *size)
+    vectors = []
+    for some in torch.arange(len(points), device=points.device).split(max(1, most // 4)):
+        needed, position = pixels[some].unique(return_inverse=True)
+        corners = compute(needed)
+        corners = corners.to(torch.promote_types(corners.dtype, torch.float32))[position]
+        vectors.append((corners * shares[some][..., None].to(corners.dtype)).sum(1))
+    return torch.cat(vectors)
+
+
+def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The 4 pixels around each point (N, 2), as flat indices (N, 4), and their bilinear weights (N, 4)."""
+    limit = points.new_tensor([width - 1, height - 1])
+    low = points.floor().minimum(limit)
+    high = (low + 1).minimum(limit)
+    fraction = points - low
+    xs = torch.stack([low[:, 0], high[:, 0]], 1)
+    ys = torch.stack([low[:, 1], high[:, 1]], 1)
+    across = torch.stack([1 - fraction[:, 0], fraction[:, 0]], 1)
+    down = torch.stack([1 - fraction[:, 1], fraction[:, 1]], 1)
+    pixels = ys.long()[:, :, None] * width + xs.long()[:, None, :]
+    return pixels.flatten(1), (down[:, :, None] * across[:, None, :]).flatten(1)

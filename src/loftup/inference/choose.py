@@ -1,85 +1,48 @@
-"""Engines: how the folded network is computed in inference, one for each kind of device.
+"""The choice of how a network is computed in inference, and on which backend: the one place that decides."""
 
-An engine turns guidance into queries (``stem``) and queries into features (``pixels``);
-:mod:`loftup.inference.bands` decides which rows when.
-"""
-
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import LoftUpError
-from ..ops import can_run_cpu, can_run_triton
-from .engine import EagerEngine
+from ..networks.loftup import LoftUpNetwork
+from ..networks.universal import GuidanceEncoder, UniversalNetwork
+from .bands import Bands
+from .canvas import Canvas
+from .engine import FoldedEngine
 from .engine_cpu import CpuEngine
-from .fold import Weights, cached
+from .engine_modules import ModuleEngine, fits_bands
+from .fold import FoldedNetwork, cached, is_plain, why_not_folded
+from .whole import Whole
+from .windows import Windows
 
-if TYPE_CHECKING:
-    from ..model import LoftUp
-
-__all__ = ["BACKENDS", "CpuEngine", "EagerEngine", "can_run", "choose", "engine_for", "explain", "inference_dtype"]
+__all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "explain", "open_stream"]
 
 BACKENDS = ("cpu", "torch", "triton")
 
 
-def can_run(backend: str, device: torch.device, dtype: torch.dtype, head_width: int | None = None) -> str | None:
-    """None if a backend can run on a device in a dtype, else the reason why not.
+class Stream(Protocol):
+    """A network ready for inference."""
 
-    Raises:
-        ValueError: there is no such backend.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    if backend == "torch":
-        return None
-    check = can_run_cpu if backend == "cpu" else can_run_triton
-    return check(torch.empty(0, device=device, dtype=dtype), head_width=head_width)
+    def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
+        """Paint the upsampled features."""
+
+    def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
+        """Write the upsampled features at points into ``out``."""
 
 
-def choose(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> str:
-    """The backend asked for, or else "cpu" where it can run and "torch" where not; "triton" only if asked for.
+class HasNetwork(Protocol):
+    """A :class:`loftup.LoftUp`, as far as it matters here."""
 
-    The Triton kernels wait to be chosen by themselves until their tests have passed on a GPU.
-
-    Raises:
-        LoftUpError: the backend asked for cannot run; nothing is put in its place.
-    """
-    if backend is not None:
-        if reason := _reason(up, backend, dtype):
-            raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
-        return "torch" if up.config.channels is None else backend
-    cpu = up.config.channels is not None and can_run("cpu", up.device, dtype) is None
-    return "cpu" if cpu else "torch"
-
-
-def _reason(up: "LoftUp", backend: str, dtype: torch.dtype) -> str | None:
-    """:func:`can_run` for a module."""
-    if up.config.channels is None and backend == "triton":
-        return 'there are no Triton kernels for values="features"'
-    if up.config.channels is None and backend == "cpu":
-        return None if up.device.type == "cpu" else f"the weights are on {up.device}"
-    width = None if up.config.channels is None else up.config.width // up.config.heads
-    return can_run(backend, up.device, dtype, width)
-
-
-def engine_for(up: "LoftUp", dtype: torch.dtype, backend: str | None) -> EagerEngine:
-    """The engine for a module's weights, made once and kept until they change."""
-    name = choose(up, dtype, backend)
-
-    def make(weights: Weights) -> EagerEngine:
-        if name == "triton":
-            from .engine_triton import TritonEngine
-
-            return TritonEngine(weights, dtype)
-        return (CpuEngine if name == "cpu" else EagerEngine)(weights, dtype)
-
-    return cached(up, (name, dtype), make)
+    upsampler: Any
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What :func:`explain` found; prints as a sentence a line."""
+    """The backend that runs, why not the others, and how; prints as a sentence a line."""
 
     backend: str
     reasons: dict[str, str | None]
@@ -91,8 +54,16 @@ class Choice:
         return "\n".join([*lines, *self.notes])
 
 
-def explain(up: "LoftUp", backend: str | None = None) -> Choice:
-    """What inference with a module would run on, and why not on the others.
+def explain(up: HasNetwork, backend: str | None = None) -> Choice:
+    """Say which backend inference with a LoftUp runs on, why not on the others, and what cannot be folded.
+
+    Args:
+        up: the module, as it is now.
+        backend: as for :meth:`loftup.LoftUp.forward`.
+
+    Raises:
+        ValueError: there is no such backend.
+        LoftUpError: ``backend`` cannot run here.
 
     >>> from loftup import LoftUp
     >>> print(explain(LoftUp(384).double()))
@@ -101,29 +72,120 @@ def explain(up: "LoftUp", backend: str | None = None) -> Choice:
     torch: can run
     triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)
     """
-    dtype = inference_dtype(up)
-    reasons = {name: _reason(up, name, dtype) for name in BACKENDS}
-    notes = []
-    if up.config.channels is None:
-        notes.append("'cpu' and 'torch' are the same plain PyTorch for values=\"features\"")
-    if up.device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
-        notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
+    return choose(up.upsampler, backend)
+
+
+def choose(network: nn.Module, backend: str | None) -> Choice:
+    """The backend asked for, or else "cpu" where it can run and "torch" where not; "triton" only if asked for.
+
+    The Triton kernels wait to be chosen by themselves until their tests have passed on a GPU.
+
+    Raises:
+        ValueError: there is no such backend.
+        LoftUpError: the backend asked for cannot run; nothing is put in its place.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    device, dtype, notes = next(network.parameters()).device, _dtype(network), []
+    reasons: dict[str, str | None]
+    if isinstance(network, LoftUpNetwork):
+        width = network.config.width // network.config.heads
+        reasons = {name: can_run(name, device, dtype, width) for name in BACKENDS}
+        if unfolded := why_not_folded(network):
+            notes.append(f"{'module by module' if fits_bands(network) else 'the whole image at once'}: {unfolded}")
+            reasons |= {name: reasons[name] or "it takes folded weights alone" for name in ("cpu", "triton")}
+        if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
+            notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
+    else:
+        plain = None if device.type == "cpu" else f"the weights are on {device}"
+        reasons = {"cpu": plain, "torch": None, "triton": "there are no Triton kernels for the network of 'any'"}
+        if not _fits_windows(network):
+            notes.append("the whole image at once: a part of the network was replaced or has forward hooks")
+        notes.append("'cpu' and 'torch' are the same plain PyTorch here")
+    if backend is not None and (reason := reasons[backend]):
+        raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
+    folds = isinstance(network, LoftUpNetwork)
+    chosen = (backend or ("torch" if reasons["cpu"] else "cpu")) if folds else "torch"
     if reasons["triton"] is None and backend != "triton":
         reasons["triton"] = "can run, only if named: no GPU has checked its kernels yet"
-    return Choice(choose(up, dtype, backend), reasons, tuple(notes))
+    return Choice(chosen, reasons, tuple(notes))
 
 
-def inference_dtype(up: "LoftUp") -> torch.dtype:
-    """The dtype that inference computes in: the module's, or autocast's where it is on and the module not float64.
+def open_stream(network: nn.Module, backend: str | None) -> Stream:
+    """A network as it is now, ready for inference on the backend that :func:`choose` gives; raises as that does."""
+    name, dtype = choose(network, backend).backend, _dtype(network)
+    if not isinstance(network, LoftUpNetwork):
+        return Windows(network) if isinstance(network, UniversalNetwork) and _fits_windows(network) else Whole(network)
+    if why_not_folded(network):
+        return Bands(network, ModuleEngine(network)) if fits_bands(network) else Whole(network)
 
-    With ``values="features"`` float32 at least, whatever autocast says.
-    """
-    if up.config.channels is None:
-        return torch.promote_types(up.dtype, torch.float32)
-    kind = up.device.type
-    if up.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return up.dtype
-    return torch.get_autocast_dtype(kind)
+    def build(weights: FoldedNetwork) -> FoldedEngine:
+        if name == "triton":
+            from .engine_triton import TritonEngine
+
+            return TritonEngine(weights, dtype)
+        return (CpuEngine if name == "cpu" else FoldedEngine)(weights, dtype)
+
+    return Bands(network, cached(network, (name, dtype), build))
+
+
+def can_run(backend: str, device: torch.device, dtype: torch.dtype, head_width: int = 1) -> str | None:
+    """None if a backend of the published network can run on a device in a dtype, else the reason why not."""
+    short = str(dtype).removeprefix("torch.")
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"the weights are on {device}"
+        fitting = dtype in (torch.float32, torch.bfloat16)
+        return None if fitting else f"it computes in float32 and bfloat16, not {short}"
+    if backend == "torch":
+        return None
+    if (reason := _why_no_triton(device)) is not None:
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels take float16, bfloat16 and float32, not {short}"
+    if head_width > 512:
+        return f"heads are {head_width} wide, the Triton kernels hold at most 512 in shared memory"
+    return None
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    # The order spares the import of triton to those who have no use for it.
+    if device.type not in ("cpu", "cuda"):
+        return f"Triton kernels need CUDA tensors, these are on {device}"
+    if device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        return "Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)"
+    try:
+        from ..ops.triton_common import INTERPRETED
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "triton":
+            return "triton is not installed"
+        raise
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if device.type == "cpu":
+        late = "TRITON_INTERPRET was set after triton was imported: set it before Python starts"
+        return None if INTERPRETED.value else late
+    if torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"this GPU has compute capability {major}.{minor}, the Triton kernels need 8.0 (Ampere) or newer"
+    return None
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """In which a network is computed: its own dtype, or autocast's where that is on and the network follows it."""
+    own: torch.dtype = network.dtype  # type: ignore[assignment]
+    kind = next(network.parameters()).device.type
+    follows = isinstance(network, LoftUpNetwork) and own != torch.float64
+    return torch.get_autocast_dtype(kind) if follows and torch.is_autocast_enabled(kind) else own
+
+
+def _fits_windows(network: nn.Module) -> bool:
+    """Whether the universal network may be computed window by window."""
+    if not isinstance(network, UniversalNetwork) or not isinstance(network.encoder, GuidanceEncoder):
+        return False
+    return network.encoder.halo is not None and all(map(is_plain, (network, network.encoder, network.scale)))
 
 
 def _has_bfloat16() -> bool:

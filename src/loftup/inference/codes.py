@@ -156,6 +156,7 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
     """
     height, width = (-(-n // 2) for n in image.shape[-2:])
     encoder = net.encoder
+    assert encoder.halo is not None
     halo = encoder.halo // 2
     # Around a coarse pixel: 4 fine ones, before and after their ReLU, and a few arrays at half resolution.
     pixel = image.element_size() * (4 * 3 + 8 * encoder.down.out_channels)
@@ -178,9 +179,9 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
         for left in range(0, width, wide):
             north, west = max(0, top - halo), max(0, left - halo)
             south, east = top + tall + halo, left + wide + halo
-            made = encoder.coarse(channels_last(image[..., 2 * north : 2 * south, 2 * west : 2 * east]))
+            codes = encoder.coarse(channels_last(image[..., 2 * north : 2 * south, 2 * west : 2 * east]))
             target = coarse[..., top : top + tall, left : left + wide]
-            target.copy_(made[..., top - north :, left - west :][..., : target.shape[2], : target.shape[3]])
+            target.copy_(codes[..., top - north :, left - west :][..., : target.shape[2], : target.shape[3]])
     return Codes(net, image, coarse)
 
 

@@ -1,13 +1,22 @@
-"""The plain engine: PyTorch's own operations on folded weights, on every device and in every floating dtype."""
+"""Engines: how the published network is computed in inference. This one is plain: folded weights, PyTorch's operations.
+
+An engine turns guidance into queries (``stem``) and queries into features (``write``, ``at``);
+:mod:`loftup.inference.bands` decides which pixels when.
+"""
+
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from ..ops.eager import cross_attention
-from .fold import Pair, Weights
+from ..networks.layers import Box, axis_coordinates, grow, trim
+from ..ops.attention import cross_attention
+from ..ops.reference import fourier_code
+from .fold import FoldedNetwork, Pair
 
-__all__ = ["EagerEngine", "KeyValue", "guidance_code", "normalise"]
+__all__ = ["FoldedEngine", "KeyValue", "normalise"]
 
 KeyValue = tuple[Tensor, Tensor]  # (heads, T, d) each
 
@@ -17,24 +26,8 @@ def normalise(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def guidance_code(values: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
-    """Fourier code of (row, column, r, g, b) with the colours appended (paper section 3.1).
-
-    Args:
-        values: (..., 5) float32.
-        frequencies: (F,) float32.
-        phases: (2, 5, F) float32, for sine and cosine.
-
-    Returns:
-        (..., 10 F + 3) float32: sines, cosines (frequency outer, value inner), colours.
-    """
-    angles = frequencies[:, None] * values[..., None, :]  # (..., F, 5)
-    sine, cosine = (angles + phases[0].mT).sin(), (angles + phases[1].mT).cos()
-    return torch.cat([sine.flatten(-2), cosine.flatten(-2), values[..., 2:]], dim=-1)
-
-
-class EagerEngine:
-    """Stem and blocks in one floating dtype; the guidance code and its norm in float32 or wider.
+class FoldedEngine:
+    """Stem and blocks in one floating dtype, on every device; the guidance code and its norm in float32 or wider.
 
     Args:
         weights: folded weights.
@@ -42,12 +35,10 @@ class EagerEngine:
         stem_dtype: for the convolutions, where it differs.
     """
 
-    name = "torch"
-
-    def __init__(self, weights: Weights, dtype: torch.dtype, stem_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weights: FoldedNetwork, dtype: torch.dtype, stem_dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.stem_dtype = stem_dtype or dtype
-        self.heads, self.width, self.channels = weights.heads, weights.width, weights.channels
+        self.heads, self.width, self.channels, self.halo = weights.heads, weights.width, weights.channels, weights.halo
         self.frequencies, self.phases = weights.frequencies, weights.phases
         self.code_norm = _to(weights.code_norm, torch.promote_types(dtype, torch.float32))
         self.conv1, self.conv2 = _to(weights.conv1, self.stem_dtype), _to(weights.conv2, self.stem_dtype)
@@ -59,64 +50,65 @@ class EagerEngine:
         self.final_norm = _to(weights.final_norm, dtype) if weights.final_norm else None
         self.head_norm = _to(weights.head_norm, dtype)
 
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """The context to compute in: no gradients, and no autocast, for the engine has its dtype already."""
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(self.frequencies.device.type, enabled=False))
+        return stack
+
     def rows(self, width: int, budget: int) -> int:
         """How many rows of a strip ``width`` pixels wide fit a budget of working memory in bytes; 0 if none does."""
         code = self.code_norm[0].numel()
         stem = code * (4 * self.code_norm[0].itemsize + self.dtype.itemsize)
         blocks = self.dtype.itemsize * (6 * self.width + 2 * self.channels)
-        return max(0, budget // (width * (stem + blocks)) - 4)  # less the halo's rows
+        return max(0, budget // (width * (stem + blocks)) - 2 * self.halo)
 
     def keys_values(self, tokens: Tensor) -> list[KeyValue]:
-        """Project the tokens (T, D) once for every block: keys and values, (heads, T, d) each."""
-        normal = normalise(tokens)
+        """Project the tokens (1, T, D) once for every block: keys and values, (heads, T, d) each."""
+        normal = normalise(tokens[0].to(self.dtype))
         return [self._split(F.linear(normal, *block["key_value"])) for block in self.blocks]
 
     def _split(self, projected: Tensor) -> KeyValue:
-        keys, values = projected.unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
+        keys, values = rearrange(projected, "t (two heads d) -> two heads t d", two=2, heads=self.heads)
         return keys.contiguous(), values.contiguous()
 
-    def stem(self, guidance: Tensor, rows: Tensor, columns: Tensor, band: int) -> "EagerStem":
-        """Start reading the stem's output for an image from the top.
+    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "StemReader":
+        """Start reading the stem's output for a strip of columns from the top.
 
         Args:
-            guidance: (3, H, W) float32, scaled to [-0.5, 0.5].
-            rows: (H,) coordinates.
-            columns: (W,) coordinates.
+            scaled: (3, H, W) float32, the image scaled to [-0.5, 0.5].
+            left: first column of the strip.
+            right: last column, excluded.
             band: at most so many rows will be read at once.
         """
-        return EagerStem(self, guidance, rows, columns)
+        return StemReader(self, scaled, left, right)
 
-    def stem_at(self, guidance: Tensor, rows: Tensor, columns: Tensor, cells: Tensor) -> Tensor:
-        """The stem's output at single pixels, from the 5x5 pixels around each.
-
-        Args:
-            guidance: (3, H, W) float32, scaled to [-0.5, 0.5].
-            rows: (H,) coordinates.
-            columns: (W,) coordinates.
-            cells: (n,) flat indices row * W + column.
-
-        Returns:
-            (n, D).
-        """
-        height, width = len(rows), len(columns)
-        around = torch.arange(-2, 3, device=cells.device)
-        y, x = (cells // width)[:, None] + around, (cells % width)[:, None] + around
+    def at(self, scaled: Tensor, memory: list[KeyValue], pixels: Tensor) -> Tensor:
+        """Features (n, C) at pixels, flat indices row * W + column (n,), from what the stem sees around each."""
+        height, width = scaled.shape[1:]
+        rows, columns = axis_coordinates(height, scaled.device), axis_coordinates(width, scaled.device)
+        around = torch.arange(-self.halo, self.halo + 1, device=pixels.device)
+        y, x = (pixels // width)[:, None] + around, (pixels % width)[:, None] + around
         inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
         y, x = (t.expand(inside.shape) for t in (y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]))
-        values = torch.cat([torch.stack([rows[y], columns[x]], -1), guidance[:, y, x].movedim(0, -1)], -1)
+        values = torch.cat([torch.stack([rows[y], columns[x]], -1), scaled[:, y, x].movedim(0, -1)], -1)
         code = (self.code(values) * inside[..., None]).movedim(-1, 1)
         hidden = F.conv2d(code, *self.conv1).relu_() * inside[:, None, 1:-1, 1:-1]
-        return F.conv2d(hidden, *self.conv2).relu_().flatten(1).to(self.dtype)
+        return self.pixels(F.conv2d(hidden, *self.conv2).relu_().flatten(1).to(self.dtype), memory)
 
-    def first_layer(self, guidance: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Code and first convolution of a band, zeros around it: (3, n, W) and its coordinates to (1, D, n, W)."""
-        coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
-        code = self.code(torch.cat([coordinates, guidance.movedim(0, -1)], dim=-1)).movedim(-1, 0)[None]
-        return F.conv2d(code, *self.conv1, padding=1).relu_()
+    def first_layer(self, scaled: Tensor, box: Box) -> Tensor:
+        """Code and first convolution of a box of (3, H, W), zeros around it: (1, D, n, m)."""
+        top, left, bottom, right = box
+        height, width = scaled.shape[1:]
+        rows, columns = axis_coordinates(height, scaled.device), axis_coordinates(width, scaled.device)
+        coordinates = torch.stack(torch.meshgrid(rows[top:bottom], columns[left:right], indexing="ij"), dim=-1)
+        code = self.code(torch.cat([coordinates, scaled[:, top:bottom, left:right].movedim(0, -1)], dim=-1))
+        return F.conv2d(code.movedim(-1, 0)[None], *self.conv1, padding=1).relu_()
 
     def code(self, values: Tensor) -> Tensor:
         """Normalised guidance code of values (..., 5), in the stem's dtype."""
-        code = guidance_code(values, self.frequencies, self.phases).to(self.code_norm[0].dtype)
+        code = fourier_code(values, self.frequencies, self.phases).to(self.code_norm[0].dtype)
         return F.layer_norm(code, code.shape[-1:], *self.code_norm).to(self.stem_dtype)
 
     def linear(self, x: Tensor, weights: Pair) -> Tensor:
@@ -125,12 +117,12 @@ class EagerEngine:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of (M, heads * d) to (heads, T, d) with the scale in the queries already; (M, heads * d)."""
-        split = queries.unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        return cross_attention(split[None], keys[None], values[None], 1.0)[0].transpose(0, 1).flatten(1)
+        split = rearrange(queries, "m (heads d) -> 1 heads m d", heads=self.heads)
+        return rearrange(cross_attention(split, keys[None], values[None], 1.0), "1 heads m d -> m (heads d)")
 
-    def write(self, x: Tensor, memory: list[KeyValue], out: Tensor) -> None:
-        """Blocks and head: stem output (n * m, D) to a band (C, n, m) of the result, of any strides and dtype."""
-        out.copy_(self.pixels(x, memory).view(*out.shape[1:], -1).movedim(-1, 0))
+    def write(self, queries: Tensor, memory: list[KeyValue], out: Tensor) -> None:
+        """Blocks and head: stem output (n * m, D) to a box (C, n, m) of the result, of any strides and dtype."""
+        out.copy_(self.pixels(queries, memory).view(*out.shape[1:], -1).movedim(-1, 0))
 
     def pixels(self, x: Tensor, memory: list[KeyValue]) -> Tensor:
         """Blocks and head: stem output (M, D) to features (M, C)."""
@@ -154,25 +146,22 @@ class EagerEngine:
         return F.layer_norm(x, x.shape[-1:], *self.final_norm)
 
 
-class EagerStem:
-    """Rows of the stem's output, from the top; each band computes its 2-row halo anew."""
+class StemReader:
+    """Rows of the stem's output, from the top; each band computes its halo anew."""
 
-    def __init__(self, engine: EagerEngine, guidance: Tensor, rows: Tensor, columns: Tensor) -> None:
-        self.engine, self.guidance, self.rows, self.columns = engine, guidance, rows, columns
+    def __init__(self, engine: FoldedEngine, scaled: Tensor, left: int, right: int) -> None:
+        self.engine, self.scaled, self.left, self.right = engine, scaled, left, right
         self.next_row = 0
 
     def read(self, count: int) -> Tensor:
-        """The next ``count`` rows, (count, W, D)."""
-        engine, height, width = self.engine, len(self.rows), len(self.columns)
-        start, end = self.next_row, self.next_row + count
-        self.next_row = end
-        low, high = max(0, start - 2), min(height, end + 2)
-        x = engine.first_layer(self.guidance[:, low:high], self.rows[low:high], self.columns)
-        # Zero padding belongs to the image's border alone: what it did at a band's edge is cut off.
-        inner = max(0, start - 1), min(height, end + 1)
-        x = F.conv2d(x[:, :, inner[0] - low : inner[1] - low], *engine.conv2, padding=1).relu_()
-        x = x[0, :, start - inner[0] : end - inner[0]]
-        return x.movedim(0, -1).reshape(count, width, engine.width).to(engine.dtype)
+        """The next ``count`` rows, (count * columns, D)."""
+        engine, top = self.engine, self.next_row
+        self.next_row += count
+        box, margins = grow((top, self.left, self.next_row, self.right), engine.halo, *self.scaled.shape[1:])
+        # A convolution pads with zeros; at a side that is not the image's border, what they touched is cut off.
+        x, margins = trim(engine.first_layer(self.scaled, box), margins, 1)
+        x, _ = trim(F.conv2d(x, *engine.conv2, padding=1).relu_(), margins, 0)
+        return rearrange(x, "1 d h w -> (h w) d").to(engine.dtype)
 
 
 def _to(pair: Pair, dtype: torch.dtype) -> Pair:

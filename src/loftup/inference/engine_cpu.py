@@ -6,12 +6,14 @@ cores with bfloat16 arithmetic. Linear layers and attention are those of :mod:`l
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from ..networks.layers import axis_coordinates
 from ..ops.cpu import attend, linear, padded_width
 from ..ops.winograd import TILE, Winograd, Workspace
-from .engine import EagerEngine, KeyValue
-from .fold import Pair, Weights
+from .engine import FoldedEngine, KeyValue
+from .fold import FoldedNetwork, Pair
 
 __all__ = ["CpuEngine"]
 
@@ -19,24 +21,24 @@ STEM_PIXELS = 3584  # Winograd's scratch for this many pixels stays in a shared 
 BLOCK_PIXELS = 8192
 
 
-class CpuEngine(EagerEngine):
-    """See :class:`EagerEngine`.
+class CpuEngine(FoldedEngine):
+    """See :class:`FoldedEngine`.
 
     Args:
         weights: folded weights on the CPU.
         dtype: of the blocks and the head, float32 or bfloat16.
     """
 
-    name = "cpu"
-
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, weights: FoldedNetwork, dtype: torch.dtype) -> None:
         super().__init__(weights, dtype, stem_dtype=torch.float32)
         depth = self.width // self.heads
         self.padding = padded_width(depth, dtype) - depth
         for block in self.blocks:
             block["query"] = self._pad_heads(block["query"][0]), self._pad_heads(block["query"][1])
             block["out"] = self._pad_heads(block["out"][0].mT).mT.contiguous(), block["out"][1]
-        order = _by_axis(self.frequencies.numel())
+        count = self.frequencies.numel()
+        self.value_phases = self.phases.reshape(2, count, 5).transpose(1, 2).contiguous()  # (2, 5, F), by value
+        order = _by_axis(count)
         self.stem_norm = self.code_norm[0][order], self.code_norm[1][order]
         self.layer1 = Winograd(weights.conv1[0][:, order], weights.conv1[1])
         self.layer2 = Winograd(*weights.conv2)
@@ -51,7 +53,7 @@ class CpuEngine(EagerEngine):
         return F.pad(keys, (0, self.padding)), F.pad(values, (0, self.padding))
 
     def rows(self, width: int, budget: int) -> int:
-        """See :meth:`EagerEngine.rows`."""
+        """See :meth:`FoldedEngine.rows`."""
         wide = _padded(width)
         code = self.code_norm[0].numel()
         scratch = max(Winograd.bytes_per_pixel(code, self.width), Winograd.bytes_per_pixel(self.width, self.width))
@@ -65,27 +67,32 @@ class CpuEngine(EagerEngine):
         )
         return next(fitting, 0)
 
-    def stem(self, guidance: Tensor, rows: Tensor, columns: Tensor, band: int) -> "WinogradStem":  # type: ignore[override]
-        """See :meth:`EagerEngine.stem`."""
-        return WinogradStem(self, guidance, rows, columns, band)
+    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "WinogradStem":  # type: ignore[override]
+        """See :meth:`FoldedEngine.stem`."""
+        return WinogradStem(self, scaled, left, right, band)
 
     def linear(self, x: Tensor, weights: Pair) -> Tensor:
         """(M, K) to (M, N)."""
         return linear(x, *weights)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """See :meth:`EagerEngine.attend`."""
+        """See :meth:`FoldedEngine.attend`."""
         return attend(queries, keys, values)
 
 
 class WinogradStem:
     """Rows of the stem's output, from the top; the rows that the next ones need are kept, nothing is computed twice."""
 
-    def __init__(self, engine: CpuEngine, guidance: Tensor, rows: Tensor, columns: Tensor, band: int) -> None:
+    def __init__(self, engine: CpuEngine, scaled: Tensor, left: int, right: int, band: int) -> None:
         self.engine = engine
-        self.height, self.width = len(rows), len(columns)
+        self.height, whole = scaled.shape[1:]
+        # The strip with its halo at both sides.
+        low, high = max(0, left - engine.halo), min(whole, right + engine.halo)
+        self.strip = slice(left - low, right - low)
+        self.width = high - low
+        rows, columns = axis_coordinates(self.height), axis_coordinates(whole)[low:high]
         self.step = min(_stem_rows(self.width), -(-band // TILE) * TILE)
-        self.colours = guidance.permute(1, 2, 0).contiguous()  # (H, W, 3)
+        self.colours = rearrange(scaled[:, :, low:high], "c h w -> h w c").contiguous()
         self.row_code = self._axis_code(rows, 0)  # (H, 2 F)
         count, code = engine.frequencies.numel(), engine.code_norm[0].numel()
         padded = _padded(self.width)
@@ -101,7 +108,7 @@ class WinogradStem:
         self._first_layer(1, TILE)
 
     def read(self, count: int) -> Tensor:
-        """The next ``count`` rows, (count, W, D); only the last call may take a number that is no multiple of 4."""
+        """The next ``count`` rows, (count * columns, D); only the last call may take no multiple of 4."""
         out: Tensor = self.result.new_empty(count, self.width, self.engine.width, dtype=self.engine.dtype)
         for part in out.split(self.step):
             rows = -(-len(part) // TILE) * TILE
@@ -110,11 +117,11 @@ class WinogradStem:
             self.engine.layer2(self.hidden[: rows + 2], result, self.space)
             part.copy_(result[: len(part), : self.width]).relu_()
             self.hidden[: TILE + 1] = self.hidden[rows : rows + TILE + 1].clone()
-        return out
+        return out[:, self.strip].reshape(-1, self.engine.width)
 
     def _axis_code(self, axis: Tensor, value: int) -> Tensor:
         angles = axis[:, None] * self.engine.frequencies
-        phases = self.engine.phases[:, value]
+        phases = self.engine.value_phases[:, value]
         return torch.cat([(angles + phases[0]).sin(), (angles + phases[1]).cos()], dim=1)
 
     def _code_rows(self, start: int, rows: int) -> None:
@@ -125,7 +132,7 @@ class WinogradStem:
         count = self.engine.frequencies.numel()
         raw[..., : 2 * count] = self.row_code[top : top + inside, None]
         angles = colours[..., None] * self.engine.frequencies  # (rows, W, 3, F)
-        sine, cosine = self.engine.phases[:, 2:]
+        sine, cosine = self.engine.value_phases[:, 2:]
         split = raw[..., 4 * count : 10 * count].unflatten(-1, (2, 3, count))
         torch.sin(angles + sine, out=split[..., 0, :, :])
         torch.cos(angles + cosine, out=split[..., 1, :, :])

@@ -7,72 +7,68 @@ has run it yet.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from .. import ops
-from .engine import EagerEngine, KeyValue
-from .fold import Weights
+from ..networks.layers import Box, axis_coordinates
+from ..ops.triton_attention import attention_block
+from ..ops.triton_linear import feed_forward
+from ..ops.triton_pixels import guidance, head_norm
+from .engine import FoldedEngine, KeyValue
+from .fold import FoldedNetwork
 
 __all__ = ["TritonEngine"]
 
 
-class TritonEngine(EagerEngine):
-    """See :class:`EagerEngine`.
+class TritonEngine(FoldedEngine):
+    """See :class:`FoldedEngine`.
 
     Args:
         weights: folded weights on a CUDA device (or on the CPU for Triton's interpreter).
         dtype: float16, bfloat16 or float32.
     """
 
-    name = "triton"
-
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, weights: FoldedNetwork, dtype: torch.dtype) -> None:
         super().__init__(weights, dtype)
-        self.biases = weights.biases
-        ones = torch.ones(self.width, dtype=dtype, device=weights.biases.device)
+        ones = torch.ones(self.width, dtype=dtype, device=weights.phases.device)
         self.no_affine = ones, torch.zeros_like(ones)  # it is in the linear layers already
         # Tensor cores want channels in multiples of 8: zeros behind the code's 203.
         self.code_channels = -(-self.code_norm[0].numel() // 8) * 8
         padded = F.pad(self.conv1[0], (0, 0, 0, 0, 0, self.code_channels - self.code_norm[0].numel()))
         self.padded_conv1 = padded.contiguous(memory_format=torch.channels_last), self.conv1[1]
 
-    def first_layer(self, guidance: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """See :meth:`EagerEngine.first_layer`."""
-        code = ops.guidance(
-            guidance[None],
+    def first_layer(self, scaled: Tensor, box: Box) -> Tensor:
+        """See :meth:`FoldedEngine.first_layer`."""
+        top, left, bottom, right = box
+        rows = axis_coordinates(scaled.shape[1], scaled.device)[top:bottom]
+        columns = axis_coordinates(scaled.shape[2], scaled.device)[left:right]
+        code = guidance(
+            scaled[None, :, top:bottom, left:right],
             rows,
             columns,
             self.frequencies,
-            self.biases,
+            self.phases,
             *self.code_norm,
-            dtype=self.dtype,
-            channels=self.code_channels,
-            backend="triton",
+            1e-5,
+            self.dtype,
+            self.code_channels,
         )
-        image = code.unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)  # channels last in memory
+        image = rearrange(code, "1 (h w) c -> 1 c h w", w=right - left)  # channels last in memory
         return F.conv2d(image, *self.padded_conv1, padding=1).relu_()
 
     def refine(self, x: Tensor, memory: list[KeyValue]) -> Tensor:
-        """See :meth:`EagerEngine.refine`."""
+        """See :meth:`FoldedEngine.refine`."""
         x = x[None]
         for block, (keys, values) in zip(self.blocks, memory, strict=True):
-            x = ops.attention_block(
-                x,
-                *self.no_affine,
-                *block["query"],
-                keys[None],
-                values[None],
-                *block["out"],
-                scale=1.0,
-                backend="triton",
-            )
-            x = ops.feed_forward(x, *self.no_affine, *block["up"], *block["down"], backend="triton")
+            projections = (*self.no_affine, *block["query"], keys[None], values[None], *block["out"])
+            x = attention_block(x, *projections, 1e-5, 1.0)
+            x = feed_forward(x, *self.no_affine, *block["up"], *block["down"], 1e-5)
         return x[0]
 
-    def write(self, x: Tensor, memory: list[KeyValue], out: Tensor) -> None:
-        """See :meth:`EagerEngine.write`."""
-        if out.device != x.device or out.dtype == torch.float64:
-            super().write(x, memory, out)
+    def write(self, queries: Tensor, memory: list[KeyValue], out: Tensor) -> None:
+        """See :meth:`FoldedEngine.write`."""
+        if out.device != queries.device or out.dtype == torch.float64:
+            super().write(queries, memory, out)
             return
-        projected = self.project(self.refine(x, memory))
-        ops.head_norm(projected[None], *self.head_norm, out=out[None], backend="triton")
+        projected = self.project(self.refine(queries, memory))
+        head_norm(projected[None], *self.head_norm, out[None], 1e-6)

@@ -12,30 +12,22 @@ innermost axis, and offsets and fading, which rows and columns have each for the
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..inputs import resize_guidance
+from ..networks.layers import Box
 from ..networks.universal import SHORTEST_MEAN, Settings, UniversalNetwork, make_axis
-from .bands import (
-    DEFAULT_MEMORY,
-    DEFAULT_MEMORY_ELSEWHERE,
-    _check_out,
-    _corners,
-    _plain_arithmetic,
-)
-from .canvas import Head, apply_head
-from .choose import choose, inference_dtype
+from .canvas import Canvas, budget, sample
 from .codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
+from .fold import is_plain
 
-if TYPE_CHECKING:
-    from ..model import LoftUp
-
-__all__ = ["features_at", "upsample"]
+__all__ = ["Windows"]
 
 LONGEST, SHORTEST = 32, 4  # sides of a block of pixels
 IN_CACHE = 24 * 2**20  # bytes that one step works on, on a CPU
@@ -77,6 +69,7 @@ class Attention:
 
     def __init__(self, net: UniversalNetwork) -> None:
         self.net = net
+        self.plain_gate = type(net.gate) is nn.Linear and is_plain(net.gate)
         self.steps = torch.arange(-net.radius, net.radius + 1, device=net.log_width.device, dtype=net.log_width.dtype)
 
     def bias(self, offsets: Tensor, settings: Settings) -> Tensor:
@@ -108,13 +101,16 @@ class Attention:
         def scores(head: int) -> Tensor:
             part = slice(head * depth, (head + 1) * depth)
             shape = (down.shape[1], across.shape[2], down.shape[3], across.shape[4], 1, 1)
-            made = (constants[..., head].reshape(shape) + down[head] + across[head]).view(*keys.shape[:2], -1)
-            return made.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
+            constant = (constants[..., head].reshape(shape) + down[head] + across[head]).view(*keys.shape[:2], -1)
+            return constant.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
 
         first = scores(0).softmax(1)
         agreement = gram @ first
         agreement *= (agreement * first).sum(1, keepdim=True).clamp_(min=SHORTEST_MEAN).rsqrt_()
-        shares = (net.gate.weight @ pixels).add_((net.gate.bias + settings.shares[0])[:, None]).softmax(1)
+        if self.plain_gate:
+            shares = (net.gate.weight @ pixels).add_((net.gate.bias + settings.shares[0])[:, None]).softmax(1)
+        else:
+            shares = (net.gate(queries) + settings.shares[0]).mT.softmax(1)
         total = torch.zeros_like(first)
         for head, strength in enumerate(settings.strength[0].tolist()):
             attention = scores(1 + head).add_(agreement, alpha=strength).softmax(1)
@@ -130,26 +126,32 @@ class Piece:
     """The output of a rectangle of blocks.
 
     Attributes:
-        made: (n, m, E, P, Q).
+        values: (n, m, E, P, Q).
         down: the n blocks.
         across: the m blocks.
     """
 
-    made: Tensor
+    values: Tensor
     down: Blocks
     across: Blocks
+
+    @property
+    def box(self) -> Box:
+        """Its pixels."""
+        (top, bottom), (left, right) = self.down.range, self.across.range
+        return top, left, bottom, right
 
     def write(self, target: Tensor) -> None:
         """Write into (E, rows, columns), the rectangle's pixels alone."""
         top, left = self.down.spans[0][0], self.across.spans[0][0]
-        m, wide = self.made.shape[1], self.made.shape[-1]
+        m, wide = self.values.shape[1], self.values.shape[-1]
         even = all(count == wide for _, count in self.across.spans)
         for index, (row, tall) in enumerate(self.down.spans):
-            made, rows = self.made[index, :, :, :tall], target[:, row - top : row - top + tall]
+            blocks, rows = self.values[index, :, :, :tall], target[:, row - top : row - top + tall]
             if even:
-                rows.unflatten(2, (m, wide)).copy_(made.permute(1, 2, 0, 3))
+                rows.unflatten(2, (m, wide)).copy_(rearrange(blocks, "m e p q -> e p m q"))
                 continue
-            for block, (column, count) in zip(made, self.across.spans, strict=True):
+            for block, (column, count) in zip(blocks, self.across.spans, strict=True):
                 rows[..., column - left : column - left + count].copy_(block[..., :count])
 
 
@@ -204,9 +206,9 @@ class Job:
         self.points_at_once = max(1, self.limit // (item * (tables + pixels)))
         self.codes = encode(net, channels_last(net.scale(guidance).to(dtype)), budget)
         self.down, self.across = down.with_pixels(), across.with_pixels()
-        all_own = self.down is down and self.across is across
+        all_filled = self.down is down and self.across is across
         stored = item * depth * pixels * len(down) * len(across)
-        self.stored: list[Tensor] | None = [] if keep and all_own and stored <= budget // 2 else None
+        self.stored: list[Tensor] | None = [] if keep and all_filled and stored <= budget // 2 else None
         self.grid = self._grid(down, across, features, values)
 
     def _grid(self, down: Blocks, across: Blocks, features: Tensor, values: Tensor) -> Grid:
@@ -273,118 +275,72 @@ class Job:
             bias(across.offsets, grid.settings)[:, None, :, None, :, None, :],
             grid.settings,
         )
-        made = grid.windows(grid.values, rows, columns).mT @ weights
-        return Piece(made.view(len(down), len(across), -1, down.pixels.shape[1], across.pixels.shape[1]), down, across)
+        values = grid.windows(grid.values, rows, columns).mT @ weights
+        return Piece(
+            values.view(len(down), len(across), -1, down.pixels.shape[1], across.pixels.shape[1]), down, across
+        )
 
 
 # Whole results
 
 
-def upsample(
-    up: "LoftUp",
-    features: Tensor,
-    image: Tensor,
-    size: tuple[int, int],
-    *,
-    head: Head | None = None,
-    out: Tensor | None = None,
-    memory: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Features (B, C, h, w) and an image (B, 3, H, W) to a dense map of a size; see :meth:`loftup.LoftUp.forward`."""
-    choose(up, inference_dtype(up), backend)  # refuses what cannot run; there is one path
-    budget = _budget(memory, image.device)
-    batch, channels, result = len(features), features.shape[1], out
-    linear = head is not None and _commutes_with_averages(head)
-    if batch == 0:
-        empty = features.new_empty(0, channels, *size)
-        empty = empty if head is None else apply_head(head, empty)
-        _check_out(empty if out is None else out, tuple(empty.shape))
-        return empty if out is None else out
-    with _plain_arithmetic(image):
-        attention = Attention(_wide(up))
-    for index in range(batch):
-        own = features[index : index + 1]
-        # Weights have sum 1, so a linear head of an average is the average of the head's values.
-        values = apply_head(head, own).detach() if head is not None and linear else own
-        with _plain_arithmetic(image):
-            job = Job(attention, own, resize_guidance(image[index : index + 1], size), values, budget)
-            pieces = job.pieces()
-        while True:
-            with _plain_arithmetic(image):
-                if (piece := next(pieces, None)) is None:
-                    break
-                (top, bottom), (left, right) = piece.down.range, piece.across.range
-                if head is None or linear:
-                    if result is None:
-                        result = values.new_empty(batch, values.shape[1], *size)
-                    _check_out(result, (batch, values.shape[1], *size))
-                    piece.write(result[index, :, top:bottom, left:right])
-                    continue
-                band = features.new_empty(1, channels, bottom - top, right - left)
-                piece.write(band[0])
-            made = apply_head(head, band)
-            if result is None:
-                result = made.new_empty(batch, *made.shape[1:-2], *size)
-            _check_out(result, (batch, *made.shape[1:-2], *size))
-            result[index, ..., top:bottom, left:right] = made[0]
-        del job, pieces  # or they stay until the next image's are ready
-    assert result is not None
-    return result
+class Windows:
+    """The universal network, computed window by window in plain PyTorch on every device.
 
+    Args:
+        network: whose :attr:`~loftup.networks.universal.GuidanceEncoder.halo` is known.
+    """
 
-def features_at(
-    up: "LoftUp",
-    features: Tensor,
-    image: Tensor,
-    size: tuple[int, int],
-    points: Tensor,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """Features at points (B, N, 2) of the grid of a size; see :meth:`loftup.LoftUp.at`."""
-    choose(up, inference_dtype(up), backend)
-    budget = _budget(None, image.device)
-    batch, (height, width) = len(features), size
-    result = features.new_empty(batch, points.shape[1], features.shape[1])
-    if 0 in result.shape:
-        return result
-    with _plain_arithmetic(image):
-        attention = Attention(_wide(up))
-        for index in range(batch):
-            own = features[index : index + 1]
-            job = Job(attention, own, resize_guidance(image[index : index + 1], size), own, budget, keep=False)
-            pixels, shares = _corners(points[index].to(torch.float64), height, width)
-            shares = shares[..., None].to(job.grid.values.dtype)
-            for some in torch.arange(len(pixels), device=pixels.device).split(max(1, job.points_at_once // 4)):
-                needed, position = pixels[some].unique(return_inverse=True)
-                made = (job.at(needed // width, needed % width)[position] * shares[some]).sum(1)
-                result[index, some] = made.to(result.dtype)
-            del job
-    return result
+    def __init__(self, network: UniversalNetwork) -> None:
+        self.device = next(network.parameters()).device
+        wide = next(network.parameters()).dtype == network.dtype
+        self.network = network if wide else copy.deepcopy(network).to(network.dtype)
 
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """The context to compute in: no gradients, and no autocast, for the network has its dtype already."""
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(self.device.type, enabled=False))
+        return stack
 
-def _budget(memory: int | None, device: torch.device) -> int:
-    return DEFAULT_MEMORY.get(device.type, DEFAULT_MEMORY_ELSEWHERE) if memory is None else memory
+    def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
+        """Paint the upsampled features.
 
+        Args:
+            features: (B, C, h, w).
+            image: (B, 3, H, W).
+            canvas: for the result; its size is the output's.
+            memory: budget in bytes, or None.
 
-def _wide(up: "LoftUp") -> UniversalNetwork:
-    """The network in the dtype that inference computes in: itself, or a copy."""
-    net, dtype = up.upsampler, inference_dtype(up)
-    assert isinstance(net, UniversalNetwork)
-    return net if up.dtype == dtype else copy.deepcopy(net).to(dtype)
+        Raises:
+            ValueError: the budget is too small.
+        """
+        limit = budget(memory, image.device)
+        values = canvas.values()
+        with self.arithmetic():
+            attention = Attention(self.network)
+        for index in range(len(image)):
+            own = slice(index, index + 1)
+            with self.arithmetic():
+                guidance = resize_guidance(image[own], canvas.size)
+                job = Job(attention, features[own], guidance, values[own], limit)
+                pieces = job.pieces()
+            while True:
+                with self.arithmetic():
+                    if (piece := next(pieces, None)) is None:
+                        break
+                canvas.paint(index, piece.box, piece.write, self.arithmetic)
+            del job, pieces  # or they stay until the next image's are ready
 
-
-def _commutes_with_averages(head: Head) -> bool:
-    """Whether a head is linear, so that it may be applied to the cells in place of the pixels."""
-    if type(head) is nn.Conv2d:
-        plain = head.kernel_size == head.stride == (1, 1) and head.groups == 1 and head.padding == (0, 0)
-    else:
-        plain = type(head) is nn.Linear
-    if not plain or not isinstance(head, nn.Module):
-        return False
-    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-    hooked = everywhere or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    # Where its parameters' gradients are wanted, the map is kept for them.
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-    return not hooked and not learns
+    def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
+        """Write features at points (B, N, 2) of the grid of a size into ``out`` (B, N, C), N > 0."""
+        width = size[1]
+        with self.arithmetic():
+            attention = Attention(self.network)
+            for index in range(len(image)):
+                own = slice(index, index + 1)
+                guidance, values = resize_guidance(image[own], size), features[own]
+                job = Job(attention, values, guidance, values, budget(None, image.device), keep=False)
+                at = job.at
+                out[index] = sample(points[index], size, job.points_at_once, lambda p, at=at: at(p // width, p % width))  # type: ignore[misc]
+                del job, at

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.eager import cross_attention
+from ..ops.attention import cross_attention
 
 __all__ = [
     "Box",
@@ -31,6 +31,7 @@ __all__ = [
     "grow",
     "reach",
     "run",
+    "trim",
 ]
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, the last two excluded
@@ -207,7 +208,9 @@ class Stem(nn.Sequential):
         """Pixels around a box that its result depends on; None where a replaced layer may see the whole image."""
         return reach(self)
 
-    def forward(self, code: Tensor, dtype: torch.dtype, margins: Margins = (0, 0, 0, 0)) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, code: Tensor, dtype: torch.dtype, margins: Margins = (0, 0, 0, 0)
+    ) -> Tensor:
         """Compute the queries of a box.
 
         Args:
@@ -221,10 +224,10 @@ class Stem(nn.Sequential):
         x = self.conv1(self.norm(code).to(dtype))
         # A convolution pads with zeros; at a side that is not the image's border, what they touched is cut off.
         if any(margins):
-            x, margins = _trim(x, margins, reach(self.conv2) or 0)
+            x, margins = trim(x, margins, reach(self.conv2) or 0)
         x = self.conv2(self.relu1(self.batch_norm1(x)))
         if any(margins):
-            x, margins = _trim(x, margins, 0)
+            x, margins = trim(x, margins, 0)
         return self.relu2(self.batch_norm2(x))  # type: ignore[no-any-return]
 
 
@@ -235,7 +238,7 @@ def grow(box: Box, halo: int, height: int, width: int) -> tuple[Box, Margins]:
     return grown, (top - grown[0], left - grown[1], grown[2] - bottom, grown[3] - right)
 
 
-def _trim(x: Tensor, margins: Margins, most: int) -> tuple[Tensor, Margins]:
+def trim(x: Tensor, margins: Margins, most: int) -> tuple[Tensor, Margins]:
     """Leave margins of at most ``most`` pixels around (B, D, n, m)."""
     left_over = tuple(min(margin, most) for margin in margins)
     top, left, bottom, right = (margin - rest for margin, rest in zip(margins, left_over, strict=True))

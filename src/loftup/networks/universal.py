@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import UniversalConfig
-from .layers import Box, MinMaxScale, run
+from .layers import Box, MinMaxScale, reach, run
 
 __all__ = ["CellAxis", "Prepared", "UniversalNetwork", "make_axis"]
 
@@ -84,7 +84,6 @@ class GuidanceEncoder(nn.Module):
     """
 
     dilations = (1, 2, 4)
-    halo = 2 * (1 + sum(dilations)) + 2  # pixels that a code at half resolution sees around it, at most
 
     def __init__(self, width: int, code: int) -> None:
         super().__init__()
@@ -94,6 +93,15 @@ class GuidanceEncoder(nn.Module):
         self.down = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in self.dilations)
         self.coarse_out = nn.Conv2d(width, code, 1)
+
+    @property
+    def halo(self) -> int | None:
+        """Pixels that a code at half resolution sees around it, at most; None where a replaced layer may see more."""
+        blocks = [reach(block) for block in self.blocks]
+        pointwise = (self.colour, self.fine_out, self.coarse_out)
+        if None in blocks or reach(self.fine) != 1 or reach(self.down) != 1 or any(map(reach, pointwise)):
+            return None
+        return 2 * (1 + sum(filter(None, blocks))) + 2
 
     def coarse(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-0.5, 0.5] to codes (B, D, ceil(H / 2), ceil(W / 2))."""

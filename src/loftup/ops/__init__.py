@@ -1,30 +1,5 @@
-"""The operations that LoftUp spends its time in, each with several backends; nothing here knows of models.
+"""Kernels, each beside its plain reference; they know nothing of models, and choose nothing.
 
-``reference`` says what each operation computes, ``dispatch`` checks arguments and chooses the backend.
+``reference`` says what each Triton kernel computes; ``triton_*`` are the kernels, as ``torch.library`` operators.
+``attention``, ``cpu`` and ``winograd`` put PyTorch's own operations together.
 """
-
-from .cpu import can_run_cpu
-from .dispatch import (
-    BACKENDS,
-    attention_block,
-    can_run_torch,
-    can_run_triton,
-    cross_attention,
-    explain,
-    feed_forward,
-    guidance,
-    head_norm,
-)
-
-__all__ = [
-    "BACKENDS",
-    "attention_block",
-    "can_run_cpu",
-    "can_run_torch",
-    "can_run_triton",
-    "cross_attention",
-    "explain",
-    "feed_forward",
-    "guidance",
-    "head_norm",
-]

@@ -1,4 +1,4 @@
-"""The operations written out in plain PyTorch, everything materialised: what every backend is tested against.
+"""The kernels' operations written out in plain PyTorch, everything materialised: what they are tested against.
 
 Any device and any float dtype, float64 for the truth in the tests. Nothing here is meant to be fast or lean.
 """
@@ -92,23 +92,23 @@ def feed_forward(
     return x + F.linear(F.gelu(hidden), weight_2, bias_2)
 
 
-def fourier_code(image: Tensor, rows: Tensor, columns: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
-    """The 203 channels of guidance (paper, section 1.3), frequency-major: sin (100), cos (100), the image (3).
+def fourier_code(values: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
+    """Fourier code of (row, column, r, g, b) with the colours appended (paper, section 1.3).
 
-    Product and sum are rounded one after the other in the dtype of ``image``. The published weights were trained with
-    float32 angles, whose spacing at e^10 is 0.002, so the rounding of the angle is part of the function.
+    Product and sum are rounded one after the other in the dtype of ``values``. The published weights were trained with float32 angles, whose
+    spacing at e^10 is 0.002, so the rounding of the angle is part of the function.
+
+    Args:
+        values: (..., 5).
+        frequencies: (F,).
+        phases: (2, 5, F) in memory, for sine and cosine; each is read flat, as if it were (F, 5): the checkpoints' way.
 
     Returns:
-        (B, 10 F + 3, H, W) in the dtype of ``image``; F frequencies.
+        (..., 10 F + 3): sines, cosines (frequency outer, value inner), colours.
     """
-    batch, _, height, width = image.shape
-    row = rows.to(image.dtype).view(1, 1, height, 1).expand(batch, 1, height, width)
-    column = columns.to(image.dtype).view(1, 1, 1, width).expand(batch, 1, height, width)
-    values = torch.cat([row, column, image], dim=1)
-    products = (frequencies.to(image.dtype).view(1, -1, 1, 1, 1) * values.unsqueeze(1)).flatten(1, 2)
-    # `phases[i]` is (5, F) in memory and is read flat, as if it were (F, 5): the checkpoints' own reading.
-    phase = phases.to(image.dtype).reshape(2, 1, -1, 1, 1)
-    return torch.cat([torch.sin(products + phase[0]), torch.cos(products + phase[1]), image], dim=1)
+    angles = (frequencies[:, None] * values[..., None, :]).flatten(-2)  # (..., 5 F)
+    sine, cosine = phases.reshape(2, -1)
+    return torch.cat([(angles + sine).sin(), (angles + cosine).cos(), values[..., 2:]], dim=-1)
 
 
 def guidance(
@@ -140,7 +140,8 @@ def guidance(
     Returns:
         (B, H * W, channels) in ``dtype``.
     """
-    code = fourier_code(image, rows, columns, frequencies, phases).flatten(2).transpose(1, 2)
+    coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).expand(len(image), -1, -1, -1)
+    code = fourier_code(torch.cat([coordinates, image.movedim(1, -1)], -1), frequencies, phases).flatten(1, 2)
     normed = F.layer_norm(code, code.shape[-1:], weight.to(code.dtype), bias.to(code.dtype), eps)
     return F.pad(normed, (0, channels - normed.shape[-1])).to(dtype)
 

@@ -1,4 +1,4 @@
-"""Cross-attention from pixels to feature tokens in Triton, with the query projection inside it if wanted.
+"""Cross-attention from pixels to feature tokens in Triton, with the query projection inside it.
 
 Many queries (50 thousand to a million pixels), few keys (256 to 5329 tokens), odd head widths (101, 133, 197):
 
@@ -117,39 +117,6 @@ def _attend(
 
 
 @triton.jit
-def _cross_attention_kernel(
-    p_q, p_k, p_v, p_out, stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    N, T, T_PADDED, HEADS, tiles, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_T: tl.constexpr,
-    RAGGED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0)
-    i_h, i_m = i % HEADS, i // HEADS % tiles
-    i_b = i // HEADS // tiles
-    i_h64, i_b64 = i_h.to(tl.int64), i_b.to(tl.int64)
-    o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_n = o_n < N
-    # The strides of rows and heads come divided by ALIGN; see `triton_common.alignment`.
-    p_row = p_q + i_b64 * stride_qb + i_h64 * stride_qh * ALIGN + o_n.to(tl.int64)[:, None] * stride_qn * ALIGN
-    # [BLOCK_M, BLOCK_D]
-    b_q = tl.load(p_row + o_d.to(tl.int64)[None, :] * stride_qd, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-    b_q_tail = b_q
-    if TAIL > 0:
-        o_tail = BLOCK_D + tl.arange(0, TAIL)
-        # [BLOCK_M, TAIL]
-        b_q_tail = tl.load(
-            p_row + o_tail.to(tl.int64)[None, :] * stride_qd, mask=m_n[:, None] & (o_tail < D)[None, :], other=0.0
-        )
-    o_panel = (i_b64 * HEADS + i_h64) * T_PADDED * (BLOCK_D + TAIL)
-    p_out_head = p_out + i_b64 * stride_ob + i_h64 * stride_oh
-    _attend(
-        b_q, b_q_tail, p_k + o_panel, p_v + o_panel, p_out_head, stride_on, stride_od, i_m, N, T, scale_log2,
-        D, BLOCK_M, BLOCK_D, TAIL, BLOCK_T, RAGGED, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
 def _attention_block_kernel(
     p_x, p_mean, p_rstd, p_gamma, p_beta, p_w, p_bias, p_k, p_v, p_out,
     stride_xb, stride_xn, stride_xd, stride_w, stride_ob, stride_on, N, T, T_PADDED, HEADS, tiles, scale_log2,
@@ -263,35 +230,6 @@ def _pack(k: Tensor, v: Tensor, block_t: int, width: int) -> tuple[Tensor, Tenso
         D=d, WIDTH=width, BLOCK_T=16, BLOCK_W=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return packed[0], packed[1]
-
-
-def _pixel_major(batch: int, heads: int, pixels: int, d: int, like: Tensor) -> Tensor:
-    """(B, heads, N, d) in the memory order (B, N, heads, d), so that joining the heads afterwards copies nothing."""
-    return torch.empty((batch, pixels, heads, d), dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
-@torch.library.custom_op("loftup::cross_attention", mutates_args=())
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    batch, heads, pixels, d = q.shape
-    tokens = k.shape[2]
-    out = _pixel_major(batch, heads, pixels, d, q)
-    if out.numel() == 0:
-        return out
-    blocks = _choose_blocks(d, q.dtype, shared_memory(q.device))
-    k_packed, v_packed = _pack(k, v, blocks["BLOCK_T"], blocks["BLOCK_D"] + blocks["TAIL"])
-    tiles = triton.cdiv(pixels, blocks["BLOCK_M"])
-    align = alignment(q.stride(1), q.stride(2))
-    _cross_attention_kernel[(tiles * heads * batch,)](
-        q, k_packed, v_packed, out, q.stride(0), q.stride(1) // align, q.stride(2) // align, q.stride(3), *out.stride(),
-        pixels, tokens, k_packed.shape[1], heads, tiles, scale * LOG2_E,
-        D=d, RAGGED=tokens % blocks["BLOCK_T"] != 0, ALIGN=align, PRECISION=dot_precision(q.dtype), **blocks,
-    )  # fmt: skip
-    return out
-
-
-@cross_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _pixel_major(q.shape[0], q.shape[1], q.shape[2], q.shape[3], q)
 
 
 @torch.library.custom_op("loftup::attention_block", mutates_args=())

@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class LearnedUpsampler(nn.Module):
                 f"features have {features.shape[1]} channels, this {self.architecture} was made for "
                 f"{self.config.channels}; train one for this backbone"
             )
-        check_inputs(features, image, cast(Any, self))
+        check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
         normalised = self.channelnorm(features.to(self.dtype)).to(self.dtype)
         dense = self.window(normalised, resize_guidance(image, output_size(size, image)), None).to(features.dtype)
         return dense if head is None else apply_head(head, dense)

@@ -1,0 +1,84 @@
+"""The published network by its own modules, for one with parts that cannot be folded: replaced or hooked ones."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from ..networks.layers import Stem, reach
+from ..networks.loftup import LoftUpNetwork
+from .fold import is_plain
+
+__all__ = ["ModuleEngine", "fits_bands"]
+
+
+def fits_bands(network: LoftUpNetwork) -> bool:
+    """Whether a network may be computed band by band: every module that may be replaced sees a known halo at most."""
+    containers = (network, network.fourier_feat)  # which bands go around
+    local = isinstance(network.first_conv, Stem) and network.first_conv.halo is not None
+    return local and reach(network.final_conv) == 0 and all(map(is_plain, containers))
+
+
+class ModuleEngine:
+    """What an engine does, module by module and band by band; see :class:`loftup.inference.engine.FoldedEngine`.
+
+    Hooks see one band at a time.
+
+    Args:
+        network: for which :func:`fits_bands` has no objection.
+    """
+
+    def __init__(self, network: LoftUpNetwork) -> None:
+        self.network = network
+        self.channels, self.width = network.config.channels, network.config.width
+        assert network.first_conv.halo is not None
+        self.halo = network.first_conv.halo
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """No gradients; autocast as the caller has it, for the modules follow it."""
+        return torch.no_grad()
+
+    def rows(self, width: int, budget: int) -> int:
+        """How many rows of a strip fit a budget in bytes; 0 if none does."""
+        code = 10 * self.network.config.image_frequencies + 3
+        return max(0, budget // (width * 4 * (5 * code + 9 * self.width + 2 * self.channels)) - 2 * self.halo)
+
+    def keys_values(self, tokens: Tensor) -> Tensor:
+        """The tokens (1, T, D): the modules project them."""
+        return tokens
+
+    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "ModuleStemReader":
+        """Start reading the stem's output for a strip of columns from the top."""
+        return ModuleStemReader(self, scaled, left, right)
+
+    def write(self, queries: Tensor, memory: Tensor, out: Tensor) -> None:
+        """Blocks and head: stem output (n * m, D) to a box (C, n, m) of the result."""
+        x = self.network.ca_transformer(queries[None], memory)
+        out.copy_(self.network.head(x, out.shape[1], out.shape[2])[0])
+
+    def at(self, scaled: Tensor, memory: Tensor, pixels: Tensor) -> Tensor:
+        """Features (n, C) at pixels, row by row of the image."""
+        width = scaled.shape[2]
+        features = scaled.new_empty(len(pixels), self.channels)
+        for row in (pixels // width).unique().tolist():
+            here = pixels // width == row
+            columns = pixels[here] % width
+            first, last = int(columns.min()), int(columns.max())
+            queries = self.network.stem(scaled[None], (row, first, row + 1, last + 1))[0]
+            x = self.network.ca_transformer(queries[None, columns - first], memory)
+            features[here] = self.network.head(x, 1, len(columns))[0, :, 0].mT.to(features.dtype)
+        return features
+
+
+class ModuleStemReader:
+    """Rows of the stem's output, from the top."""
+
+    def __init__(self, engine: ModuleEngine, scaled: Tensor, left: int, right: int) -> None:
+        self.engine, self.scaled, self.left, self.right = engine, scaled, left, right
+        self.next_row = 0
+
+    def read(self, count: int) -> Tensor:
+        """The next ``count`` rows, (count * columns, D)."""
+        top = self.next_row
+        self.next_row += count
+        return self.engine.network.stem(self.scaled[None], (top, self.left, self.next_row, self.right))[0]

@@ -1,0 +1,40 @@
+"""A network called on whole images: for networks with parts that may see further than a stream can tell."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from ..inputs import resize_guidance
+from .canvas import Canvas, sample
+
+__all__ = ["Whole"]
+
+
+class Whole:
+    """One call of the network for each image; memory grows with the image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """No gradients; autocast as the caller has it."""
+        return torch.no_grad()
+
+    def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
+        """See :meth:`loftup.inference.bands.Bands.upsample`; ``memory`` cannot be kept to."""
+        for index in range(len(image)):
+            with self.arithmetic():
+                dense = self._dense(features, image, index, canvas.size)
+            canvas.paint(index, (0, 0, *canvas.size), lambda out, dense=dense: out.copy_(dense), self.arithmetic)  # type: ignore[misc]
+
+    def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
+        """See :meth:`loftup.inference.bands.Bands.at`."""
+        with self.arithmetic():
+            for index in range(len(image)):
+                flat = self._dense(features, image, index, size).flatten(1)
+                out[index] = sample(points[index], size, points.numel(), lambda pixels, flat=flat: flat[:, pixels].mT)  # type: ignore[misc]
+
+    def _dense(self, features: Tensor, image: Tensor, index: int, size: tuple[int, int]) -> Tensor:
+        one = slice(index, index + 1)
+        return self.network(features[one], resize_guidance(image[one], size))[0]  # type: ignore[no-any-return]
