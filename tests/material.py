@@ -43,3 +43,25 @@ def universal(seed: int = 0, **fields: int) -> LoftUp:
 def inputs(batch=1, grid=(5, 7), size=(33, 46), channels=24):
     """Random features and image."""
     return torch.randn(batch, channels, *grid), torch.rand(batch, 3, *size)
+
+
+def drawn_scene(height: int = 336, width: int = 448) :
+    """A drawn landscape with sharp outlines, for trying things without a photograph."""
+    from PIL import Image, ImageDraw
+
+    scene = Image.new("RGB", (width, height), (150, 190, 235))
+    draw = ImageDraw.Draw(scene)
+    horizon = height * 3 // 5
+    draw.rectangle((0, horizon, width, height), fill=(95, 140, 70))
+    draw.polygon([(0, horizon), (width // 4, height // 4), (width // 2, horizon)], fill=(120, 110, 115))
+    draw.polygon([(width // 4, horizon), (width // 2, height // 3), (width * 4 // 5, horizon)], fill=(95, 88, 98))
+    draw.ellipse((width * 3 // 4, height // 10, width * 3 // 4 + height // 6, height // 10 + height // 6), fill="gold")
+    draw.rectangle((width * 11 // 16, height // 2, width * 13 // 16, height * 3 // 4), fill=(180, 70, 60))
+    draw.polygon(
+        [(width * 21 // 32, height // 2), (width * 3 // 4, height * 3 // 8), (width * 27 // 32, height // 2)],
+        fill=(110, 50, 40),
+    )
+    for left in range(width // 16, width // 2, width // 9):
+        draw.rectangle((left - 3, height * 7 // 10, left + 3, height * 17 // 20), fill=(90, 65, 45))
+        draw.ellipse((left - 18, height // 2, left + 18, height * 3 // 4), fill=(40, 95, 45))
+    return scene

@@ -1,7 +1,8 @@
 """The LoftUp network: pixels ask, low-resolution features answer (paper section 3.1, figure 3)."""
 
 import os
-from typing import Literal
+import warnings
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from .inference.choose import open_stream
 from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from .networks import build_network, build_norm
 from .networks.config import Config, LoftUpConfig
+
+if TYPE_CHECKING:
+    from .weights.names import WeightsName
 
 __all__ = ["LoftUp"]
 
@@ -190,6 +194,7 @@ class LoftUp(nn.Module):
         dtype: torch.dtype | None = None,
         channel_norm: Literal["identity"] | None = None,
         strict: bool = False,
+        trainable: bool = False,
     ) -> "LoftUp":
         """Load trained weights by backbone name, backbone object, Hub repository, local folder or file.
 
@@ -211,6 +216,8 @@ class LoftUp(nn.Module):
             channel_norm: "identity" accepts a file that lacks the channel norm and passes features on as they come.
                 Otherwise such a file is refused, because its results would be wrong without any sign of it.
             strict: refuse a backbone without weights of its own, in place of taking "any" with a warning.
+            trainable: whether the parameters require gradients. They do not by default, so that the plain call
+                ``up(features, image)`` streams; features that require a gradient get one all the same.
 
         Returns:
             The module in ``eval()`` mode.
@@ -220,18 +227,31 @@ class LoftUp(nn.Module):
                 truncated, incomplete, of another architecture or of mixed dtypes.
             TypeError: ``name_or_path`` or ``dtype`` is of another type.
         """
-        from .weights.files import load_pretrained
+        from .weights.files import check_fit, read_weights
 
-        return load_pretrained(
-            name_or_path,
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
+        source = _resolve(name_or_path, strict)
+        if source.substitute:
+            warnings.warn(source.substitute, stacklevel=2)
+        weights = read_weights(
+            source,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            device=device,
-            dtype=dtype,
             channel_norm=channel_norm,
-            strict=strict,
         )
+        if source.checkpoint is not None and source.checkpoint.in_package:
+            dtype = dtype or torch.float32  # stored as float16 to keep the package small
+        # Ordinary parameters also when called inside torch.inference_mode().
+        with torch.inference_mode(False):
+            with torch.device("meta"):
+                up = cls(weights.config)
+            check_fit(weights, up.state_dict())
+            up.load_state_dict(weights.state, assign=True)
+            return up.to(device=device or "cpu", dtype=dtype).eval().requires_grad_(trainable)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write ``model.safetensors`` and ``config.json`` that :meth:`from_pretrained` reads back bit for bit.
@@ -239,9 +259,9 @@ class LoftUp(nn.Module):
         The whole config is in the header of ``model.safetensors`` too, so that the file can travel alone.
         Each file appears whole or not at all: it is written under another name first and then renamed.
         """
-        from .weights.files import save_pretrained
+        from .weights.files import save
 
-        save_pretrained(self, folder)
+        save(self.config, self.state_dict(), folder)
 
     def push_to_hub(
         self,
@@ -259,10 +279,26 @@ class LoftUp(nn.Module):
         Raises:
             LoftUpError: the Hub refuses or cannot be reached.
         """
-        from .weights.files import push_to_hub
+        from .weights.files import push
 
-        return push_to_hub(self, repo, private=private, token=token, commit_message=commit_message)
+        state = self.state_dict()
+        return push(self.config, state, repo, private=private, token=token, commit_message=commit_message)
 
     def extra_repr(self) -> str:
         """Channels, width and backbone, for ``print(up)``."""
         return str(self.config)
+
+
+def _resolve(source: "str | os.PathLike[str] | nn.Module", strict: bool) -> "WeightsName":
+    from .weights.names import resolve, resolve_backbone
+
+    if not isinstance(source, nn.Module):
+        return resolve(source, strict)
+    from .backbones import identify, wrap
+
+    try:
+        wrap(source)
+        usable = True
+    except LoftUpError:
+        usable = False
+    return resolve_backbone(identify(source), type(source).__name__, usable, strict)

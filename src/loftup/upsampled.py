@@ -8,8 +8,7 @@ from .backbones import Backbone, wrap
 from .errors import LoftUpError
 from .inputs import Size
 from .model import LoftUp
-from .weights.bundled import ANY
-from .weights.catalogue import PUBLISHED
+from .weights.catalogue import ANY, PUBLISHED
 
 __all__ = ["Upsampled"]
 

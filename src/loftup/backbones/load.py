@@ -15,9 +15,9 @@ from ..errors import LoftUpError
 from ..weights.catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
-__all__ = ["Weights", "build", "resolve"]
+__all__ = ["WeightsSource", "build", "resolve"]
 
-Weights = str | os.PathLike[str] | Literal[False] | None
+WeightsSource = str | os.PathLike[str] | Literal[False] | None
 
 
 def resolve(name: str) -> tuple[str, Checkpoint | None]:
@@ -36,13 +36,13 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         raise TypeError(f"load_backbone takes the name of a backbone, got {type(name).__name__}{hint}")
 
     if name in PUBLISHED:
-        return PUBLISHED[name].timm, PUBLISHED[name]
+        return str(PUBLISHED[name].timm), PUBLISHED[name]
     if name.startswith(("hf-hub:", "hf_hub:")):
         return name, None  # timm reads the model's kind from the repository
     pretrained = timm.list_pretrained()
     if name in pretrained or name in timm.list_models():
         return name, None
-    if checkpoint := find_checkpoint(name):
+    if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
         return checkpoint.timm, checkpoint
     known = [*known_names(), *pretrained, *timm.list_models()]
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
@@ -53,7 +53,7 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
     )
 
 
-def build(name: str, weights: Weights, options: dict[str, Any]) -> nn.Module:
+def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
     """Build a timm model that takes images of any size where timm can make it so.
 
     Raises:

@@ -2,22 +2,30 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PHOTO", "run"]
+from ..weights.catalogue import ANY, TINY
+from .options import add_model_options
+
+__all__ = ["PHOTO", "add_parser"]
 
 PHOTO = Path(__file__).parent.parent / "bundled" / "photo" / "photo.jpg"
 
 
-def run(arguments: argparse.Namespace, models: Callable[..., Any], upsampled: Callable[..., Any]) -> int:
-    """Write the picture; returns the exit status.
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser(
+        "demo", help="picture of an image's features: low-res, bilinear, upsampled; needs no network as it stands"
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="photograph; default: one in the package")
+    add_model_options(parser, backbone=None)
+    parser.add_argument("-o", "--output", type=Path, default=Path("loftup_demo.png"), metavar="FILE")
 
-    Args:
-        arguments: of the command.
-        models: arguments and names of weights to a backbone and upsamplers.
-        upsampled: arguments, backbone, upsamplers and a picture to features and upsampled ones.
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Write the picture; returns the exit status.
 
     Raises:
         ValueError: options of a backbone without the backbone; a file or name that cannot be used.
@@ -26,57 +34,56 @@ def run(arguments: argparse.Namespace, models: Callable[..., Any], upsampled: Ca
 
     from ..pictures import check_suffix, open_picture, require_pillow
     from ..viz import compare
+    from .models import load_models, upsample_picture
 
     pil = require_pillow()
     check_suffix(arguments.output)
     picture = open_picture(arguments.image or PHOTO)
-    names = _names(arguments)
-    backbone, ups = models(arguments, *names)
+    weights = _weights(arguments)
+    backbone, (up,) = load_models(arguments, weights)
     start = time.perf_counter()
-    low, dense = upsampled(arguments, backbone, ups, picture)
+    low, (dense,) = upsample_picture(arguments, backbone, [up], picture)
     seconds = time.perf_counter() - start
-    size = tuple(dense[0].shape[-2:])
+    size = tuple(dense.shape[-2:])
     name = backbone.name or arguments.backbone
     if arguments.backbone_weights:
         name = name.partition(".")[0]  # the tag tells timm's weights
     maps = {
         f"{name} {low.shape[-2]}x{low.shape[-1]}": low,
         "bilinear": F.interpolate(low.float(), size, mode="bilinear", align_corners=False),
-        **{_caption(weights): high for weights, high in zip(names, dense, strict=True)},
+        _caption(weights): dense,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     shown = picture.resize(size[::-1], pil.Resampling.BICUBIC)
     compare(shown, maps).save(arguments.output)
     print(
-        f"{arguments.backbone}: {tuple(low.shape[1:])} -> {tuple(dense[0].shape[1:])} in {seconds:.1f} s; "
+        f"{arguments.backbone}: {tuple(low.shape[1:])} -> {tuple(dense.shape[1:])} in {seconds:.1f} s; "
         f"wrote {arguments.output}"
     )
     return 0
 
 
-def _names(arguments: argparse.Namespace) -> list[str]:
+def _weights(arguments: argparse.Namespace) -> str:
     """The weights to show; where no backbone is named, it becomes the one in the package, and a line says so."""
-    from ..weights.bundled import ANY, TINY
-
     if arguments.backbone is not None:
-        return [arguments.weights or arguments.backbone]
+        return str(arguments.weights or arguments.backbone)
     of_backbone = ("backbone_weights", "layer", "option", "mean", "std")
     if given := [name for name in of_backbone if getattr(arguments, name) not in (None, [])]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{options} without --backbone: name the backbone too, such as --backbone dinov2_vits14")
     arguments.backbone = TINY
-    names = [arguments.weights] if arguments.weights else [ANY, TINY]
-    weights = "" if arguments.weights else f" and the LoftUp weights {ANY!r} and {TINY!r}"
+    weights = "" if arguments.weights else f" and the upsampler {ANY!r}"
     print(
         f"Using what comes in the package: the backbone {TINY!r}{weights}. "
         "For published ones, from the Hub: loftup demo --backbone dinov2_vits14"
     )
-    return names
+    return str(arguments.weights or ANY)
 
 
 def _caption(weights: str) -> str:
-    from ..weights.bundled import ANY, BUNDLED
-    from ..weights.names import stands_in
+    from ..weights.names import resolve
 
-    name = ANY if stands_in(weights) else weights
-    return f"LoftUp {name}" if name in BUNDLED else "LoftUp"
+    checkpoint = resolve(weights).checkpoint
+    if checkpoint is None or not checkpoint.in_package:
+        return "LoftUp"
+    return ANY if checkpoint.name == ANY else f"LoftUp {checkpoint.name}"

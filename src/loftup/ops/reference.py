@@ -95,8 +95,8 @@ def feed_forward(
 def fourier_code(values: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
     """Fourier code of (row, column, r, g, b) with the colours appended (paper, section 1.3).
 
-    Product and sum are rounded one after the other in the dtype of ``values``. The published weights were trained with float32 angles, whose
-    spacing at e^10 is 0.002, so the rounding of the angle is part of the function.
+    Product and sum are rounded one after the other in the dtype of ``values``. The published weights were trained with
+    float32 angles, whose spacing at e^10 is 0.002, so the rounding of the angle is part of the function.
 
     Args:
         values: (..., 5).

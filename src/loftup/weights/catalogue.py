@@ -1,42 +1,87 @@
-"""The published LoftUp checkpoints: data, not code (paper section 4 and the authors' Hub repositories)."""
+"""The weights that loftup knows, published ones and those in the package: data, not code.
+
+The published ones are of paper section 4 and the authors' Hub repositories.
+"""
 
 import dataclasses
+from pathlib import Path
 
-__all__ = ["PUBLISHED", "Checkpoint", "find_checkpoint", "list_pretrained"]
+__all__ = [
+    "ANY",
+    "CATALOGUE",
+    "IN_PACKAGE",
+    "PUBLISHED",
+    "TINY",
+    "TINY_BACKBONE",
+    "Checkpoint",
+    "find_checkpoint",
+    "known_names",
+    "list_pretrained",
+]
+
+ANY = "any"  # the universal upsampler, for every backbone
+TINY = "tiny"  # the backbone in the package, and the LoftUp for it
+FOLDER = Path(__file__).parent.parent / "bundled"
+TINY_BACKBONE = FOLDER / "tiny_backbone"
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One published set of weights.
+    """One set of upsampler weights.
 
     Args:
         name: loftup's name.
-        repo: Hub repository id.
-        channels: C of the features it expects.
-        patch_size: patch of the backbone in pixels.
-        timm: full timm name of the backbone whose features it was trained on.
+        repo: Hub repository id; None for weights in the package.
+        channels: C of the features it expects; None for any.
+        patch_size: patch of the backbone in pixels; None for any.
+        timm: full timm name of the backbone whose features it was trained on; None where timm does not have it.
         backbones: the same backbone's other names in torch.hub, open_clip, transformers and timm.
         file: file of the repository that holds the channel norm too.
-        mean: per-channel mean that training subtracted from images in [0, 1]. ImageNet's for all backbones, also
-            where the backbone's own differs.
-        std: per-channel standard deviation that training divided by.
+        mean: per-channel mean that training subtracted from images in [0, 1]; None for the backbone's own. ImageNet's
+            for all published ones, also where the backbone's own differs.
+        std: per-channel standard deviation that training divided by; None for the backbone's own.
         licence: of the weights.
         source: where they are described.
+        in_package: whether they come with the package and need no network.
     """
 
     name: str
-    repo: str
-    channels: int
-    patch_size: int
-    timm: str
+    repo: str | None
+    channels: int | None
+    patch_size: int | None
+    timm: str | None
     backbones: tuple[str, ...]
     file: str = "pytorch_model.bin"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float] | None = IMAGENET_MEAN
+    std: tuple[float, float, float] | None = IMAGENET_STD
     licence: str = "MIT"
-    source: str = "https://github.com/andrehuang/loftup"
+    source: str | None = "https://github.com/andrehuang/loftup"
+    in_package: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Of weights in the package."""
+        assert self.in_package
+        return FOLDER / {ANY: "any", TINY: "tiny_loftup"}[self.name]
+
+
+def _packaged(name: str, channels: int | None, patch_size: int | None) -> Checkpoint:
+    # Its backbone goes by the same name.
+    return Checkpoint(
+        name,
+        repo=None,
+        channels=channels,
+        patch_size=patch_size,
+        timm=None,
+        backbones=(name,),
+        file="model.safetensors",
+        mean=None,
+        std=None,
+        source=None,
+        in_package=True,
+    )
 
 
 _CHECKPOINTS = (
@@ -105,16 +150,19 @@ _CHECKPOINTS = (
 )
 
 PUBLISHED = {checkpoint.name: checkpoint for checkpoint in _CHECKPOINTS}
+IN_PACKAGE = {ANY: _packaged(ANY, None, None), TINY: _packaged(TINY, 192, 16)}
+CATALOGUE = PUBLISHED | IN_PACKAGE
 
 _BY_NAME = {
     alias: checkpoint
-    for checkpoint in _CHECKPOINTS
+    for checkpoint in CATALOGUE.values()
     for alias in (checkpoint.name, checkpoint.repo, checkpoint.timm, *checkpoint.backbones)
+    if alias is not None
 }
 
 
 def find_checkpoint(name: str) -> Checkpoint | None:
-    """Look up published weights by loftup's name, the repository, or any name of the backbone; None if unknown."""
+    """Look up weights by loftup's name, the repository, or any name of the backbone; None if unknown."""
     bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     return _BY_NAME.get(bare) or _BY_NAME.get(bare.removeprefix("timm/"))
 
@@ -125,7 +173,7 @@ def known_names() -> list[str]:
 
 
 def list_pretrained() -> list[Checkpoint]:
-    """All published checkpoints, each with its Hub repository, channels, patch size, scaling, licence and names.
+    """All checkpoints on the Hub, each with its Hub repository, channels, patch size, scaling, licence and names.
 
     >>> [checkpoint.name for checkpoint in list_pretrained()][:2]
     ['dinov2_vits14', 'dinov2_vits14_reg']

@@ -1,94 +1,83 @@
-"""Finding, reading and writing LoftUp weights: the Hub, local files, every layout in circulation."""
+"""Reading and writing LoftUp weights: every layout in circulation, from a file, a folder or a Hub repository."""
 
-import difflib
 import json
 import os
 import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..errors import LoftUpError
 from ..files import write_atomically
-from ..model import LoftUp
 from ..networks.config import Config, UniversalConfig, read_config
-from .bundled import ANY, BUNDLED
-from .catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names, list_pretrained
+from .catalogue import PUBLISHED
 from .hub import Repository, upload
-from .names import any_for, looks_like_path, name_of, stands_in
+from .names import CONFIG, PICKLE, SAFETENSORS, WeightsName
 
-__all__ = ["PUBLISHED", "Checkpoint", "find_checkpoint", "list_pretrained", "load_pretrained", "save_pretrained"]
+__all__ = ["StateDict", "StoredWeights", "check_fit", "model_card", "push", "read_state", "read_weights", "save"]
 
-SAFETENSORS, PICKLE, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
 METADATA_KEY = "loftup_config"
-UNIVERSAL_KEY = "upsampler.gate.weight"  # only networks with values="features" have it, and these have no channel norm
+UNIVERSAL_KEY = "upsampler.gate.weight"  # only the universal network has it, and that has no channel norm
 StateDict = dict[str, Tensor]
 
 
-def load_pretrained(
-    name_or_path: "str | os.PathLike[str] | nn.Module",
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights as a file has them.
+
+    Attributes:
+        config: of the network.
+        state: keys ``upsampler.*`` and ``channelnorm.*``, not yet compared with the network's.
+        file: that they come from.
+    """
+
+    config: Config
+    state: StateDict
+    file: Path
+
+
+def read_weights(
+    source: WeightsName,
     *,
     revision: str | None = None,
     cache_dir: "str | os.PathLike[str] | None" = None,
     local_files_only: bool = False,
-    device: "str | torch.device | None" = None,
-    dtype: torch.dtype | None = None,
     channel_norm: Literal["identity"] | None = None,
-    strict: bool = False,
-) -> LoftUp:
-    """See :meth:`loftup.LoftUp.from_pretrained`."""
+) -> StoredWeights:
+    """Read the weights that a name stands for; arguments and errors are those of :meth:`LoftUp.from_pretrained`."""
     if channel_norm not in (None, "identity"):
         raise ValueError(f'channel_norm must be None or "identity", got {channel_norm!r}')
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
-    if isinstance(name_or_path, nn.Module):
-        name_or_path = name_of(name_or_path, strict)
-    if not isinstance(name_or_path, str | os.PathLike):
-        raise TypeError(
-            f"expected a name, a path, or a backbone object (torch.nn.Module), got {type(name_or_path).__name__}"
-        )
-    name = os.fspath(name_or_path)
-    only_path = not isinstance(name_or_path, str)
-    checkpoint = None if only_path else find_checkpoint(name)
-
-    def repository(repo: str) -> Repository:
-        return Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-
-    if not only_path and stands_in(name):
-        name = any_for(f"named {name!r}", strict, stacklevel=4)
-    if not only_path and name in BUNDLED:
+    checkpoint, path, config = source.checkpoint, source.path, None
+    name = ""
+    if checkpoint is not None and checkpoint.in_package:
         if revision is not None:
             raise LoftUpError(
-                f"{name!r} comes with the package and has no revisions, got revision={revision!r}; leave it out"
+                f"{checkpoint.name!r} comes with the package and has no revisions, got revision={revision!r}; leave it "
+                "out"
             )
-        folder = BUNDLED[name]
-        candidates, config = _candidates(_reader(folder), f"the installed folder {folder}")
-        dtype = dtype or torch.float32  # stored as float16 to keep the package small
-    elif checkpoint:
-        source = repository(checkpoint.repo)
-        if (file := source.fetch(checkpoint.file)) is None:
-            raise LoftUpError(f"{source} holds no {checkpoint.file!r}; is the revision right?")
-        candidates, config = iter([file]), None
-    elif (path := Path(name).expanduser()).is_file():
-        candidates, config = iter([path]), None
-    elif path.is_dir():
-        candidates, config = _candidates(_reader(path), str(path))
-    elif only_path or looks_like_path(name):
-        raise LoftUpError(f"no such file or folder: {name}")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        candidates, config = _candidates(_or_no_folder(repository(name)), f"the Hub repository {name!r}")
+        files, config = _candidates(_reader(checkpoint.folder), f"the installed folder {checkpoint.folder}")
+    elif path is not None and path.is_file():
+        files = iter([path])
+    elif path is not None:
+        files, config = _candidates(_reader(path), str(path))
     else:
-        raise LoftUpError(_unknown(name))
-    up = _first_complete(candidates, config, channel_norm, checkpoint.name if checkpoint else "")
-    return up.to(device=device, dtype=dtype).eval()
+        repo = source.repo if checkpoint is None else checkpoint.repo
+        assert repo is not None
+        hub = Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        if checkpoint is None:
+            files, config = _candidates(_or_no_folder(hub), f"the Hub repository {repo!r}")
+        elif (file := hub.fetch(checkpoint.file)) is None:
+            raise LoftUpError(f"{hub} holds no {checkpoint.file!r}; is the revision right?")
+        else:
+            files, name = iter([file]), checkpoint.name
+    return _first_complete(files, config, channel_norm, name)
 
 
 def _reader(folder: Path) -> Callable[[str], Path | None]:
@@ -105,19 +94,6 @@ def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
             raise type(error)(f"{error}; and there is no local folder of that name") from error
 
     return fetch
-
-
-def _unknown(name: str) -> str:
-    import timm
-
-    lowered = {known.lower(): known for known in [*timm.list_models(), *known_names(), *BUNDLED]}
-    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)]
-    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return (
-        f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(BUNDLED)} ({ANY!r} takes features of any "
-        "backbone). "
-        f"Published: {', '.join(PUBLISHED)}. A Hub repository is written 'user/repo', a local folder './folder'"
-    )
 
 
 def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterator[Path], dict[str, Any] | None]:
@@ -137,12 +113,12 @@ def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterat
             )
 
     def files() -> Iterator[Path]:
-        found = False
+        empty = True
         for name in (SAFETENSORS, PICKLE):
             if (file := fetch(name)) is not None:
-                found = True
+                empty = False
                 yield file
-        if not found:
+        if empty:
             raise LoftUpError(f"{where} holds neither {SAFETENSORS} nor {PICKLE}")
 
     return files(), config
@@ -150,22 +126,22 @@ def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterat
 
 def _first_complete(
     files: Iterator[Path], config: dict[str, Any] | None, channel_norm: Literal["identity"] | None, backbone: str
-) -> LoftUp:
-    """Build the module from the first file that has (or, on request, lacks) the channel norm."""
+) -> StoredWeights:
+    """Take the first file that has (or, on request, lacks) the channel norm."""
     refused = []
     for file in files:
-        state, own_config = read_state(file)
-        settings = own_config or _settings(config, file)
+        state, in_header = read_state(file)
+        settings = in_header or _settings(config, file)
         if settings.get("values") == "features" or UNIVERSAL_KEY in state:
             if channel_norm:
                 raise LoftUpError(
                     f"{file} is of a network without a channel norm, got channel_norm={channel_norm!r}; leave it out"
                 )
-            return _build(state, settings, file, backbone)
+            return _stored(state, settings, file, backbone)
         wanted = channel_norm or settings.get("channel_norm", "layer")
         has_norm = any(key.startswith("channelnorm.") for key in state)
         if has_norm == (wanted == "layer"):
-            return _build(state, {**settings, "channel_norm": wanted}, file, backbone)
+            return _stored(state, {**settings, "channel_norm": wanted}, file, backbone)
         refused.append(str(file))
     if channel_norm == "identity":
         raise LoftUpError(f'{", ".join(refused)} has a channel norm; leave channel_norm="identity" out')
@@ -202,7 +178,7 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
     else:
         state = _read_pickle(file)
         if METADATA_KEY in state:
-            config = _own_config(state[METADATA_KEY], file)
+            config = _header_config(state[METADATA_KEY], file)
     if isinstance(state.get("state_dict"), dict):
         # A training checkpoint also holds the backbone (model.0.*), losses and downsamplers: not ours to load.
         nested: dict[str, Any] = state["state_dict"]
@@ -232,12 +208,12 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     if METADATA_KEY not in metadata:
         return state, None
     try:
-        return state, _own_config(json.loads(metadata[METADATA_KEY]), file)
+        return state, _header_config(json.loads(metadata[METADATA_KEY]), file)
     except json.JSONDecodeError as error:
         raise LoftUpError(f"the config in {file} is damaged: {error}") from error
 
 
-def _own_config(values: Any, file: Path) -> dict[str, Any]:
+def _header_config(values: Any, file: Path) -> dict[str, Any]:
     try:
         return read_config(values).to_dict()
     except (TypeError, ValueError, AttributeError) as error:
@@ -273,7 +249,7 @@ def _some(keys: Any, most: int = 8) -> str:
 def infer_config(state: StateDict) -> dict[str, Any]:
     """Read the architecture off the tensors' shapes; heads cannot be seen and stay at the published 4.
 
-    With ``values="features"`` heads can be seen, but not the radius, which stays at the default.
+    Of the universal network heads can be seen, but not the radius, which stays at the default.
 
     Raises:
         KeyError: the state dict lacks the tensors that tell.
@@ -294,18 +270,20 @@ def infer_config(state: StateDict) -> dict[str, Any]:
     return {**fields, "position_code": "sine", "feature_frequencies": (width - channels) // 4}
 
 
-def _build(state: StateDict, settings: dict[str, Any], file: Path, backbone: str) -> LoftUp:
+def _stored(state: StateDict, settings: dict[str, Any], file: Path, backbone: str) -> StoredWeights:
     try:
-        told = "channels" in settings or settings.get("values") == "features"
-        fields = settings if told else {**infer_config(state), **settings}
-        if backbone:
-            fields = {**fields, "backbone": backbone}
-        up = LoftUp(read_config(fields))
+        complete = "channels" in settings or settings.get("values") == "features"
+        config = read_config(settings if complete else {**infer_config(state), **settings})
     except (KeyError, ValueError) as error:
         raise LoftUpError(
             f"{file} does not hold a LoftUp network ({error}); its keys are {_some(state) or 'none at all'}"
         ) from error
-    expected = up.state_dict()
+    return StoredWeights(replace(config, backbone=backbone) if backbone else config, state, file)
+
+
+def check_fit(weights: StoredWeights, expected: StateDict) -> None:
+    """Raise LoftUpError unless the weights are those of a network with the state dict ``expected``, in one dtype."""
+    state, file = weights.state, weights.file
     problems = [
         f"missing: {_some(sorted(set(expected) - set(state)))}" if set(expected) - set(state) else "",
         f"unexpected: {_some(sorted(set(state) - set(expected)))}" if set(state) - set(expected) else "",
@@ -323,29 +301,26 @@ def _build(state: StateDict, settings: dict[str, Any], file: Path, backbone: str
             f"{file} holds tensors of {', '.join(sorted(map(str, dtypes)))}, expected one floating dtype for all but "
             "num_batches_tracked; convert them, for example with up.to(torch.float32), and save anew"
         )
-    up.load_state_dict(state, assign=True)
-    return up
 
 
-def save_pretrained(up: LoftUp, folder: "str | os.PathLike[str]") -> None:
-    """See :meth:`loftup.LoftUp.save_pretrained`."""
-    from safetensors.torch import save
+def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> None:
+    """Write ``model.safetensors``, with the config in its header, and ``config.json``, each whole or not at all."""
+    from safetensors.torch import save as to_bytes
 
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    config = up.config.to_dict()
-    state = {key: value.detach().cpu().contiguous() for key, value in up.state_dict().items()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
-    write_atomically(folder / SAFETENSORS, save(state, metadata))
-    described = {**config, "library_name": "loftup", "loftup_version": __version__}
+    fields = config.to_dict()
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    write_atomically(folder / SAFETENSORS, to_bytes(plain, {"format": "pt", METADATA_KEY: json.dumps(fields)}))
+    described = {**fields, "library_name": "loftup", "loftup_version": __version__}
     write_atomically(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
 
 
-def push_to_hub(up: LoftUp, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
-    """See :meth:`loftup.LoftUp.push_to_hub`."""
+def push(config: Config, state: StateDict, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
+    """Upload weights, config and a model card to the Hub; see :meth:`loftup.LoftUp.push_to_hub`."""
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(up, folder)
-        write_atomically(Path(folder) / "README.md", model_card(up.config, repo).encode())
+        save(config, state, folder)
+        write_atomically(Path(folder) / "README.md", model_card(config, repo).encode())
         return upload(folder, repo, private=private, token=token, commit_message=commit_message)
 
 

@@ -1,63 +1,122 @@
-"""Which weights a backbone gets, and where those for any backbone stand in for missing ones."""
+"""What a name means: the one place that turns it into weights of the catalogue, a file, or a Hub repository."""
 
+import difflib
+import hashlib
 import os
-import warnings
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from ..errors import LoftUpError
-from .bundled import ANY, BUNDLED
-from .catalogue import PUBLISHED, find_checkpoint
+from ..files import stamp
+from .catalogue import ANY, CATALOGUE, IN_PACKAGE, PUBLISHED, Checkpoint, find_checkpoint, known_names
 
-__all__ = ["any_for", "looks_like_path", "name_of", "no_weights_for", "stands_in"]
+__all__ = ["CONFIG", "PICKLE", "SAFETENSORS", "WeightsName", "in_package", "resolve", "resolve_backbone"]
 
-
-def name_of(backbone: nn.Module, strict: bool) -> str:
-    """The name of the weights for a backbone object."""
-    from ..backbones import identify, wrap
-
-    name: str | None = identify(backbone)
-    if name is not None and (find_checkpoint(name) or name in BUNDLED):
-        return name
-    found = f"named {name!r}" if name else f"a {type(backbone).__name__} without a recognised name"
-    try:
-        wrap(backbone)
-    except LoftUpError:
-        strict = True  # no backbone that anything could be for
-    return any_for(found, strict, stacklevel=5)
+SAFETENSORS, PICKLE, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
 
 
-def no_weights_for(found: str) -> LoftUpError:
-    """What refuses a backbone without weights of its own."""
-    return LoftUpError(
-        f"no published LoftUp weights for this backbone ({found}); there are weights for {', '.join(PUBLISHED)}. "
-        "If it is one of these under another name, pass that name; for weights of your own, pass their path; "
-        f"{ANY!r} is an upsampler for features of any backbone"
-    )
+@dataclass(frozen=True)
+class WeightsName:
+    """The weights that a name stands for: of the catalogue, or a local path, or a Hub repository.
+
+    Attributes:
+        asked: the name as it was given.
+        checkpoint: of the catalogue.
+        path: of a file or folder.
+        repo: id of a Hub repository.
+        substitute: a sentence that says that "any" takes the place of missing weights, and why; "" where it does not.
+    """
+
+    asked: str
+    checkpoint: Checkpoint | None = None
+    path: Path | None = None
+    repo: str | None = None
+    substitute: str = ""
+
+    def identity(self) -> str:
+        """What tells these weights from others, for metadata: a name as it is, files with size and time."""
+        if self.checkpoint is not None and self.checkpoint.in_package:
+            note = " for want of its own" if self.substitute else ""
+            return f"{self.checkpoint.name} {in_package(self.checkpoint.folder)}{note}"
+        if self.path is None:
+            return self.asked
+        files = [self.path / name for name in (SAFETENSORS, PICKLE, CONFIG)] if self.path.is_dir() else [self.path]
+        return " ".join([self.path.resolve().name, *(stamp(file) for file in files if file.exists())])
 
 
-def any_for(found: str, strict: bool, stacklevel: int) -> str:
-    """Let the weights for any backbone stand in, with a warning; ``strict`` refuses."""
+def in_package(folder: Path) -> str:
+    """What tells weights in the package from those of another version, as text."""
+    return f"in the package, {hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()[:12]}"
+
+
+def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsName:
+    """Find what a name or path means; names win over paths, a ``Path`` is never a name.
+
+    Args:
+        source: a name of the catalogue or of a backbone in it, a timm name of another backbone (for which "any" takes
+            the place of weights of its own), a Hub repository id, or a path.
+        strict: refuse where "any" would take the place of weights.
+
+    Raises:
+        LoftUpError: none of these; or ``strict`` refuses.
+        TypeError: neither a string nor a path.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"expected a name, a path, or a backbone object (torch.nn.Module), got {type(source).__name__}")
+    name, path = os.fspath(source), Path(source).expanduser()
+    if isinstance(source, str):
+        if checkpoint := find_checkpoint(name):
+            return WeightsName(name, checkpoint=checkpoint)
+        if _is_timm_backbone(name, path):
+            return _any_for(name, f"named {name!r}", strict)
+    if path.exists():
+        return WeightsName(name, path=path)
+    if not isinstance(source, str) or _looks_like_path(name):
+        raise LoftUpError(f"no such file or folder: {name}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return WeightsName(name, repo=name)
+    raise LoftUpError(_unknown(name))
+
+
+def resolve_backbone(name: str | None, kind: str, usable: bool, strict: bool = False) -> WeightsName:
+    """Find the weights for a backbone object.
+
+    Args:
+        name: the backbone's, or None where it cannot be known.
+        kind: class of the object, for the message.
+        usable: whether it is a backbone at all; others are always refused.
+        strict: as for :func:`resolve`.
+
+    Raises:
+        LoftUpError: there are none, and "any" must not take their place.
+    """
+    if name is not None and (checkpoint := find_checkpoint(name)):
+        return WeightsName(name, checkpoint=checkpoint)
+    described = f"named {name!r}" if name else f"a {kind} without a recognised name"
+    return _any_for(name or kind, described, strict or not usable)
+
+
+def _any_for(asked: str, described: str, strict: bool) -> WeightsName:
     if strict:
-        raise no_weights_for(found)
-    warnings.warn(
-        f"no LoftUp weights of its own for this backbone ({found}): using {ANY!r}, which takes features of any "
-        "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`",
-        UserWarning,
-        stacklevel=stacklevel,
+        raise LoftUpError(
+            f"no published LoftUp weights for this backbone ({described}); there are weights for "
+            f"{', '.join(PUBLISHED)}. If it is one of these under another name, pass that name; for weights of your "
+            f"own, pass their path; {ANY!r} is an upsampler for features of any backbone"
+        )
+    sentence = (
+        f"no LoftUp weights of its own for this backbone ({described}): using {ANY!r}, which takes features of any "
+        "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`"
     )
-    return ANY
+    return WeightsName(asked, checkpoint=CATALOGUE[ANY], substitute=sentence)
 
 
-def stands_in(name: str) -> bool:
-    """Whether "any" stands in for the weights of that name: that of a timm model without any, not of a file here."""
-    if name in BUNDLED or find_checkpoint(name):
-        return False
+def _is_timm_backbone(name: str, path: Path) -> bool:
+    """Whether a name that is not in the catalogue is that of a timm model, and not of a file here."""
     if name.startswith(("hf-hub:", "hf_hub:")):
         return True
     bare = name.removeprefix("timm/")
-    if "/" in bare or looks_like_path(name) or Path(name).exists():
+    if "/" in bare or _looks_like_path(name) or path.exists():
         return False
     import timm
 
@@ -66,7 +125,20 @@ def stands_in(name: str) -> bool:
     return bool(timm.is_model(architecture)) and (not tag or bare in timm.list_pretrained(f"{architecture}.*"))
 
 
-def looks_like_path(name: str) -> bool:
+def _looks_like_path(name: str) -> bool:
     """Whether a string can only be meant as a file or folder."""
     suffixes = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
     return name.endswith(suffixes) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
+
+
+def _unknown(name: str) -> str:
+    import timm
+
+    lowered = {known.lower(): known for known in [*timm.list_models(), *known_names()]}
+    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)]
+    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return (
+        f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(IN_PACKAGE)} ({ANY!r} takes features of "
+        f"any backbone). Published: {', '.join(PUBLISHED)}. A Hub repository is written 'user/repo', a local folder "
+        "'./folder'"
+    )

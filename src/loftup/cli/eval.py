@@ -1,0 +1,54 @@
+"""The command ``loftup eval``: upsamplers compared by tasks, and what is done with the results."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .options import add_backbone_options, key_value, positive
+
+__all__ = ["add_parser"]
+
+TASKS = {
+    "segmentation": "semantic segmentation with a linear probe",
+    "depth": "monocular depth",
+    "normals": "surface normals",
+    "video": "video object segmentation by label propagation",
+    "open_vocabulary": "segmentation by texts, with a CLIP and the features as its proxy",
+    "interactive": "selecting an object by a click",
+    "efficiency": "parameters, time and memory; needs no dataset",
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser("eval", help="compare upsamplers on segmentation, depth, tracking and more")
+    parser.set_defaults(run=_run)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, text in TASKS.items():
+        task = tasks.add_parser(name, help=text)
+        if name != "efficiency":
+            task.add_argument(
+                "--dataset", required=True, metavar="NAME:PATH", help="see loftup eval list; or synthetic"
+            )
+        add_backbone_options(task)
+        add = task.add_argument
+        add("--upsampler", required=True, metavar="U[,U...]", help="[LABEL=]NAME[:ARGUMENT], see loftup eval list")
+        add("--seeds", type=positive, metavar="N", help="how many times heads are trained (default: the task's)")
+        add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="of the task's protocol")
+        add("-o", "--output", type=Path, required=True, metavar="DIR", help="for results.json, tables and pictures")
+        add("--overwrite", action="store_true", help="forget results that are there already")
+    listing = tasks.add_parser("list", help="upsamplers, tasks and datasets by name")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    table = tasks.add_parser("table", help="join the results of several folders")
+    table.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="written by loftup eval TASK -o DIR")
+    table.add_argument("--metrics", metavar="M[,M...]", help="which ones; default: all")
+    table.add_argument("-o", "--output", type=Path, metavar="FILE", help=".md or .csv; default: print Markdown")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..eval.command import run
+    from .models import backbone_of, check_device
+
+    if arguments.task not in ("list", "table"):
+        check_device(arguments.device)
+    return run(arguments, backbone_of)

@@ -1,0 +1,163 @@
+"""The command ``loftup features``: upsampled features of many pictures, written so that a second run goes on."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..files import stamp, write_atomically
+from ..pictures import IMAGE_SUFFIXES
+from ..weights.catalogue import TINY, TINY_BACKBONE
+from ..weights.names import in_package, resolve
+from .errors import FAILURES, one_line
+from .options import add_model_options
+
+if TYPE_CHECKING:
+    from ..backbones import Backbone
+    from ..model import LoftUp
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser("features", help="write upsampled features of images as float16 safetensors")
+    parser.set_defaults(run=_run)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
+    add_model_options(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="write files anew that are there already")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .models import load_models
+
+    images = list(_expand(arguments.images))
+    targets = _targets(images, arguments.output)
+    settings = _settings(arguments)
+    waiting = [image for image in images if arguments.overwrite or not _finished(targets[image], image, settings)]
+    if skipped := len(images) - len(waiting):
+        print(f"{skipped} of {len(images)} images are finished already", file=sys.stderr)
+    if not waiting:
+        return 0
+    backbone, ups = load_models(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
+        try:
+            _write_features(arguments, backbone, ups, image, targets[image], settings)
+        except FAILURES as error:
+            failed += 1
+            tqdm.write(f"loftup features: {image}: {one_line(error)}", file=sys.stderr)
+    print(f"wrote {len(waiting) - failed} of {len(waiting)} files to {arguments.output}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _write_features(
+    arguments: argparse.Namespace,
+    backbone: "Backbone",
+    ups: "Sequence[LoftUp]",
+    image: Path,
+    target: Path,
+    settings: dict[str, str],
+) -> None:
+    import torch
+    from safetensors.torch import save
+
+    from ..pictures import open_picture
+    from .models import upsample_picture
+
+    read = {"image": image.name, "image_file": stamp(image)}
+    _, (high,) = upsample_picture(arguments, backbone, ups, open_picture(image))
+    half = high[0].to(torch.float16)
+    if not bool(half.isfinite().all()):
+        raise ValueError(f"features reach {high.abs().max():.3g}, beyond what float16 holds")
+    metadata = {**settings, **read, "size": f"{half.shape[-2]}x{half.shape[-1]}"}
+    write_atomically(target, save({"features": half.cpu().contiguous()}, metadata=metadata))
+
+
+def _expand(paths: Sequence[Path]) -> Iterator[Path]:
+    """Files as given, folders as the images directly in them, each once; an empty folder is an error."""
+    seen = set()
+    for path in _files(paths):
+        # The name is kept: two links to one file are two images.
+        if (place := path.parent.resolve() / path.name) not in seen:
+            seen.add(place)
+            yield path
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise ValueError(f"no images in the folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+        yield from images
+
+
+def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    targets = {image: folder / f"{image.name}.safetensors" for image in images}
+    sources: dict[Path, Path] = {}
+    for image, target in targets.items():
+        if target in sources:
+            raise ValueError(
+                f"{sources[target]} and {image} would both be written to {target}; run them to two folders"
+            )
+        sources[target] = image
+    return targets
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings that decide the content of a features file, as safetensors metadata.
+
+    Raises:
+        LoftUpError: the name of the weights cannot be resolved; see :func:`loftup.weights.names.resolve`.
+    """
+    file = arguments.backbone_weights
+    if file is not None:
+        backbone_weights = resolve(Path(file), strict=True).identity()
+    else:
+        backbone_weights = in_package(TINY_BACKBONE) if arguments.backbone == TINY else "from the Hub"
+    return {
+        "backbone": arguments.backbone,
+        "backbone_weights": backbone_weights,
+        "weights": resolve(arguments.weights or arguments.backbone, arguments.strict).identity(),
+        "layer": "last" if arguments.layer is None else str(arguments.layer),
+        "options": json.dumps(dict(arguments.option), sort_keys=True),
+        "scaling": json.dumps([arguments.mean, arguments.std]),
+        "asked_size": "x".join(map(str, arguments.size)) if arguments.size else "image",
+        "input": str(arguments.input),
+        "dtype": arguments.dtype,
+        "loftup_version": __version__,
+    }
+
+
+def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
+    """Whether the file is there, of this image and with these settings; ValueError if it is there with others."""
+    if not (target.exists() and image.exists()):
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    settings = {**settings, "image_file": stamp(image)}
+    try:
+        with safe_open(target, framework="pt") as handle:
+            before = handle.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{target} exists but is no safetensors file ({error}); remove it or pass --overwrite"
+        ) from error
+    changes = [
+        f"{key} {before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"{target} was written with other settings ({'; '.join(changes)}); pass --overwrite or another folder"
+        )
+    return True

@@ -1,0 +1,106 @@
+"""The backbone and the upsamplers that a command's options name, and a picture run through them."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone, load_backbone
+from ..model import LoftUp
+from ..upsampled import Upsampled
+from ..weights.catalogue import TINY
+from ..weights.hub import UnreachableError
+
+__all__ = ["backbone_of", "check_device", "load_models", "upsample_picture"]
+
+
+def load_models(arguments: argparse.Namespace, *names: str) -> tuple[Backbone, list[LoftUp]]:
+    """Backbone and upsamplers on the device, checked against each other.
+
+    Args:
+        arguments: of the command; ``arguments.backbone`` is the backbone.
+        names: of the upsamplers' weights; left out, the one that the options name.
+    """
+    check_device(arguments.device)
+    try:
+        ups = [_upsampler(arguments, name) for name in names or (arguments.weights or arguments.backbone,)]
+    except UnreachableError as error:
+        if arguments.backbone_weights or arguments.backbone == TINY:
+            raise
+        raise UnreachableError(
+            f"{error}. The backbone's weights are needed too{_repository(arguments.backbone)}: give both --weights and "
+            "--backbone-weights"
+        ) from error
+    backbone = backbone_of(arguments)
+    for up in ups:
+        Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
+    return backbone, ups
+
+
+def _upsampler(arguments: argparse.Namespace, name: str) -> LoftUp:
+    """The upsampler of that name; warnings, such as of a stand-in, are lines of their own on stderr."""
+    dtype = getattr(torch, arguments.dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        up = LoftUp.from_pretrained(name, device=arguments.device, dtype=dtype, strict=arguments.strict)
+    for warning in caught:
+        text = " ".join(str(warning.message).split()).replace("strict=True", "--strict")
+        print(f"loftup {arguments.command}: {text}", file=sys.stderr)
+    return up
+
+
+def backbone_of(arguments: argparse.Namespace) -> Backbone:
+    """The backbone that the options name, on the device."""
+    backbone = load_backbone(
+        arguments.backbone,
+        weights=arguments.backbone_weights,
+        layer=arguments.layer,
+        mean=tuple(arguments.mean) if arguments.mean else None,
+        std=tuple(arguments.std) if arguments.std else None,
+        **dict(arguments.option),
+    )
+    return backbone.eval().to(arguments.device)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can use the device here and now."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(
+            f"cannot use the device {device!r}: {str(error).splitlines()[0]}; expected cpu, cuda, cuda:1 or another "
+            "device that torch has here"
+        ) from error
+
+
+def _repository(backbone: str) -> str:
+    """Where timm would fetch a backbone from, for the message."""
+    import timm
+
+    from ..backbones.load import resolve
+
+    config = timm.get_pretrained_cfg(resolve(backbone)[0])
+    return f", from the Hub repository {config.hf_hub_id!r}" if config and config.hf_hub_id else ""
+
+
+def upsample_picture(
+    arguments: argparse.Namespace, backbone: Backbone, ups: Sequence[LoftUp], image: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Features of a PIL image or path, (1, C, h, w), and what each upsampler makes of them, (1, C, H, W)."""
+    large = backbone.preprocess(image)
+    height, width = large.shape[-2:]
+    size = tuple(arguments.size) if arguments.size else _within(height, width, 512)
+    scale = arguments.input / min(height, width)
+    small = backbone.preprocess(image, size=(max(1, round(height * scale)), max(1, round(width * scale))))
+    with torch.inference_mode():
+        features = backbone(small.to(arguments.device))
+        return features, [up(features, large.to(arguments.device), size=size) for up in ups]
+
+
+def _within(height: int, width: int, longest: int) -> tuple[int, int]:
+    scale = min(1.0, longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
