@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from loftup import load_backbone
-from loftup.cli import drawn_scene
+from loftup.cli.demo import PHOTO
 from loftup.eval.features import extract
 from loftup.eval.upsamplers.implicit import ImplicitUpsampler
 from loftup.pictures import open_picture
@@ -38,7 +38,7 @@ parser.add_argument("-o", "--output", type=Path, default=Path("featup_implicit.p
 arguments = parser.parse_args()
 
 if arguments.photo is None:
-    photo, arguments.side, arguments.steps, weights = drawn_scene(), 64, 3, False
+    photo, arguments.side, arguments.steps, weights = open_picture(PHOTO), 64, 3, False
     arguments.layer = 3
 else:
     photo, weights = open_picture(arguments.photo), arguments.backbone_weights

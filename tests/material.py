@@ -45,7 +45,7 @@ def inputs(batch=1, grid=(5, 7), size=(33, 46), channels=24):
     return torch.randn(batch, channels, *grid), torch.rand(batch, 3, *size)
 
 
-def drawn_scene(height: int = 336, width: int = 448) :
+def drawn_scene(height: int = 336, width: int = 448):
     """A drawn landscape with sharp outlines, for trying things without a photograph."""
     from PIL import Image, ImageDraw
 

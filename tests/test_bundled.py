@@ -8,8 +8,7 @@ import torch
 from material import universal
 
 from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError, list_pretrained, load_backbone, wrap
-from loftup.weights.bundled import BUNDLED
-from loftup.weights.catalogue import PUBLISHED
+from loftup.weights.catalogue import IN_PACKAGE, PUBLISHED
 
 STAND_IN = (
     r"no LoftUp weights of its own for this backbone \({}\): using 'any', which takes features of any backbone. "
@@ -22,8 +21,8 @@ def bundled(tmp_path, monkeypatch, hub):
     """Random weights as the bundled ones, and a Hub that nothing may ask."""
     networks = {"any": universal(), "tiny": LoftUp(LoftUpConfig(192, backbone="tiny"))}
     for name, up in networks.items():
-        up.save_pretrained(tmp_path / "bundled" / name)
-        monkeypatch.setitem(BUNDLED, name, tmp_path / "bundled" / name)
+        up.save_pretrained(tmp_path / "bundled" / {"any": "any", "tiny": "tiny_loftup"}[name])
+    monkeypatch.setattr("loftup.weights.catalogue.FOLDER", tmp_path / "bundled")
     yield networks
     assert not hub.requests
 
@@ -103,5 +102,5 @@ def test_a_folder_wins_over_a_backbones_name(bundled, tmp_path, monkeypatch):
 
 def test_the_published_ones_stay_the_list():
     assert [checkpoint.name for checkpoint in list_pretrained()] == list(PUBLISHED)
-    assert set(BUNDLED) == {"any", "tiny"}
-    assert not set(BUNDLED) & set(PUBLISHED)
+    assert set(IN_PACKAGE) == {"any", "tiny"}
+    assert not set(IN_PACKAGE) & set(PUBLISHED)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from material import shared
+from material import drawn_scene, shared
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 import loftup
 import loftup.viz
 from loftup import LoftUp, LoftUpConfig
-from loftup.cli import drawn_scene, main
+from loftup.cli import main
 from loftup.cli.demo import PHOTO
-from loftup.weights.bundled import BUNDLED
+from loftup.weights.catalogue import IN_PACKAGE
 
 MOBILENET = ["--layer", "1", "--option", "pad_type=same", "--mean", ".5", ".5", ".5", "--std", ".5", ".5", ".5"]
 
@@ -80,14 +81,14 @@ def test_the_demo_needs_neither_arguments_nor_a_network(offline, shown, tmp_path
     assert err == ""
     first, second = out.splitlines()
     assert first == (
-        "Using what comes in the package: the backbone 'tiny' and the LoftUp weights 'any' and 'tiny'. "
+        "Using what comes in the package: the backbone 'tiny' and the upsampler 'any'. "
         "For published ones, from the Hub: loftup demo --backbone dinov2_vits14"
     )
     assert second.startswith("tiny: (192, 14, 21) -> (192, 341, 512) in ")
     assert second.endswith("; wrote loftup_demo.png")
-    assert list(shown) == ["tiny 14x21", "bilinear", "LoftUp any", "LoftUp tiny"]
+    assert list(shown) == ["tiny 14x21", "bilinear", "any"]
     picture = Image.open("loftup_demo.png")
-    assert picture.size == (5 * 512 + 4 * 5, 341 + 2 * 18)
+    assert picture.size == (4 * 512 + 3 * 5, 341 + 2 * 18)
     panel = picture.crop((0, 36, 512, 377)).resize((600, 400))
     pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in (panel, Image.open(PHOTO))]
     assert (pixels[0].float() - pixels[1].float()).abs().mean() < 5
@@ -96,21 +97,20 @@ def test_the_demo_needs_neither_arguments_nor_a_network(offline, shown, tmp_path
 def test_the_demo_shows_what_the_library_gives(offline, shown, photos, tmp_path):
     command = ["demo", str(photos / "scene0.png"), "--size", "48", "64", "-o", str(tmp_path / "new" / "x.png")]
     assert main(command) == 0
-    assert Image.open(tmp_path / "new" / "x.png").width == 5 * 64 + 4 * 4
+    assert Image.open(tmp_path / "new" / "x.png").width == 4 * 64 + 3 * 4
     backbone = loftup.load_backbone("tiny")
     with torch.inference_mode():
         low = backbone(backbone.preprocess(photos / "scene0.png", size=(224, 299)))
         image = backbone.preprocess(photos / "scene0.png")
-        for name in ("any", "tiny"):
-            torch.testing.assert_close(shown[f"LoftUp {name}"], LoftUp.from_pretrained(name)(low, image, size=(48, 64)))
+        torch.testing.assert_close(shown["any"], LoftUp.from_pretrained("any")(low, image, size=(48, 64)))
 
 
 @pytest.mark.parametrize(
     ("options", "caption", "line"),
     [
-        (["--weights", "any"], "LoftUp any", "Using what comes in the package: the backbone 'tiny'. For published"),
+        (["--weights", "any"], "any", "Using what comes in the package: the backbone 'tiny'. For published"),
         (["--backbone", "tiny"], "LoftUp tiny", ""),
-        (["--backbone", "tiny", "--weights", "any"], "LoftUp any", ""),
+        (["--backbone", "tiny", "--weights", "any"], "any", ""),
         (["--backbone", "tiny", "--strict"], "LoftUp tiny", ""),
     ],
 )
@@ -201,10 +201,12 @@ def test_features_tell_a_stand_in_from_weights_of_its_own(models, photos, tmp_pa
     assert "written with other settings (weights 'any in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", list(BUNDLED))
+@pytest.mark.parametrize("name", list(IN_PACKAGE))
 def test_names_in_the_package_win_over_folders(models, photos, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(BUNDLED, name, tmp_path / "up")
+    for folder in ("any", "tiny_loftup"):
+        shutil.copytree(tmp_path / "up", tmp_path / "bundled" / folder)
+    monkeypatch.setattr("loftup.weights.catalogue.FOLDER", tmp_path / "bundled")
     LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
     assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
     with safe_open(tmp_path / "out" / "scene0.png.safetensors", framework="pt") as handle:
@@ -286,7 +288,7 @@ def test_another_version_or_another_image_of_the_name_is_not_taken_as_finished(
     command = ["features", str(photos / "scene0.png"), *models, "-o", str(tmp_path / "out")]
     assert main(command) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("loftup.cli.resume.__version__", "9.9")
+        patch.setattr("loftup.cli.features.__version__", "9.9")
         assert main(command) == 2
     assert "other settings (loftup_version " in capsys.readouterr().err
     drawn_scene(61, 80).save(photos / "scene0.png")
@@ -406,7 +408,7 @@ def test_an_interrupt_leaves_whole_files(models, photos, tmp_path, capsys, monke
         write(path, content)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loftup.files.write_atomically", once)
+    monkeypatch.setattr("loftup.cli.features.write_atomically", once)
     assert main(["features", str(photos), *models, "-o", str(tmp_path / "out")]) == 130
     assert "interrupted; files already written are whole, run again to resume" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["scene0.png.safetensors"]
@@ -507,9 +509,9 @@ def test_list_as_json(capsys):
     assert main(["list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     published = loftup.list_pretrained()
-    assert [entry["name"] for entry in entries] == [*[checkpoint.name for checkpoint in published], *BUNDLED]
+    assert [entry["name"] for entry in entries] == [*[checkpoint.name for checkpoint in published], *IN_PACKAGE]
     assert entries[0]["channels"] == 384
-    assert [entry["in_package"] for entry in entries] == [False] * len(published) + [True] * len(BUNDLED)
+    assert [entry["in_package"] for entry in entries] == [False] * len(published) + [True] * len(IN_PACKAGE)
     assert all(entry.keys() == entries[0].keys() for entry in entries)
     for entry in entries[len(published) :]:
         assert entry["channels"] == LoftUp.from_pretrained(entry["name"]).config.channels

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from loftup import LoftUp, LoftUpError, load_backbone
-from loftup.weights.bundled import BUNDLED, FOLDER
+from loftup.weights.catalogue import FOLDER, IN_PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_every_model_has_weights_config_and_card(folder):
     assert "license: " in (FOLDER / folder / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", sorted(BUNDLED))
+@pytest.mark.parametrize("name", sorted(IN_PACKAGE))
 def test_weights_are_used_in_float32_unless_asked_otherwise(name):
     assert LoftUp.from_pretrained(name).dtype == torch.float32
     assert LoftUp.from_pretrained(name, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -120,7 +120,7 @@ def test_any_exports_for_any_batch(any_up):
         torch.testing.assert_close(exported(*four), any_up(*four), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(BUNDLED))
+@pytest.mark.parametrize("name", sorted(IN_PACKAGE))
 def test_what_is_in_the_package_has_no_revisions(name):
     with pytest.raises(LoftUpError, match=f"'{name}' comes with the package and has no revisions, got revision='v2'"):
         LoftUp.from_pretrained(name, revision="v2")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from loftup import LoftUp, LoftUpConfig
 from loftup.networks.layers import FourierCode
-from loftup.ops.eager import cross_attention
+from loftup.ops.attention import cross_attention
 
 
 @pytest.fixture(params=["loftup_sine_d24", "loftup_learnable_d24"])

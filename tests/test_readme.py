@@ -7,11 +7,11 @@ import re
 import pytest
 import timm
 import torch
-from material import ROOT
+from material import ROOT, drawn_scene
 from safetensors.torch import save
 
 from loftup import LoftUp, list_pretrained
-from loftup.cli import _parser, drawn_scene
+from loftup.cli import _parser
 
 README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

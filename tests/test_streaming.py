@@ -10,8 +10,10 @@ from material import LEARNABLE, SINE, inputs, randomised
 from torch import nn
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError
-from loftup.inference.bands import Plan, plan
-from loftup.inference.choose import CpuEngine, EagerEngine, can_run, explain
+from loftup.inference.bands import Cut, cut
+from loftup.inference.choose import can_run, explain
+from loftup.inference.engine import FoldedEngine
+from loftup.inference.engine_cpu import CpuEngine
 from loftup.inference.fold import _CACHE, fold
 from loftup.inputs import resize_guidance
 
@@ -27,8 +29,8 @@ def untiled(up: LoftUp, features, image, size=None):
         return up.upsampler(normal, guidance).to(features.dtype)
 
 
-def cut(monkeypatch, columns: int, rows: int) -> None:
-    monkeypatch.setattr("loftup.inference.bands.plan", lambda *arguments: Plan(columns, rows))
+def force(monkeypatch, columns: int, rows: int) -> None:
+    monkeypatch.setattr("loftup.inference.bands.cut", lambda *arguments: Cut(columns, rows))
 
 
 @pytest.mark.parametrize("config", [SINE, LEARNABLE], ids=["sine", "learnable"])
@@ -50,7 +52,7 @@ def test_every_band_height_and_strip_width_gives_the_same(backend, heights, colu
     features, image = inputs(size=(19, 26))
     expected = untiled(up, features, image)
     for rows in heights:
-        cut(monkeypatch, columns, rows)
+        force(monkeypatch, columns, rows)
         with torch.inference_mode():
             assert (up(features, image, backend=backend) - expected).abs().max() <= 1e-5, rows
 
@@ -97,7 +99,7 @@ def test_autocast_runs_the_engine_of_its_dtype():
         cast = up(features, image)
     with torch.inference_mode():
         assert not torch.equal(cast, up(features, image))
-    assert ("cpu", torch.bfloat16) in _CACHE[up][1]
+    assert ("cpu", torch.bfloat16) in _CACHE[up.upsampler].engines
     wide = copy.deepcopy(up).double()
     with torch.inference_mode():
         exact = wide(features.double(), image)
@@ -127,7 +129,7 @@ def test_a_head_on_the_way_equals_the_head_on_the_map(head, monkeypatch):
     with torch.inference_mode():
         dense = up(features, image)
         expected = head(dense.movedim(1, -1)).movedim(-1, 1) if isinstance(head, nn.Linear) else head(dense)
-        cut(monkeypatch, 20, 8)
+        force(monkeypatch, 20, 8)
         made = up(features, image, head=head)
     assert made.dtype == expected.dtype
     assert made.shape == expected.shape
@@ -142,7 +144,7 @@ def test_a_head_learns_through_the_stream(monkeypatch):
     features, image = inputs()
     head, other = nn.Conv2d(24, 3, 1), nn.Conv2d(24, 3, 1)
     other.load_state_dict(head.state_dict())
-    cut(monkeypatch, 20, 8)
+    force(monkeypatch, 20, 8)
     up(features, image, head=head).square().sum().backward()
     other(untiled(up, features, image)).square().sum().backward()
     torch.testing.assert_close(head.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-2)
@@ -331,7 +333,7 @@ def test_prepared_weights_are_kept_until_something_changes():
     def check():
         with torch.inference_mode():
             assert (up(features, image) - untiled(up, features, image)).abs().max() <= 1e-5
-        return _CACHE[up][1]
+        return _CACHE[up.upsampler].engines
 
     first = check()
     assert check() is first
@@ -348,9 +350,9 @@ def test_prepared_weights_are_kept_until_something_changes():
     fourth = check()
     up.half().float()
     assert check() is not fourth
+    fifth = check()
     up.upsampler.first_conv[1].weight.data.mul_(0.5)
-    up.refresh()
-    check()
+    assert check() is not fifth
 
 
 def test_preparation_leaves_module_state_copies_and_pickles_alone():
@@ -362,7 +364,7 @@ def test_preparation_leaves_module_state_copies_and_pickles_alone():
     assert all(torch.equal(before[key], value) for key, value in up.state_dict().items())
     assert before.keys() == up.state_dict().keys()
     for twin in (copy.deepcopy(up), pickle.loads(pickle.dumps(up))):
-        assert twin not in _CACHE
+        assert twin.upsampler not in _CACHE
         with torch.inference_mode():
             assert torch.equal(twin(features, image), expected)
     count = len(_CACHE)
@@ -371,13 +373,18 @@ def test_preparation_leaves_module_state_copies_and_pickles_alone():
     assert len(_CACHE) < count
 
 
-def test_weights_made_in_inference_mode_are_prepared_anew_each_time():
+def test_weights_made_in_inference_mode_are_prepared_once(monkeypatch):
+    folded = []
+    monkeypatch.setattr("loftup.inference.fold.fold", lambda network: folded.append(network) or fold(network))
     with torch.inference_mode():
         up = LoftUp(SINE).eval()
         features, image = inputs()
         first = up(features, image)
+        assert torch.equal(up(features, image), first)
+        assert len(folded) == 1
         up.upsampler.final_conv[1].bias.add_(1)
         torch.testing.assert_close(up(features, image), first + 1)
+    assert len(folded) == 2
 
 
 def test_prepared_in_inference_mode_used_outside_it():
@@ -391,11 +398,11 @@ def test_prepared_in_inference_mode_used_outside_it():
 # The budget
 
 
-@pytest.mark.parametrize("kind", [EagerEngine, CpuEngine])
+@pytest.mark.parametrize("kind", [FoldedEngine, CpuEngine])
 @pytest.mark.parametrize("size", [(1, 1), (224, 224), (1024, 1024), (3, 20_000), (20_000, 3), (4000, 6000)])
 def test_plans_cover_the_image_within_the_budget(kind, size):
-    engine = kind(fold(randomised(WIDE)), torch.float32)
-    chosen = plan(*size, engine, None, torch.device("cpu"))
+    engine = kind(fold(randomised(WIDE).upsampler), torch.float32)
+    chosen = cut(*size, engine, None, torch.device("cpu"))
     assert 1 <= chosen.rows <= size[0]
     assert 1 <= chosen.columns <= size[1]
     assert engine.rows(min(size[1], chosen.columns + 4), 96 * 2**20) >= chosen.rows
@@ -440,7 +447,7 @@ def test_backends_are_honoured_or_refused():
     up = randomised(SINE)
     with torch.inference_mode(), pytest.raises(ValueError, match="unknown backend 'gpu'; there are cpu, torch, triton"):
         up(*inputs(), backend="gpu")
-    assert can_run("cpu", torch.device("meta"), torch.float32) == "the tensors are on meta"
+    assert can_run("cpu", torch.device("meta"), torch.float32) == "the weights are on meta"
     assert explain(up).backend == "cpu"
     assert explain(up.double()).backend == "torch"
     assert explain(up, backend="torch").backend == "torch"

@@ -5,7 +5,7 @@ import torch
 
 from loftup import load_backbone
 from loftup.backbones import identify
-from loftup.backbones.tiny import FOLDER
+from loftup.weights.catalogue import TINY_BACKBONE as FOLDER
 
 
 @pytest.fixture(scope="module")

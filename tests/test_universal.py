@@ -295,7 +295,7 @@ def test_two_backends_mean_the_same(backend):
 def test_other_backends_are_refused():
     up = universal()
     with torch.inference_mode():
-        with pytest.raises(LoftUpError, match="backend='triton' cannot run here: there are no Triton kernels for val"):
+        with pytest.raises(LoftUpError, match="cannot run here: there are no Triton kernels for the network of 'any'"):
             up(FEATURES, IMAGE, backend="triton")
         with pytest.raises(ValueError, match="unknown backend 'cuda'"):
             up(FEATURES, IMAGE, backend="cuda")
@@ -304,8 +304,8 @@ def test_other_backends_are_refused():
 def test_explain_says_what_runs():
     assert str(explain(universal())) == (
         "runs on backend 'torch'\ncpu: can run\ntorch: can run\n"
-        'triton: there are no Triton kernels for values="features"\n'
-        "'cpu' and 'torch' are the same plain PyTorch for values=\"features\""
+        "triton: there are no Triton kernels for the network of 'any'\n"
+        "'cpu' and 'torch' are the same plain PyTorch here"
     )
 
 

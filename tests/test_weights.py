@@ -80,6 +80,9 @@ def test_dtype_and_training_mode(up, tmp_path):
     loaded = LoftUp.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
     assert loaded.dtype == torch.bfloat16
     assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded = LoftUp.from_pretrained(tmp_path, trainable=True)
+    assert not loaded.training
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(ValueError, match="floating dtype"):
         LoftUp.from_pretrained(tmp_path, dtype=torch.int8)

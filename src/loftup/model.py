@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import LoftUpError
 from .inference.canvas import Canvas, Head, apply_head
 from .inference.choose import open_stream
 from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
@@ -127,7 +128,7 @@ class LoftUp(nn.Module):
 
     def _normalise(self, features: Tensor) -> Tensor:
         dtype = self.upsampler.dtype
-        if features.is_inference() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and features.is_inference():
             features = features.clone()  # an ordinary tensor, which autograd can save
         return self.channelnorm(features.to(dtype)).to(dtype)  # type: ignore[no-any-return]
 
@@ -236,17 +237,17 @@ class LoftUp(nn.Module):
         source = _resolve(name_or_path, strict)
         if source.substitute:
             warnings.warn(source.substitute, stacklevel=2)
-        weights = read_weights(
-            source,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            channel_norm=channel_norm,
-        )
         if source.checkpoint is not None and source.checkpoint.in_package:
             dtype = dtype or torch.float32  # stored as float16 to keep the package small
         # Ordinary parameters also when called inside torch.inference_mode().
         with torch.inference_mode(False):
+            weights = read_weights(
+                source,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                channel_norm=channel_norm,
+            )
             with torch.device("meta"):
                 up = cls(weights.config)
             check_fit(weights, up.state_dict())

@@ -28,7 +28,7 @@ def camvid(tmp_path):
 @pytest.fixture
 def colours(monkeypatch):
     """Stands for every backbone that the command line names."""
-    monkeypatch.setattr("loftup.cli.backbone_of", lambda arguments: mean_colours(cell=8))
+    monkeypatch.setattr("loftup.cli.models.backbone_of", lambda arguments: mean_colours(cell=8))
 
 
 def call(*arguments):

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from material import drawn_scene
 from PIL import Image
 from skimage.segmentation import felzenszwalb
 from small_sam import write_small_sam
 
 import loftup
 from loftup import LoftUpError
-from loftup.cli import drawn_scene
 from loftup.train.masks import FelzenszwalbMaker, SamMaker, felzenszwalb_map, felzenszwalb_masks, make_masks
 from loftup.train.regions import RleMasks
 from loftup.train.sa1b import annotate, write_sa1b

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from material import drawn_scene
 from small_sam import write_small_sam
 
-from loftup.cli import drawn_scene, main
+from loftup.cli import main
 from loftup.train.masks import FelzenszwalbMaker, make_masks
 from loftup.train.masks_command import overlay
 from loftup.train.regions import LabelMap, Picture

@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from material import drawn_scene
 from torch.utils.data import DataLoader
 
 from loftup import LoftUpError
-from loftup.cli import drawn_scene
 from loftup.train.sa1b import annotate
 from loftup.train.shards import SA1BShards
 from loftup.train.sources import UnreadableError

@@ -7,12 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from material import shared
+from material import drawn_scene, shared
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from loftup import LoftUpError
-from loftup.cli import drawn_scene
 from loftup.train.masks import felzenszwalb_map
 from loftup.train.sa1b import annotate, write_sa1b
 from loftup.train.sources import (

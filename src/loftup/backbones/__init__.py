@@ -1,9 +1,11 @@
 """Any vision model as a module from a normalised image (B, 3, H, W) to features (B, C, h, w)."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from ..inputs import Size
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
 from .load import build, resolve
-from .maps import hub_dino, timm_features, timm_stages, transformers_backbone
+from .maps import evaluating, hub_dino, timm_features, timm_stages, transformers_backbone
 from .tiny import TINY, build_tiny
 from .vit import IMAGENET
 
@@ -45,6 +47,7 @@ class Backbone(nn.Module):
         mean: per-channel mean that :meth:`preprocess` subtracts from images in [0, 1].
         std: per-channel standard deviation that it divides by.
         layer: index of the layer that the features come from; None for the model's own features.
+        trainable: see :func:`wrap`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Backbone(nn.Module):
         mean: Sequence[float] = IMAGENET[0],
         std: Sequence[float] = IMAGENET[1],
         layer: int | None = None,
+        trainable: bool = False,
     ) -> None:
         super().__init__()
         self.training = model.training
@@ -69,6 +73,7 @@ class Backbone(nn.Module):
         self.mean = triple("mean", mean)
         self.std = triple("std", std)
         self.layer = layer
+        self.trainable = trainable
         self._layers = 0
         self._standard = layer is None
 
@@ -86,7 +91,8 @@ class Backbone(nn.Module):
 
         Returns:
             (B, C, h, w), h = round(H / patch_size), w likewise, in the dtype of the model's weights (under autocast: as
-            autocast has it).
+            autocast has it). Ordinary tensors also inside ``torch.inference_mode``, so that a probe can be trained on
+            them.
 
         Raises:
             TypeError: not a float tensor.
@@ -99,7 +105,13 @@ class Backbone(nn.Module):
         )
         if (height, width) != tuple(image.shape[2:]):
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
-        features = self.features(image)
+        with contextlib.ExitStack() as stack:
+            if not self.trainable:
+                stack.enter_context(evaluating(self.model))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            features = self.features(image)
         if features.ndim != 4 or features.shape[:2] != (len(image), self.channels):
             raise LoftUpError(
                 f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, expected "
@@ -145,6 +157,7 @@ def wrap(
     layer: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    trainable: bool = False,
 ) -> Backbone:
     """Turn a model object into a :class:`Backbone`; the object itself stays as it is.
 
@@ -166,6 +179,9 @@ def wrap(
             timm's CLIPs that were fine-tuned as classifiers (tag ``_ft_``).
         mean: of the images for :meth:`Backbone.preprocess`; None for what the model was trained with.
         std: likewise.
+        trainable: whether the model learns. A frozen extractor, the default, always computes in evaluation mode and
+            gives the model its mode back afterwards: in training mode, as timm makes models, batch norms would use the
+            batch's statistics and change their own. True leaves the mode as it is. Parameters stay as they are.
 
     Returns:
         The backbone, in the training mode that the model is in.
@@ -181,7 +197,7 @@ def wrap(
     torch.Size([1, 192, 10, 15])
     """
     if isinstance(model, Backbone):
-        return _rewrap(model, layer, mean, std)
+        return _rewrap(model, layer, mean, std, trainable)
     if not isinstance(model, nn.Module):
         hint = "; for a model by its name: load_backbone(name)" if isinstance(model, str) else ""
         raise TypeError(f"wrap takes a model object (torch.nn.Module), got {type(model).__name__}{hint}")
@@ -204,6 +220,7 @@ def wrap(
         mean=source.scaling[0] if mean is None else mean,
         std=source.scaling[1] if std is None else std,
         layer=source.layer,
+        trainable=trainable,
     )
     backbone._layers = source.layers
     backbone._standard = source.standard
@@ -235,6 +252,7 @@ def load_backbone(
     layer: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    trainable: bool = False,
     **timm_options: Any,
 ) -> Backbone:
     """Build a backbone by name.
@@ -249,6 +267,7 @@ def load_backbone(
         layer: see :func:`wrap`.
         mean: see :func:`wrap`.
         std: see :func:`wrap`.
+        trainable: see :func:`wrap`; and whether the parameters require gradients, which they do not by default.
         timm_options: for ``timm.create_model``, such as ``pad_type="same"`` or ``output_stride=16``. What timm needs in
             order to take images of any size is added where it can be.
 
@@ -263,25 +282,23 @@ def load_backbone(
     >>> backbone.name, backbone.channels, backbone.patch_size
     ('resnet18.a1_in1k', 256, 16)
     """
-    if name == TINY:
-        model, own_mean, own_std = build_tiny(weights, timm_options)
-        mean, std = own_mean if mean is None else mean, own_std if std is None else std
-        backbone = wrap(model, layer=layer, mean=mean, std=std)
-        backbone.name = TINY
-        return backbone.eval()
-    timm_name, checkpoint = resolve(name)
-    model = build(timm_name, weights, timm_options)
-    if checkpoint:
-        mean = checkpoint.mean if mean is None else mean
-        std = checkpoint.std if std is None else std
-    backbone = wrap(model, layer=layer, mean=mean, std=std)
-    if checkpoint:
-        backbone.name = checkpoint.name
-    return backbone.eval()
+    # Ordinary parameters also when called inside torch.inference_mode().
+    with torch.inference_mode(False):
+        if name == TINY:
+            model, scaling = build_tiny(weights, timm_options)
+        else:
+            timm_name, checkpoint = resolve(name)
+            model = build(timm_name, weights, timm_options)
+            scaling = (checkpoint.mean, checkpoint.std) if checkpoint else (None, None)
+            name = checkpoint.name if checkpoint else ""
+        mean, std = (given or trained for given, trained in zip((mean, std), scaling, strict=True))
+        backbone = wrap(model, layer=layer, mean=mean, std=std, trainable=trainable)
+        backbone.name = name or backbone.name
+        return backbone.eval().requires_grad_(trainable)
 
 
 def _rewrap(
-    backbone: Backbone, layer: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    backbone: Backbone, layer: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, trainable: bool
 ) -> Backbone:
     same_layer = layer is None or (
         backbone.layer is not None and layer in (backbone.layer, backbone.layer - backbone._layers)
@@ -290,10 +307,10 @@ def _rewrap(
         values is None or triple(name, values) == getattr(backbone, name)
         for name, values in (("mean", mean), ("std", std))
     )
-    if not (same_layer and same_scaling):
+    if not (same_layer and same_scaling) or (trainable and not backbone.trainable):
         raise LoftUpError(
-            f"this is a Backbone already, with layer={backbone.layer}, mean={backbone.mean} and std={backbone.std}; "
-            "for others wrap its .model"
+            f"this is a Backbone already, with layer={backbone.layer}, mean={backbone.mean}, std={backbone.std} and "
+            f"trainable={backbone.trainable}; for others wrap its .model"
         )
     return backbone
 

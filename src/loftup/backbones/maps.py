@@ -1,6 +1,8 @@
 """Models that make feature maps themselves: timm's other families, torch.hub's DINOv2 and v3, AutoBackbone."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import LoftUpError
 from .vit import IMAGENET, Source, Triple, pair, pick_layer
 
-__all__ = ["hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
+__all__ = ["evaluating", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
 
 # Options by which timm builds a model for any image size. Swin knows the first; older ones swallow the second unused.
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
@@ -249,17 +251,24 @@ def measure(model: nn.Module, features: TransformersMaps) -> tuple[int, int]:
     """Channels and stride of a map, from one run on a black picture: configurations do not state the stride."""
     side = 224
     weight = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # a batch norm in training mode would take the black picture into its statistics
-    try:
-        with torch.no_grad():
-            found = features(torch.zeros(1, 3, side, side, device=weight.device))
-    finally:
-        for module, training in modes:
-            module.training = training
-    if found.ndim != 4:
+    with evaluating(model), torch.no_grad():
+        maps = features(torch.zeros(1, 3, side, side, device=weight.device))
+    if maps.ndim != 4:
         raise LoftUpError(
-            f"the feature maps of this {type(model).__name__} have shape {tuple(found.shape)}, expected (B, C, h, w); "
+            f"the feature maps of this {type(model).__name__} have shape {tuple(maps.shape)}, expected (B, C, h, w); "
             "build it with reshape_hidden_states=True"
         )
-    return found.shape[1], side // found.shape[2]
+    return maps.shape[1], side // maps.shape[2]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while; every module gets its mode back."""
+    learning = [module for module in model.modules() if module.training]
+    for module in learning:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.training = True

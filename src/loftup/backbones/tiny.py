@@ -12,7 +12,7 @@ from .load import WeightsSource, build
 __all__ = ["TINY", "build_tiny"]
 
 
-def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Sequence[float] | None, ...]]:
     """The model, and mean and std of its images; ``weights`` and ``options`` are those of :func:`load_backbone`.
 
     Raises:
@@ -20,4 +20,4 @@ def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Modu
     """
     config = json.loads((TINY_BACKBONE / "config.json").read_text("utf-8"))
     file = TINY_BACKBONE / "model.safetensors" if weights is None else weights
-    return build(config["timm"], file, {**config["options"], **options}), config["mean"], config["std"]
+    return build(config["timm"], file, {**config["options"], **options}), (config["mean"], config["std"])

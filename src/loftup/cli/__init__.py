@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, eval, features, list, masks, train
+from . import demo, eval, features, listing, masks, train
 from .errors import FAILURES, one_line
 
 __all__ = ["main"]
@@ -32,14 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loftup", description="Pixel-dense features from any vision backbone.")
     parser.add_argument("--version", action="version", version=f"loftup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, features, list, masks, train, eval):
+    for command in (demo, features, listing, masks, train, eval):
         command.add_parser(commands)
     return parser

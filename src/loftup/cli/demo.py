@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     low, (dense,) = upsample_picture(arguments, backbone, [up], picture)
     seconds = time.perf_counter() - start
-    size = tuple(dense.shape[-2:])
+    size = (dense.shape[-2], dense.shape[-1])
     name = backbone.name or arguments.backbone
     if arguments.backbone_weights:
         name = name.partition(".")[0]  # the tag tells timm's weights

@@ -14,8 +14,9 @@ import torch
 from .. import __version__
 from ..errors import LoftUpError
 from ..networks.config import LoftUpConfig
-from ..weights.files import CONFIG, SAFETENSORS, model_card
+from ..weights.files import model_card
 from ..weights.hub import upload
+from ..weights.names import CONFIG, SAFETENSORS
 from .config import BackboneConfig, TrainConfig, to_yaml
 from .several import backbone_configs
 

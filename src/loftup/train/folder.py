@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import LoftUpError
 from ..files import write_atomically
-from ..weights.files import SAFETENSORS
+from ..weights.names import SAFETENSORS
 from .checkpoint import differences, latest_checkpoint, load_checkpoint
 from .config import TrainConfig, to_yaml
 

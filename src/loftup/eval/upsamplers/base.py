@@ -19,7 +19,7 @@ from ...files import write_atomically
 from ...inference.canvas import apply_head
 from ...inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from ...networks.layers import ChannelNorm, MinMaxScale
-from ...weights.files import CONFIG, SAFETENSORS
+from ...weights.names import CONFIG, SAFETENSORS
 
 __all__ = ["Box", "Doubling", "DoublingUpsampler", "LearnedConfig", "LearnedUpsampler"]
 
