@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from small import mean_colours
 from loftup import LoftUpError
 from loftup.cli import main
 from loftup.eval import run as module
+from loftup.eval.datasets.base import KINDS
 from loftup.eval.result import Metric, Result
 from loftup.eval.run import Comparison
 from loftup.eval.table import comma_separated, markdown, read_results
+from loftup.eval.tasks import TASKS, Task
 
 SMALL = ["--set", "size=[32,32]", "--set", "training=samples", "--set", "points=50", "--set", "pictures=1"]
 
@@ -33,6 +37,18 @@ def colours(monkeypatch):
 
 def call(*arguments):
     return main(["eval", *map(str, arguments)])
+
+
+def test_the_table_of_tasks_loads_nothing_heavy_and_names_what_is_there():
+    heavy = "torch", "numpy", "PIL", "timm"
+    code = f"import sys, loftup.eval.tasks; assert not set({heavy}) & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, task in TASKS.items():
+        function, config, metrics = task.load()
+        assert function.__name__ == task.name == name
+        assert config().device == "cpu"
+        assert all(isinstance(metric, Metric) for metric in metrics.values())
+        assert task.data in {*KINDS, ""}
 
 
 def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
@@ -191,7 +207,7 @@ def test_tables_from_folders(tmp_path, capsys):
 def test_lower_is_better_where_it_is(monkeypatch):
     results = result_of({"a": [2.0], "b": [1.0], "c": [float("nan")]})
     metrics = {"miou": Metric("error", 1, higher_is_better=False)}
-    monkeypatch.setattr(module.Task, "load", lambda self: (None, None, metrics))
+    monkeypatch.setattr(Task, "load", lambda self: (None, None, metrics))
     assert "| b | **1.0** |" in markdown([results])
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from loftup import LoftUpError
 from loftup.backbones import Backbone
 from loftup.eval.datasets import Dataset, InteractiveSample
-from loftup.eval.synthetic import Oracle, synthetic
+from loftup.eval.datasets.synthetic import synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.tasks import interactive as task
 from loftup.eval.tasks.clicks import Click, click_maps, first_click, inside_click, next_click, similarity_maps
 from loftup.eval.tasks.interactive import METRICS, ClickHead, InteractiveConfig, interactive, normalised_focal_loss

@@ -14,8 +14,9 @@ from loftup import LoftUpConfig, LoftUpError
 from loftup.eval.colour import label_picture, palette
 from loftup.eval.datasets import Dataset, SegmentationSample, open_dataset
 from loftup.eval.datasets.prepare import fit
+from loftup.eval.datasets.synthetic import synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.result import spread
-from loftup.eval.synthetic import Oracle, synthetic
 from loftup.eval.tasks import segmentation as module
 from loftup.eval.tasks.scores import Confusion, class_details
 from loftup.eval.tasks.segmentation import METRICS, SegmentationConfig, _draw, _Task, segmentation

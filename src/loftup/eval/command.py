@@ -66,16 +66,15 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from .datasets import TASKS, names
-    from .upsamplers import names as upsamplers
+    from . import datasets, upsamplers
+    from .tasks import TASKS
 
-    found = {"upsamplers": upsamplers(), "datasets": {task: names(task) for task in TASKS}}
+    by_task = {name: datasets.names(name) for name, task in TASKS.items() if task.data}
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps({"upsamplers": upsamplers.names(), "datasets": by_task}, indent=2))
         return 0
-    print(f"upsamplers: {', '.join(upsamplers())}\n")
+    print(f"upsamplers: {', '.join(upsamplers.names())}\n")
     width = max(map(len, TASKS))
-    for task in TASKS:
-        print(f"{task.ljust(width)}  {', '.join(names(task))}")
-    print(f"{'efficiency'.ljust(width)}  (no dataset)")
+    for name in TASKS:
+        print(f"{name.ljust(width)}  {', '.join(by_task.get(name, ['(no dataset)']))}")
     return 0

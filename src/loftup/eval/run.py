@@ -8,9 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import import_module
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -26,48 +24,23 @@ from ..files import write_atomically
 from .datasets import open_dataset
 from .datasets.base import Dataset
 from .figure import figure
-from .result import Metric, Result
+from .result import Result
 from .table import markdown
+from .tasks import TASKS
 from .upsamplers import Upsampler, create
 
-__all__ = ["TASKS", "Comparison", "Task"]
+__all__ = ["Comparison"]
 
 RESULTS, TABLE, FIGURE = "results.json", "results.md", "figure.png"
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where a task is, imported when it is asked for."""
-
-    module: str
-    function: str
-    config: str
-    table: str = "METRICS"
-
-    def load(self) -> tuple[Callable[..., Result], Any, dict[str, Metric]]:
-        """The function, the class of its config and its metrics."""
-        module = import_module(f".tasks.{self.module}", __package__)
-        return getattr(module, self.function), getattr(module, self.config), getattr(module, self.table)
-
-
-TASKS = {
-    "segmentation": Task("segmentation", "segmentation", "SegmentationConfig"),
-    "depth": Task("geometry", "depth", "GeometryConfig", "DEPTH_METRICS"),
-    "normals": Task("geometry", "normals", "GeometryConfig", "NORMALS_METRICS"),
-    "video": Task("video", "video", "VideoConfig"),
-    "open_vocabulary": Task("open_vocabulary", "open_vocabulary", "OpenVocabularyConfig"),
-    "interactive": Task("interactive", "interactive", "InteractiveConfig"),
-    "efficiency": Task("efficiency", "efficiency", "EfficiencyConfig"),
-}
 
 
 class Comparison:
     """A task, a dataset and a backbone, on which upsamplers are compared one after another.
 
     Args:
-        task: a name of TASKS.
-        dataset: as :func:`loftup.eval.datasets.open_dataset` takes it; None for "efficiency".
+        task: a name of :data:`loftup.eval.tasks.TASKS`.
+        dataset: as :func:`loftup.eval.datasets.open_dataset` takes it; None for a task without one.
         backbone: in ``eval()`` mode; None for the oracle of the synthetic scenes.
         described: how the backbone was made, for the results; part of what a stopped run must agree in.
         settings: values of the task's config by name.
@@ -95,7 +68,7 @@ class Comparison:
         self.dataset: Dataset[Any] | None = None if dataset is None else open_dataset(dataset, task)
         self.oracle: Any = None
         if backbone is None:
-            from .synthetic import Oracle
+            from .oracle import Oracle
 
             if self.dataset is None or dataset != "synthetic":
                 raise LoftUpError(f"the oracle knows the synthetic scenes alone, got --dataset {dataset}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import LoftUpError
 from .result import Metric
+from .tasks import TASKS
 
 __all__ = ["comma_separated", "markdown", "read_results"]
 
@@ -101,8 +102,6 @@ def _rows(group: Sequence[Results]) -> dict[str, Any]:
 
 
 def _known_metrics(results: Results) -> dict[str, Metric]:
-    from .run import TASKS
-
     return TASKS[results["task"]].load()[2]
 
 

@@ -1,4 +1,4 @@
-"""What the readers give the tasks."""
+"""Datasets and their kinds of samples, which readers make and tasks take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Dataset", "GeometrySample", "InteractiveSample", "SegmentationSample", "VideoSequence"]
+__all__ = ["KINDS", "Dataset", "GeometrySample", "InteractiveSample", "SegmentationSample", "VideoSequence"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class VideoSequence(Protocol):
         """(H, W) int64: 0 background, 1, 2, ... objects, -1 not judged; those of frame 0 are to be followed."""
 
 
+# Readers are registered and tasks listed by these names.
+KINDS = {
+    "labels": SegmentationSample,
+    "geometry": GeometrySample,
+    "objects": InteractiveSample,
+    "sequences": VideoSequence,
+}
 T = TypeVar("T", covariant=True)
 
 

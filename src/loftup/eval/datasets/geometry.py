@@ -37,7 +37,7 @@ class NyuSplit(Sequence[GeometrySample]):
         return GeometrySample(picture.stem, read_image(picture), depth, _decode_normals(colours))
 
 
-@register("nyuv2", "depth", "normals")
+@register("nyuv2", "geometry")
 def nyuv2(root: Path) -> Dataset[GeometrySample]:
     """NYUv2 as ``{train,test}/{rgb,depth,normals}/NAME.png``.
 
@@ -74,7 +74,7 @@ class NaviSplit(Sequence[GeometrySample]):
         return GeometrySample(name, image, depth, normals_from_depth(depth, focal))
 
 
-@register("navi", "depth", "normals")
+@register("navi", "geometry")
 def navi(root: Path) -> Dataset[GeometrySample]:
     """NAVI v1: ``OBJECT/SCENE/{images,depth}`` with ``annotations.json``, depth 16-bit PNG in millimetres.
 

@@ -36,13 +36,13 @@ class Objects(Sequence[InteractiveSample]):
         return InteractiveSample(f"{picture.stem}/{number}", image, mask)
 
 
-@register("grabcut", "interactive")
+@register("grabcut", "objects")
 def grabcut(root: Path) -> Dataset[InteractiveSample]:
     """GrabCut: ``images/*`` and ``masks/NAME.png`` or ``.bmp``: 0 not, 255 object, 128 void. No training split."""
     return Dataset("grabcut", [], _images_and_masks(root))
 
 
-@register("berkeley", "interactive")
+@register("berkeley", "objects")
 def berkeley(root: Path) -> Dataset[InteractiveSample]:
     """Berkeley: ``images/*`` and ``masks/NAME[#k].png``, one object a mask. No training split."""
     return Dataset("berkeley", [], _images_and_masks(root))
@@ -67,7 +67,7 @@ def _trimap(file: Path, number: int) -> Tensor:
     return (values == 255).long().masked_fill((values > 0) & (values < 255), -1)
 
 
-@register("davis", "interactive")
+@register("davis", "objects")
 def davis_objects(root: Path) -> Dataset[InteractiveSample]:
     """Every object of every tenth frame of DAVIS-2017's validation sequences. No training split."""
     entries = []
@@ -84,7 +84,7 @@ def _davis_object(file: Path, number: int) -> Tensor:
     return (values == number).long().masked_fill(values == 255, -1)
 
 
-@register("sbd", "interactive")
+@register("sbd", "objects")
 def sbd(root: Path) -> Dataset[InteractiveSample]:
     """SBD: ``dataset/img/NAME.jpg``, ``dataset/inst/NAME.mat``, ``dataset/train.txt`` and ``val.txt``.
 

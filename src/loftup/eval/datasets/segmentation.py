@@ -63,7 +63,7 @@ def _looked_up(table: dict[int, int]) -> Callable[[Tensor], Tensor]:
     return lambda values: lookup[values.clamp(0, 255)]
 
 
-@register("camvid", "segmentation", "open_vocabulary")
+@register("camvid", "labels")
 def camvid(root: Path) -> Dataset[SegmentationSample]:
     """CamVid with 11 classes: ``train/*.png`` with ``trainannot/*.png``, or ``train/NAME.jpg`` with ``NAME.png``.
 
@@ -83,7 +83,7 @@ def camvid(root: Path) -> Dataset[SegmentationSample]:
     return _dataset("camvid", split("train"), split("val"))
 
 
-@register("cityscapes", "segmentation", "open_vocabulary")
+@register("cityscapes", "labels")
 def cityscapes(root: Path) -> Dataset[SegmentationSample]:
     """Cityscapes with 19 classes: ``leftImg8bit/SPLIT/CITY/*_leftImg8bit.png`` and ``gtFine/.../*_labelIds.png``."""
     ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -100,7 +100,7 @@ def cityscapes(root: Path) -> Dataset[SegmentationSample]:
     return _dataset("cityscapes", split("train"), split("val"))
 
 
-@register("coco_stuff", "segmentation", "open_vocabulary")
+@register("coco_stuff", "labels")
 def coco_stuff(root: Path) -> Dataset[SegmentationSample]:
     """COCO-Stuff with 27 coarse classes: ``images/SPLIT2017/*.jpg`` and the pixel maps ``annotations/SPLIT2017/*.png``.
 
@@ -121,7 +121,7 @@ def coco_stuff(root: Path) -> Dataset[SegmentationSample]:
     return _dataset("coco_stuff", split("train2017"), split("val2017"))
 
 
-@register("ade20k", "segmentation", "open_vocabulary")
+@register("ade20k", "labels")
 def ade20k(root: Path) -> Dataset[SegmentationSample]:
     """ADE20K's scene parsing challenge, 150 classes: ``images/training/*.jpg`` and ``annotations/training/*.png``.
 
@@ -146,7 +146,7 @@ def ade20k(root: Path) -> Dataset[SegmentationSample]:
     return Dataset("ade20k", split("training"), split("validation"), classes)
 
 
-@register("voc", "segmentation", "open_vocabulary")
+@register("voc", "labels")
 def voc(root: Path) -> Dataset[SegmentationSample]:
     """PASCAL VOC 2012, 21 classes with the background: ``JPEGImages``, ``SegmentationClass``, ``ImageSets``.
 

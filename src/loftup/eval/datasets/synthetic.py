@@ -3,19 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backbones import Backbone
-from ..errors import LoftUpError
-from .datasets.base import Dataset, GeometrySample, InteractiveSample, SegmentationSample
-from .upsamplers.registry import Upsampler
+from ..tasks import TASKS
+from .base import Dataset, GeometrySample, InteractiveSample, SegmentationSample
 
-__all__ = ["CLASSES", "COLOURS", "FOCAL", "Oracle", "Rendered", "SyntheticVideo", "render", "synthetic"]
+__all__ = ["CLASSES", "COLOURS", "FOCAL", "MOST_OBJECTS", "Rendered", "SyntheticVideo", "render", "synthetic"]
 
 CLASSES = ("ground", "wall", "ball", "box", "triangle", "star", "cross", "ring")
 COLOURS = (
@@ -251,12 +248,10 @@ class SyntheticVideo:
 
 
 _MAKERS: dict[str, Callable[[int, int], Any]] = {
-    "segmentation": _segmentation,
-    "open_vocabulary": _segmentation,
-    "depth": _geometry,
-    "normals": _geometry,
-    "interactive": _interactive,
-    "video": SyntheticVideo,
+    "labels": _segmentation,
+    "geometry": _geometry,
+    "objects": _interactive,
+    "sequences": SyntheticVideo,
 }
 
 
@@ -264,8 +259,7 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     """Rendered scenes for a task: 6 kinds of shapes on a ground before a wall, up to 4 in a picture.
 
     Args:
-        task: "segmentation", "open_vocabulary", "depth", "normals", "video" (as many sequences of 10 frames as
-            ``val // 4``) or "interactive".
+        task: a name of :data:`loftup.eval.tasks.TASKS`; one on sequences gets ``val // 4`` of 10 frames.
         train: scenes to learn from.
         val: scenes to judge by, others.
         size: pixels of a side.
@@ -273,104 +267,11 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     Raises:
         ValueError: there is no such task.
     """
-    if task not in _MAKERS:
-        raise ValueError(f"there are no scenes for the task {task!r}; expected one of {', '.join(_MAKERS)}")
-    make = _MAKERS[task]
-    if task == "video":
+    tasks = [name for name, entry in TASKS.items() if entry.data in _MAKERS]
+    if task not in tasks:
+        raise ValueError(f"there are no scenes for the task {task!r}; expected one of {', '.join(tasks)}")
+    kind = TASKS[task].data
+    make = _MAKERS[kind]
+    if kind == "sequences":
         train, val = 0, max(1, val // 4)
     return Dataset("synthetic", Rendering(make, 0, train, size), Rendering(make, 500_000, val, size), CLASSES, COLOURS)
-
-
-class Oracle:
-    """A backbone whose features are the mean truth of every cell, and the upsampler that knows every pixel's.
-
-    The truth is one-hot classes (segmentation), one-hot objects (video, interactive), depth and 1, or the normal. It
-    recognises a picture by its bytes. What a task makes of the perfect upsampler is the best that it can give.
-
-    Args:
-        dataset: whose pictures it knows, from :func:`synthetic`.
-        task: that the dataset was made for.
-        patch_size: side of a cell in pixels.
-    """
-
-    def __init__(self, dataset: Dataset[Any], task: str, patch_size: int = 16) -> None:
-        self.dataset = dataset
-        self.task = task
-        channels = {"depth": 2, "normals": 3, "video": MOST_OBJECTS + 1, "interactive": 2}.get(task, len(CLASSES))
-        self.backbone = Backbone(
-            nn.Identity(),
-            lambda image: F.avg_pool2d(self._truth(image), patch_size),
-            channels=channels,
-            patch_size=patch_size,
-            name="oracle",
-            mean=(0, 0, 0),
-            std=(1, 1, 1),
-        ).eval()
-        self.upsampler: Upsampler = self._upsample
-
-    def _upsample(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        truth = self._truth(image)
-        return truth if truth.shape[-2:] == size else F.interpolate(truth, size, mode="nearest-exact")
-
-    def _truth(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) of pictures (B, 3, H, W) in [0, 1]."""
-        made = []
-        for each in image:
-            find = self._known.get(_print((each * 255).round().byte()))
-            if find is None:
-                raise LoftUpError(
-                    f"the oracle knows the pictures of its dataset in their own size alone, got another of size "
-                    f"{tuple(each.shape[1:])}; give the task the size of the pictures"
-                )
-            made.append(find())
-        return torch.stack(made)
-
-    @cached_property
-    def _known(self) -> dict[int, Callable[[], Tensor]]:
-        known: dict[int, Callable[[], Tensor]] = {}
-        for sample in (*self.dataset.train, *self.dataset.val):
-            if self.task == "video":
-                for index in range(len(sample)):
-                    known[_print(sample.frame(index))] = _VideoTruth(sample, index)
-            else:
-                known[_print(sample.image)] = _Truth(sample, self.backbone.channels)
-        return known
-
-
-@dataclass(frozen=True)
-class _Truth:
-    sample: Any
-    channels: int
-
-    def __call__(self) -> Tensor:
-        if isinstance(self.sample, SegmentationSample):
-            return _one_hot(self.sample.labels, self.channels)
-        if isinstance(self.sample, InteractiveSample):
-            return _one_hot(self.sample.mask, self.channels)
-        if self.channels == 2:
-            return torch.stack([self.sample.depth, torch.ones_like(self.sample.depth)])
-        return self.sample.normals  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class _VideoTruth:
-    video: SyntheticVideo
-    index: int
-
-    def __call__(self) -> Tensor:
-        return _one_hot(self.video.annotation(self.index), MOST_OBJECTS + 1)
-
-
-def _one_hot(labels: Tensor, channels: int) -> Tensor:
-    return F.one_hot(labels, channels).movedim(-1, 0).float()
-
-
-@lru_cache(maxsize=1)
-def _weights(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, 2**40, (count,), generator=generator)
-
-
-def _print(image: Tensor) -> int:
-    """A number that tells uint8 pictures apart."""
-    return int((image.flatten().long() * _weights(image.numel())).sum())
