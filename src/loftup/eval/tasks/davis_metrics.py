@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
+from ...train.probe import confusion_matrix, intersection_over_union
 
 __all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "statistics"]
 
@@ -45,8 +46,9 @@ def jaccard(prediction: Tensor, truth: Tensor, void: Tensor | None = None) -> fl
         ValueError: the masks are not three bool maps of one size.
     """
     prediction, truth = _judged(prediction, truth, void)
-    union = int((prediction | truth).sum())
-    return int((prediction & truth).sum()) / union if union else 1.0
+    counts = confusion_matrix(prediction.long(), truth.long(), torch.ones_like(truth), 2)
+    iou = float(intersection_over_union(counts)[1])
+    return 1.0 if math.isnan(iou) else iou
 
 
 def boundary_f(prediction: Tensor, truth: Tensor, void: Tensor | None = None, bound_th: float = BOUND_TH) -> float:

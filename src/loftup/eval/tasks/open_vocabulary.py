@@ -12,26 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backbones import Backbone
+from ...train.probe import Confusion
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
 from ..features import extract
 from ..progress import bar
-from ..result import Metric, Result, spread
+from ..result import Result, spread
 from ..text import Clip, OpenClip, embed, templates
 from ..upsamplers.registry import Upsampler
-from .scores import Confusion, class_details
+from .scores import METRICS, class_details, percentages
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["METRICS", "OpenVocabularyConfig", "open_vocabulary", "proxy_attention"]
 
-METRICS = {
-    "miou": Metric("mIoU %", 2),
-    "accuracy": Metric("accuracy %", 2),
-    "boundary_miou": Metric("boundary mIoU %", 2),
-}
 QUERIES_AT_ONCE = 4096
 
 
@@ -94,7 +90,7 @@ def open_vocabulary(
         The metrics of METRICS, one value each as nothing is random; "classes" in the details.
 
     Raises:
-        LoftUpError: the CLIP cannot be loaded, or torchmetrics is missing.
+        LoftUpError: the CLIP cannot be loaded.
         ValueError: the validation split is empty, or there are no classes.
     """
     config = config or OpenVocabularyConfig()
@@ -122,8 +118,9 @@ def open_vocabulary(
         if number in chosen:
             truth, ours = label_picture(labels, colours), label_picture(found[0], colours)
             pictures.append({"image": picture(image[0]), "truth": truth, "ours": ours})
-    scores = {name: [value] for name, value in confusion.scores().items()}
-    return Result(scores, {"classes": class_details(dataset.classes, [confusion])}, pictures)
+    scores = confusion.scores()
+    metrics = {name: [value] for name, value in percentages(scores).items()}
+    return Result(metrics, {"classes": class_details(dataset.classes, [scores])}, pictures)
 
 
 def proxy_attention(queries: Tensor, keys: Tensor, values: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Tensor:

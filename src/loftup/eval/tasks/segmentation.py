@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbones import Backbone
-from ...train.probe import fit_probe
+from ...train.probe import Confusion, fit_probe
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
@@ -17,7 +17,8 @@ from ..features import at_pixels, extract, with_head
 from ..progress import bar
 from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
-from .scores import Confusion, class_details
+from .scores import METRICS as UPSAMPLED
+from .scores import class_details, percentages
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,14 +27,8 @@ __all__ = ["METRICS", "SAMPLES", "SegmentationConfig", "segmentation"]
 
 SAMPLES = 500_000  # vectors of all pictures that are held for a probe and seed
 
-METRICS = {
-    "miou": Metric("mIoU %", 2),
-    "accuracy": Metric("accuracy %", 2),
-    "boundary_miou": Metric("boundary mIoU %", 2),
-    "lowres_probe_miou": Metric("low-res probe mIoU %", 2),
-    "lowres_probe_accuracy": Metric("low-res probe accuracy %", 2),
-    "lowres_probe_boundary_miou": Metric("low-res probe boundary mIoU %", 2),
-}
+LOWRES = {f"lowres_probe_{name}": Metric(f"low-res probe {metric.heading}", 2) for name, metric in UPSAMPLED.items()}
+METRICS = UPSAMPLED | LOWRES
 
 
 @dataclass
@@ -113,7 +108,6 @@ def segmentation(
 
     Raises:
         ValueError: a split is empty, there are no classes, or the training split has no labelled pixel.
-        LoftUpError: torchmetrics is not installed.
     """
     config = config or SegmentationConfig()
     if not len(dataset.train) or not len(dataset.val):
@@ -259,11 +253,12 @@ class _Task:
                     }
                 )
         metrics: dict[str, list[float]] = {}
-        for (probe, _), confusion in zip(flat, confusions, strict=True):
+        scores = [confusion.scores() for confusion in confusions]
+        for (probe, _), its_scores in zip(flat, scores, strict=True):
             prefix = "lowres_probe_" if probe == "lowres" else ""
-            for name, value in confusion.scores().items():
+            for name, value in percentages(its_scores).items():
                 metrics.setdefault(prefix + name, []).append(value)
-        first = confusions[: self.config.seeds]
+        first = scores[: self.config.seeds]
         return Result(metrics, {"classes": class_details(self.dataset.classes, first)}, pictures)
 
     def unlabelled(self) -> ValueError:
