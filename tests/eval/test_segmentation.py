@@ -168,6 +168,17 @@ def test_the_low_resolution_probe_alone_takes_the_labels_at_the_cells_centres():
         assert all(vector in expected for vector in vectors[found == label].tolist())
 
 
+def test_a_probe_scores_alike_with_and_without_the_other():
+    rendered, oracle = scenes(4)
+    alone = replace(SMALL, size=[32, 32], training="samples", points=20, seeds=2)
+    for probes in (["upsampled"], ["lowres"]):
+        both = segmentation(
+            oracle.backbone, Interpolation("bilinear"), rendered, replace(alone, probes=["upsampled", "lowres"])
+        )
+        single = segmentation(oracle.backbone, Interpolation("bilinear"), rendered, replace(alone, probes=probes))
+        assert single.metrics == {name: both.metrics[name] for name in single.metrics}
+
+
 def first_weights(seed, classes=3, channels=3):
     return 0.01 * torch.randn(classes, channels, generator=torch.Generator().manual_seed(seed))
 

@@ -202,14 +202,15 @@ class _Task:
         config, seeds = self.config, range(self.config.seeds)
         probes = config.probes if probes is None else probes
         points = max(1, min(config.points, SAMPLES // len(self.dataset.train)))
-        generator = torch.Generator().manual_seed(7)
+        # One each, so that the scores of one probe do not depend on whether the other is trained too.
+        generators = {probe: torch.Generator().manual_seed(7) for probe in probes}
         drawn: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {(p, s): [] for p in probes for s in seeds}
         for image, features, labels in self.frames(self.dataset.train, "draw pixels"):
             known = (labels[0] >= 0).nonzero().cpu()
             if not len(known):
                 continue
             if "upsampled" in probes:
-                pixels = known[_draw(len(known), points * config.seeds, generator)].to(config.device)
+                pixels = known[_draw(len(known), points * config.seeds, generators["upsampled"])].to(config.device)
                 vectors = at_pixels(self.upsampler, features, image, config.grid, pixels[None])[0]
                 found = labels[0, pixels[:, 0], pixels[:, 1]]
                 for seed in seeds:
@@ -219,7 +220,7 @@ class _Task:
                 vectors, found = features[0].flatten(1).T, cells.flatten()
                 vectors, found = vectors[found >= 0], found[found >= 0]
                 for seed in seeds if len(found) else ():
-                    chosen = _draw(len(found), min(points, len(found)), generator).to(config.device)
+                    chosen = _draw(len(found), min(points, len(found)), generators["lowres"]).to(config.device)
                     drawn["lowres", seed].append((vectors[chosen], found[chosen]))
         if not all(drawn.values()):
             raise self.unlabelled()
