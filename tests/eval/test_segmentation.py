@@ -18,7 +18,7 @@ from loftup.eval.oracle import Oracle
 from loftup.eval.result import spread
 from loftup.eval.tasks import segmentation as module
 from loftup.eval.tasks.scores import class_details, percentages
-from loftup.eval.tasks.segmentation import METRICS, SegmentationConfig, _draw, _Task, segmentation
+from loftup.eval.tasks.segmentation import METRICS, Probing, SegmentationConfig, _draw, segmentation
 from loftup.eval.upsamplers.simple import Interpolation, LowResolution
 from loftup.train.probe import Confusion, boundary_band, score
 
@@ -151,7 +151,7 @@ def test_the_low_resolution_probe_tells_whether_the_feature_space_is_kept(traini
 def test_the_low_resolution_probe_alone_takes_the_labels_at_the_cells_centres():
     # Of cells 4 wide, with centres at 2, 6, 10 and 14, the last one's alone is blue.
     wide = dataset([painted(stripes(6, 6, 4))])
-    task = _Task(BACKBONE, sharp, wide, replace(SMALL, points=16, training="samples"))
+    task = Probing(BACKBONE, sharp, wide, replace(SMALL, points=16, training="samples"))
     seen = []
 
     def spy(vectors, found, classes, seed):
@@ -188,7 +188,7 @@ def test_dense_training_is_adam_on_cross_entropy():
     labels[1][3:5] = -1
     samples = [painted(each, str(index)) for index, each in enumerate(labels)]
     config = replace(SMALL, epochs=3, batch=2, rate=0.05)
-    probe = _Task(BACKBONE, sharp, dataset(samples), config).train_densely(4)
+    probe = Probing(BACKBONE, sharp, dataset(samples), config).train_densely(4)
 
     weight, bias = first_weights(4).requires_grad_(), torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], 0.05)
