@@ -1,12 +1,13 @@
 """Readers of the datasets' real layouts, by name."""
 
-from .base import Dataset, GeometrySample, InteractiveSample, SegmentationSample, VideoSequence
+from .base import Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample, VideoSequence
 from .registry import names, open_dataset, register
 
 __all__ = [
     "Dataset",
     "GeometrySample",
     "InteractiveSample",
+    "Samples",
     "SegmentationSample",
     "VideoSequence",
     "names",

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import LoftUpError
 from ...pictures import open_picture, require_pillow
 
-__all__ = ["expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
+__all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
 
 
 def expect_folder(folder: Path, what: str) -> Path:
@@ -58,6 +58,15 @@ def read_map(file: Path, what: str = "a label map") -> Tensor:
     except Exception as error:  # a damaged file raises SyntaxError, struct.error and others
         raise LoftUpError(f"cannot read {what} from {file}: {error}") from error
     return values if values.ndim == 2 else values.movedim(-1, 0)[:3]
+
+
+def check_size(values: Tensor, file: Path, image: Tensor, picture: Path) -> None:
+    """LoftUpError unless a map (H, W) from a file has the size of its picture (3, H, W)."""
+    if values.shape != image.shape[1:]:
+        raise LoftUpError(
+            f"{file} is {tuple(values.shape)}, but its picture {picture} is {tuple(image.shape[1:])}; expected a map "
+            "with one channel and the picture's size"
+        )
 
 
 def _found(path: Path) -> str:

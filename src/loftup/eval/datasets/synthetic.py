@@ -1,16 +1,17 @@
 """Rendered scenes of textured shapes with exact labels, depth, normals and motion: every task without a download."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..tasks import TASKS
-from .base import Dataset, GeometrySample, InteractiveSample, SegmentationSample
+from .base import Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample
 
 __all__ = ["CLASSES", "COLOURS", "FOCAL", "MOST_OBJECTS", "Rendered", "SyntheticVideo", "render", "synthetic"]
 
@@ -30,7 +31,6 @@ CAMERA_HEIGHT, WALL = 1.0, 7.0  # metres
 LIGHT = (-0.4, -0.7, -0.6)
 MOST_OBJECTS = 4
 SMALLEST = 0.01  # visible share of the picture that makes a shape an object to select
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,24 +181,6 @@ def _paint(u: Tensor, v: Tensor, kind: int, colour: tuple[float, float, float], 
     return torch.tensor(colour)[:, None, None] * (0.85 + 0.15 * wave)
 
 
-@dataclass(frozen=True)
-class Rendering(Sequence[T], Generic[T]):
-    """Samples that are rendered when they are asked for; the seed of each is ``first + index``."""
-
-    make: Callable[[int, int], T]
-    first: int
-    scenes: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.scenes
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if not -self.scenes <= index < self.scenes:
-            raise IndexError(index)
-        return self.make(self.first + index % self.scenes, self.size)
-
-
 def _segmentation(seed: int, size: int) -> SegmentationSample:
     scene = render(seed, size)
     return SegmentationSample(str(seed), scene.image, scene.classes)
@@ -247,7 +229,7 @@ class SyntheticVideo:
         return numbers[render(self.seed, self.size, index).objects]
 
 
-_MAKERS: dict[str, Callable[[int, int], Any]] = {
+_MAKERS: dict[str, Callable[..., Any]] = {
     "labels": _segmentation,
     "geometry": _geometry,
     "objects": _interactive,
@@ -271,7 +253,9 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     if task not in tasks:
         raise ValueError(f"there are no scenes for the task {task!r}; expected one of {', '.join(tasks)}")
     kind = TASKS[task].data
-    make = _MAKERS[kind]
+    make = partial(_MAKERS[kind], size=size)
     if kind == "sequences":
         train, val = 0, max(1, val // 4)
-    return Dataset("synthetic", Rendering(make, 0, train, size), Rendering(make, 500_000, val, size), CLASSES, COLOURS)
+    # The entries are the seeds of the scenes.
+    learn, judge = Samples(range(train), make), Samples(range(500_000, 500_000 + val), make)
+    return Dataset("synthetic", learn, judge, CLASSES, COLOURS)

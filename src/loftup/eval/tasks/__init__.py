@@ -1,6 +1,9 @@
 """The tasks that upsampled features are judged by, in one table; a task is imported when it is asked for.
 
-Importing this table loads no torch, so that the command line can show its help at once.
+Every task is a function (backbone, upsampler, dataset, config) -> :class:`loftup.eval.result.Result`: the backbone is
+frozen and in ``eval()`` mode, the upsampler takes its features, the dataset is of the kind that the table says, and the
+config holds the protocol, None for the paper's. Importing the table loads no torch, so that the command line can show
+its help at once.
 """
 
 from collections.abc import Callable

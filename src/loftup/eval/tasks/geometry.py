@@ -92,12 +92,6 @@ def depth(
     The "dpt" head predicts log depth and learns by the scale-invariant log loss (Eigen et al. 2014). Scores are made
     picture by picture and averaged over the pictures; pixels and pictures without known depth do not count.
 
-    Args:
-        backbone: frozen, in ``eval()`` mode.
-        upsampler: of its features.
-        dataset: with depth in metres.
-        config: of the protocol; None for the paper's.
-
     Returns:
         DEPTH_METRICS, one value a seed; "pictures" in the details; pictures of the first seed.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
-from ..colour import picture
+from ..colour import overlay, picture
 from ..datasets import open_dataset
 from ..datasets.base import Dataset, InteractiveSample
 from ..datasets.prepare import to_float
@@ -23,7 +23,6 @@ from .clicks import Click, click_maps, first_click, inside_click, next_click, si
 from .davis_metrics import jaccard
 from .grid import GridConfig
 from .loops import minimise, seeded_head, walk
-from .overlay import overlay
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,12 +153,6 @@ def interactive(
 
     In training the first click is anywhere well inside the object; with ``config.clicks`` above 1 a random number of
     further ones corrects the head's own errors, as in judging.
-
-    Args:
-        backbone: frozen, in ``eval()`` mode.
-        upsampler: of its features.
-        dataset: of objects.
-        config: of the protocol; None for the paper's.
 
     Returns:
         "iou_at_1" to the number of clicks, in percent and averaged over the objects, one value a seed; "samples" in the

@@ -91,12 +91,6 @@ def segmentation(
     All seeds and probes are judged in one pass with one head, through the upsampler's stream where it has one; the
     upsampled features of the dataset are never stored.
 
-    Args:
-        backbone: frozen, in ``eval()`` mode.
-        upsampler: of its features.
-        dataset: with classes.
-        config: of the protocol; None for the paper's.
-
     Returns:
         The metrics of METRICS, "classes" in the details, and pictures of the first seed's first probe.
 
