@@ -81,7 +81,8 @@ def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
     assert Image.open(folder / "figure.png").width > figure.width
 
     assert call(*common[:-4], "--set", "points=60", *common[-2:], "--upsampler", "bilinear") == 2
-    assert "was made with other settings (config.points 50, now 60" in capsys.readouterr().err
+    expected = "was made with other settings (config.pictures 1, now 4, config.points 50, now 60); give another -o"
+    assert expected in capsys.readouterr().err
     assert call(*common, "--upsampler", "k3=large_input:2") == 2
     assert "has 'k3' already, of large_input:3; name this one otherwise" in capsys.readouterr().err
     assert call(*common, "--upsampler", "nearest", "--overwrite") == 0
@@ -228,10 +229,10 @@ def test_a_network_is_moved_and_counted(monkeypatch, tmp_path):
 
 
 def test_paths_are_shown_by_their_last_part(monkeypatch):
-    assert module._shown("camvid:/a/b/camvid") == "camvid:camvid"
-    assert module._shown("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
-    assert module._shown("runs/one ./two ~/three") == "runs/one ./two ~/three"
-    assert module._shown("bilinear") == "bilinear"
+    assert module._without_folders("camvid:/a/b/camvid") == "camvid:camvid"
+    assert module._without_folders("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
+    assert module._without_folders("runs/one ./two ~/three") == "runs/one ./two ~/three"
+    assert module._without_folders("bilinear") == "bilinear"
     monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
     assert module._commit() is None
     monkeypatch.setattr(

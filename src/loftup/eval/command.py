@@ -31,15 +31,15 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
     if arguments.seeds is not None:
         settings["seeds"] = arguments.seeds
     oracle = arguments.backbone == "oracle"
-    described: dict[str, Any] = {"name": arguments.backbone}
+    description: dict[str, Any] = {"name": arguments.backbone}
     if not oracle:
-        described |= {"layer": arguments.layer, **dict(arguments.option)}
-        described |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
+        description |= {"layer": arguments.layer, **dict(arguments.option)}
+        description |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
     comparison = Comparison(
         arguments.task,
         getattr(arguments, "dataset", None),
         None if oracle else backbone_of(arguments),
-        described,
+        description,
         settings,
         arguments.output,
         arguments.overwrite,

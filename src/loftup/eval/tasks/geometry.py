@@ -42,9 +42,7 @@ NEAREST = 1e-3  # metres: a prediction below is none
 class GeometryConfig(GridConfig):
     """Protocol of depth and surface normals; the defaults are the paper's.
 
-    Args:
-        size: [height, width] that pictures are scaled to cover and cut to.
-        output: share of ``size`` at which features are upsampled and judged.
+    Args: those of :class:`~loftup.eval.tasks.grid.GridConfig`, and
         head: "dpt" trains :class:`loftup.eval.tasks.dpt.DptHead` on whole pictures (AdamW); "linear" solves ridge
             regression of depth in metres, or of the normals' coordinates, on pixels drawn from every picture, in one
             pass over the pictures for all seeds.
@@ -54,9 +52,6 @@ class GeometryConfig(GridConfig):
         hidden: channels of "dpt"; its activations take most of the memory.
         points: pixels drawn from every picture and seed, of "linear".
         ridge: penalty of "linear" on the weights of standardised features, as a share of the samples' number.
-        seeds: heads to train, each with its own initial weights, order and pixels.
-        pictures: of the validation split, to show, evenly spread.
-        device: to compute on.
 
     Raises:
         ValueError: a value is none of those named here.
@@ -69,9 +64,6 @@ class GeometryConfig(GridConfig):
     hidden: int = 128
     points: int = 500
     ridge: float = 1e-4
-    seeds: int = 3
-    pictures: int = 4
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.head not in ("dpt", "linear"):

@@ -23,11 +23,14 @@ __all__ = ["GridConfig", "GridTask"]
 
 @dataclass
 class GridConfig:
-    """Sizes of pictures and of upsampled features.
+    """Settings of every protocol that predicts on a grid.
 
     Args:
-        size: [height, width] of the pictures that the backbone gets.
+        size: [height, width] that pictures are scaled to cover and cut to.
         output: share of ``size`` at which features are upsampled and judged.
+        seeds: heads to train, each with its own initial weights, order and draws.
+        pictures: of the validation split, to show, evenly spread.
+        device: to compute on.
 
     Raises:
         ValueError: ``size`` is no pair of positive numbers, or ``output`` is not in (0, 1].
@@ -35,6 +38,9 @@ class GridConfig:
 
     size: list[int] = field(default_factory=lambda: [224, 224])
     output: float = 1.0
+    seeds: int = 3
+    pictures: int = 4
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1 or not 0 < self.output <= 1:

@@ -39,7 +39,7 @@ CLICK = {True: (0.2, 0.8, 0.2), False: (0.9, 0.2, 0.2)}
 class InteractiveConfig(GridConfig):
     """Protocol of interactive segmentation; the defaults are the paper's where it says.
 
-    Args:
+    Args: those of :class:`~loftup.eval.tasks.grid.GridConfig`, and
         size: [height, width] that whole pictures are scaled to, as cutting would lose objects.
         output: share of ``size`` at which features are upsampled and masks made; they are judged in the picture's own.
         clicks: to judge after, 1 to 20. The first is the object's pixel farthest from its boundary; each further one is
@@ -51,9 +51,6 @@ class InteractiveConfig(GridConfig):
         epochs: passes over the training split.
         batch: objects a step.
         rate: learning rate of Adam.
-        seeds: heads to train, each with its own initial weights, order and clicks.
-        pictures: of the validation split, to show, evenly spread.
-        device: to compute on.
 
     Raises:
         ValueError: a value is none of those named here.
@@ -67,9 +64,6 @@ class InteractiveConfig(GridConfig):
     epochs: int = 20
     batch: int = 8
     rate: float = 5e-5
-    seeds: int = 3
-    pictures: int = 4
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not 1 <= self.clicks <= MOST_CLICKS:

@@ -37,9 +37,7 @@ METRICS = UPSAMPLED | LOWRES
 class SegmentationConfig(GridConfig):
     """Protocol of the linear probe; the defaults are the paper's.
 
-    Args:
-        size: [height, width] that pictures are scaled to cover and cut to.
-        output: share of ``size`` at which features are upsampled and judged.
+    Args: those of :class:`~loftup.eval.tasks.grid.GridConfig`, and
         training: "dense" trains on every pixel (Adam); "samples" on pixels drawn from every picture (AdamW,
             standardised features, :func:`loftup.train.probe.fit_probe`), in one pass over the pictures for all seeds.
         epochs: of "dense".
@@ -49,10 +47,7 @@ class SegmentationConfig(GridConfig):
             all pictures together would give more than SAMPLES.
         probes: "upsampled" is trained on upsampled features; "lowres" on the backbone's features at the cells'
             centres, and judged on the upsampled ones: it tells whether the upsampler keeps the feature space.
-        seeds: probes to train, each with its own initial weights, order and pixels.
         boundary: pixels this close to a label edge count for the boundary scores.
-        pictures: of the validation split, to show, evenly spread.
-        device: to compute on.
 
     Raises:
         ValueError: a value is none of those named here, or a count is not positive.

@@ -44,17 +44,16 @@ class HubUpsampler(nn.Module):
         image = (image - mean) / std
         network: Any = self.network
         if self.order == "anyup":
-            made = network(image, features, output_size=size)
+            dense = network(image, features, output_size=size)
         elif self.order in ("naf", "uplift"):
-            made = network(image, features, size)
+            dense = network(image, features, size)
         elif self.order == "featup":
-            made = network.upsampler(network.model[1](features), image)
+            dense = network.upsampler(network.model[1](features), image)
         else:
-            guidance = F.interpolate(image, size, mode="bilinear", align_corners=False)
-            made = network(features, guidance)
-        if made.shape[-2:] != size:
-            made = F.interpolate(made, size, mode="bilinear", align_corners=False)
-        return made.to(features.dtype)  # type: ignore[no-any-return]
+            dense = network(features, F.interpolate(image, size, mode="bilinear", align_corners=False))
+        if dense.shape[-2:] != size:
+            dense = F.interpolate(dense, size, mode="bilinear", align_corners=False)
+        return dense.to(features.dtype)  # type: ignore[no-any-return]
 
 
 def _load(repository: str, entry: str, **options: Any) -> Any:
