@@ -57,5 +57,5 @@ def overlay(image: Tensor, labels: Tensor, colours: Sequence[tuple[int, int, int
     Returns:
         (3, H, W) in [0, 1].
     """
-    painted = (torch.tensor(colours) / 255)[labels.clamp(min=0)].movedim(-1, 0)
-    return torch.where(labels > 0, 0.4 * image + 0.6 * painted, image)
+    paint = (torch.tensor(colours) / 255)[labels.clamp(min=0)].movedim(-1, 0)
+    return torch.where(labels > 0, 0.4 * image + 0.6 * paint, image)

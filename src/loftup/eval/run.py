@@ -158,16 +158,16 @@ class Comparison:
             return
         try:
             results = json.loads(file.read_text("utf-8"))
-            theirs = {key: results[key] for key in self.identity}
+            previous = {key: results[key] for key in self.identity}
             self.rows = results["upsamplers"]
         except (ValueError, KeyError) as error:
             raise LoftUpError(f"{file} is damaged ({error}); remove it, or give --overwrite") from error
         # As JSON has it: tuples are lists there.
-        ours = json.loads(json.dumps(self.identity))
-        if theirs != ours:
+        current = json.loads(json.dumps(self.identity))
+        if previous != current:
+            differences = ", ".join(_differences(previous, current))
             raise LoftUpError(
-                f"{file} was made with other settings ({', '.join(_differences(theirs, ours))}); give another -o, or "
-                "--overwrite to forget it"
+                f"{file} was made with other settings ({differences}); give another -o, or --overwrite to forget it"
             )
 
 
@@ -213,11 +213,10 @@ def _save(picture: "Image.Image", path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [*ours, *(key for key in theirs if key not in ours)]
-        return [d for key in keys for d in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".strip("."))]
-    return [] if theirs == ours else [f"{name} {theirs!r}, now {ours!r}"]
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for key in new | old for d in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [f"{name} {old!r}, now {new!r}"]
 
 
 def _environment(device: str) -> dict[str, str]:

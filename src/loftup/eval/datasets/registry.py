@@ -60,10 +60,10 @@ def open_dataset(spec: str, task: str) -> Dataset[Any]:
         LoftUpError: there is no such dataset for the task, or a file or folder of it is missing; it names the file.
     """
     name, _, path = spec.partition(":")
-    known = names(task)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(known)}"
+    choices = names(task)
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=3)
+        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(choices)}"
         raise LoftUpError(f"there is no dataset {name!r} for {task}; {hint}")
     if name == "synthetic":
         from .synthetic import synthetic

@@ -99,9 +99,9 @@ def coco_stuff(root: Path) -> Dataset[SegmentationSample]:
 
     def split(name: str) -> Pairs:
         annotations = expect_folder(root / "annotations" / name, "COCO-Stuff pixel maps (PNG)")
-        chosen = root / "curated" / f"{name}.txt"
-        if chosen.is_file():
-            pictures = [root / "images" / name / f"{stem}.jpg" for stem in read_lines(chosen, "names of pictures")]
+        subset = root / "curated" / f"{name}.txt"
+        if subset.is_file():
+            pictures = [root / "images" / name / f"{stem}.jpg" for stem in read_lines(subset, "names of pictures")]
         else:
             pictures = list_files(root / "images" / name, "*.jpg", "COCO pictures")
         return _pairs([(picture, annotations / f"{picture.stem}.png") for picture in pictures], decode)

@@ -93,15 +93,15 @@ def render(seed: int, size: int, time: float = 0.0) -> Rendered:
         _paint(points[0], points[1], 1, (0.66, 0.7, 0.78), 0.7),
     )
     for number, shape in enumerate(shapes, start=1):
-        moved = replace(
+        at_time = replace(
             shape,
             centre=tuple(c + v * time for c, v in zip(shape.centre, shape.velocity, strict=True)),  # type: ignore[arg-type]
         )
-        covered, its_depth, its_normals, paint = _project(moved, x, y, rays)
-        nearer = covered & (its_depth < depth)
-        depth, classes = torch.where(nearer, its_depth, depth), torch.where(nearer, shape.kind, classes)
-        objects = torch.where(nearer, number, objects)
-        normals, albedo = torch.where(nearer, its_normals, normals), torch.where(nearer, paint, albedo)
+        mask, its_depth, its_normals, paint = _project(at_time, x, y, rays)
+        front = mask & (its_depth < depth)
+        depth, classes = torch.where(front, its_depth, depth), torch.where(front, shape.kind, classes)
+        objects = torch.where(front, number, objects)
+        normals, albedo = torch.where(front, its_normals, normals), torch.where(front, paint, albedo)
     light = F.normalize(torch.tensor(LIGHT), dim=0)
     shading = 0.55 + 0.45 * (normals * light[:, None, None]).sum(0).clamp(min=0)
     grain = 0.02 * torch.randn(3, size, size, generator=generator)
@@ -135,18 +135,17 @@ def _shapes(generator: torch.Generator) -> list[_Shape]:
 
 
 def _project(shape: _Shape, x: Tensor, y: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a shape alone would show: where it is, its depth, normals and colours."""
+    """View of a shape alone: its mask, depth, normals and colours."""
     u, v = (x - shape.centre[0]) / shape.radius, (y - shape.centre[1]) / shape.radius
     cosine, sine = math.cos(shape.angle), math.sin(shape.angle)
     u, v = cosine * u + sine * v, cosine * v - sine * u
     distance = (u**2 + v**2).sqrt()
     paint = _paint(u, v, shape.kind, shape.colour, shape.phase)
     if CLASSES[shape.kind] == "ball":
-        covered = distance < 1
         bulge = (1 - distance.clamp(max=1) ** 2).sqrt()
         metres = shape.radius * shape.depth / FOCAL
         outward = torch.stack([(x - shape.centre[0]) / shape.radius, (y - shape.centre[1]) / shape.radius, -bulge])
-        return covered, shape.depth - metres * bulge, F.normalize(outward, dim=0), paint
+        return distance < 1, shape.depth - metres * bulge, F.normalize(outward, dim=0), paint
     normal = F.normalize(torch.tensor([*shape.tilt, -1.0]), dim=0)
     centre = shape.depth * torch.tensor([shape.centre[0] / FOCAL, shape.centre[1] / FOCAL, 1.0])
     depth = (normal @ centre) / (normal[:, None, None] * rays).sum(0)
@@ -224,8 +223,8 @@ class SyntheticVideo:
         """(H, W) int64: 0 background, then the shapes that are seen in frame 0."""
         first = render(self.seed, self.size).objects.unique()
         numbers = torch.zeros(MOST_OBJECTS + 1, dtype=torch.int64)
-        shown = first[first > 0]
-        numbers[shown] = torch.arange(1, len(shown) + 1)
+        visible = first[first > 0]
+        numbers[visible] = torch.arange(1, len(visible) + 1)
         return numbers[render(self.seed, self.size, index).objects]
 
 

@@ -178,17 +178,17 @@ class _Regression(GridTask):
         config = self.config
         head = seeded_head(lambda: DptHead(self.backbone.channels, self.target.outputs, config.hidden), seed)
         head.to(config.device)
-        started = False
+        first = True
 
         def loss(samples: list[GeometrySample]) -> Tensor | None:
-            nonlocal started
+            nonlocal first
             image, features, truth = self.load(samples)
             finite = truth.isfinite().all(1)
             if not finite.any():
                 return None
-            if not started:
+            if first:
                 _start(head.output, self.target.start(rearrange(truth, "b k h w -> b h w k")[finite]))
-                started = True
+                first = False
             output = self.enlarge(head(self.dense(features, image).float()))
             return self.target.loss(self.target.from_dpt(output), truth)
 

@@ -261,18 +261,18 @@ class Selection:
     ) -> "dict[str, Image.Image]":
         """The row of the figure: clicks on the image, the mask to find and the mask of the head."""
         size = (image.shape[1], image.shape[2])
-        marked = image.clone()
+        canvas = image.clone()
         for click in clicks:
             at = click.scaled((sample.mask.shape[0], sample.mask.shape[1]), size)
             for radius, colour in ((min(size) / 40, (1.0, 1.0, 1.0)), (min(size) / 60, CLICK[click.positive])):
                 disc = click_maps([Click(at.row, at.column)], size, radius)[0] > 0
-                marked[:, disc] = torch.tensor(colour)[:, None]
+                canvas[:, disc] = torch.tensor(colour)[:, None]
         masks = (
             F.interpolate(x[None, None].float(), size, mode="nearest-exact")[0, 0].long()
             for x in (sample.mask, prediction)
         )
         truth, ours = (picture(overlay(image, mask, OBJECT)) for mask in masks)
-        return {"image": picture(marked), "truth": truth, "ours": ours}
+        return {"image": picture(canvas), "truth": truth, "ours": ours}
 
 
 def _object(sample: InteractiveSample) -> Tensor:

@@ -45,16 +45,16 @@ def minimise(
     """
     epochs = (torch.randperm(len(samples), generator=generator) for _ in range(config.epochs))
     batches = [indices.tolist() for order in epochs for indices in order.split(config.batch)]
-    learned = False
+    progress = False
     for indices in bar(batches, caption):
         loss = loss_of([samples[index] for index in indices])
         if loss is None:
             continue
-        learned = True
+        progress = True
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return learned
+    return progress
 
 
 def walk(samples: Sequence[T], caption: str, pictures: int) -> Iterator[tuple[T, bool]]:

@@ -110,8 +110,8 @@ def open_vocabulary(
         low = extract(backbone, image)
         size = (low.shape[2] * config.factor, low.shape[3] * config.factor)
         values = clip.dense(image).float()
-        averaged = proxy_attention(upsampler(low, image, size), low, values, config.beta, config.gamma)
-        logits = torch.einsum("bdhw,kd->bkhw", F.normalize(averaged, dim=1), texts)
+        mean = proxy_attention(upsampler(low, image, size), low, values, config.beta, config.gamma)
+        logits = torch.einsum("bdhw,kd->bkhw", F.normalize(mean, dim=1), texts)
         logits = F.interpolate(logits, labels.shape, mode="bilinear", align_corners=False)
         prediction = logits.argmax(1).cpu()
         confusion.update(prediction, labels[None])
@@ -145,10 +145,10 @@ def proxy_attention(queries: Tensor, keys: Tensor, values: Tensor, beta: float =
     v = rearrange(values.float(), "b d n m -> b (n m) d")
     # The mean of all similarities is the product of the means.
     mean = q.mean(1, keepdim=True) @ k.mean(2, keepdim=True)
-    averaged = []
+    means = []
     for part in q.split(QUERIES_AT_ONCE, dim=1):
         similarity = gamma * (part @ k - beta * mean)
         best = similarity >= similarity.amax(-1, keepdim=True)
         weights = similarity.masked_fill((similarity < 0) & ~best, -torch.inf).softmax(-1)
-        averaged.append(weights @ v)
-    return rearrange(torch.cat(averaged, 1), "b (h w) d -> b d h w", h=queries.shape[2])
+        means.append(weights @ v)
+    return rearrange(torch.cat(means, 1), "b (h w) d -> b d h w", h=queries.shape[2])

@@ -20,7 +20,7 @@ from ..features import extract
 from ..progress import bar
 from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
-from .davis_metrics import boundary_f, jaccard, statistics
+from .davis_metrics import boundary_f, jaccard, object_statistics
 from .loops import walk
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _follow(
             scores["j"][number - 1].append(jaccard(*masks))
             scores["f"][number - 1].append(boundary_f(*masks))
     rows = []
-    for j, f in zip(*([statistics(values) for values in scores[name]] for name in "jf"), strict=True):
+    for j, f in zip(*([object_statistics(values) for values in scores[name]] for name in "jf"), strict=True):
         row = {
             "j_and_f": (j.mean + f.mean) / 2,
             "j": j.mean,

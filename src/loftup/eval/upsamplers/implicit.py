@@ -97,9 +97,9 @@ class ImplicitUpsampler:
             self.losses.append(float(loss.detach()))
             progress.set_postfix(loss=f"{self.losses[-1]:.4f}")
         with torch.no_grad():
-            fitted = network(_code(resize_guidance(image, size)))
+            components = network(_code(resize_guidance(image, size)))
             rest = features - reduction.back(reduction(features))
-            return reduction.back(fitted) + F.interpolate(rest, size, mode="bilinear", align_corners=False)
+            return reduction.back(components) + F.interpolate(rest, size, mode="bilinear", align_corners=False)
 
     def _views(self, image: Tensor) -> list[tuple[Motion, Tensor]]:
         """Motions and the backbone's features of the moved images; the image itself comes first."""

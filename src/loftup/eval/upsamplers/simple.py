@@ -35,7 +35,7 @@ class Interpolation:
 
 
 class LowResolution(Interpolation):
-    """What a task sees without an upsampler: every pixel has the vector of its cell.
+    """No upsampling: every pixel has the vector of its cell.
 
     Attributes:
         native: True. Tasks that predict from every vector alone may predict on the grid of the features and enlarge
