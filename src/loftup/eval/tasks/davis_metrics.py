@@ -57,8 +57,8 @@ def boundary_f(prediction: Tensor, truth: Tensor, void: Tensor | None = None, bo
     Without a boundary in one mask, precision and recall are 1 and 0 or 0 and 1, so that F is 0; without any in both it
     is 1. A mask that fills the picture has no boundary, as an empty one.
 
-    Masks, result and errors are as :func:`jaccard`'s; ``bound_th`` is the tolerance, in picture diagonals (rounded up to
-    whole pixels) or, from 1 on, in pixels.
+    Masks, result and errors are as :func:`jaccard`'s; ``bound_th`` is the tolerance, in picture diagonals (rounded up
+    to whole pixels) or, from 1 on, in pixels.
     """
     prediction, truth = _judged(prediction, truth, void)
     radius = bound_th if bound_th >= 1 else math.ceil(bound_th * math.hypot(*truth.shape))

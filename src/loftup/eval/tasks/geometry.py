@@ -40,9 +40,9 @@ NEAREST = 1e-3  # metres: a prediction below is none
 
 @dataclass
 class GeometryConfig(GridConfig):
-    """Protocol of depth and surface normals; the defaults are the paper's.
+    """Protocol of depth and surface normals, beside the settings of :class:`GridConfig`; the defaults are the paper's.
 
-    Args: those of :class:`~loftup.eval.tasks.grid.GridConfig`, and
+    Args:
         head: "dpt" trains :class:`loftup.eval.tasks.dpt.DptHead` on whole pictures (AdamW); "linear" solves ridge
             regression of depth in metres, or of the normals' coordinates, on pixels drawn from every picture, in one
             pass over the pictures for all seeds.

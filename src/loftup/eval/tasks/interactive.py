@@ -37,9 +37,9 @@ CLICK = {True: (0.2, 0.8, 0.2), False: (0.9, 0.2, 0.2)}
 
 @dataclass
 class InteractiveConfig(GridConfig):
-    """Protocol of interactive segmentation; the defaults are the paper's where it says.
+    """Protocol of interactive segmentation, beside the settings of :class:`GridConfig`; the defaults are the paper's.
 
-    Args: those of :class:`~loftup.eval.tasks.grid.GridConfig`, and
+    Args:
         size: [height, width] that whole pictures are scaled to, as cutting would lose objects.
         output: share of ``size`` at which features are upsampled and masks made; they are judged in the picture's own.
         clicks: to judge after, 1 to 20. The first is the object's pixel farthest from its boundary; each further one is

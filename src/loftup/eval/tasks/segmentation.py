@@ -35,9 +35,9 @@ METRICS = UPSAMPLED | LOWRES
 
 @dataclass
 class SegmentationConfig(GridConfig):
-    """Protocol of the linear probe; the defaults are the paper's.
+    """Protocol of the linear probe, beside the settings of :class:`GridConfig`; the defaults are the paper's.
 
-    Args: those of :class:`~loftup.eval.tasks.grid.GridConfig`, and
+    Args:
         training: "dense" trains on every pixel (Adam); "samples" on pixels drawn from every picture (AdamW,
             standardised features, :func:`loftup.train.probe.fit_probe`), in one pass over the pictures for all seeds.
         epochs: of "dense".

@@ -217,14 +217,8 @@ def _follow(
             scores["f"][number - 1].append(boundary_f(*masks))
     rows = []
     for j, f in zip(*([object_statistics(values) for values in scores[name]] for name in "jf"), strict=True):
-        row = {
-            "j_and_f": (j.mean + f.mean) / 2,
-            "j": j.mean,
-            "f": f.mean,
-            "j_recall": j.recall,
-            "f_recall": f.recall,
-            "j_decay": j.decay,
-            "f_decay": f.decay,
-        }
+        row = {"j_and_f": (j.mean + f.mean) / 2}
+        for name, values in (("j", j), ("f", f)):
+            row |= {name: values.mean, f"{name}_recall": values.recall, f"{name}_decay": values.decay}
         rows.append({name: 100 * value for name, value in row.items()})
     return rows, middle

@@ -70,29 +70,26 @@ def _load(repository: str, entry: str, **options: Any) -> Any:
         ) from error
 
 
-def _fixed(name: str, repository: str, order: Order) -> None:
+def _register(name: str, repository: str, order: Order, example: str = "", **options: Any) -> None:
+    """Add an upsampler of torch.hub; with an example, the argument is the entry point, without, the name is."""
+
     @register(name)
     def factory(backbone: Backbone, argument: str) -> Upsampler:
-        return HubUpsampler(_load(repository, no_argument(name, argument, name), pretrained=True), order)
-
-
-def _named(name: str, repository: str, order: Order, example: str, **options: Any) -> None:
-    @register(name)
-    def factory(backbone: Backbone, argument: str) -> Upsampler:
-        if not argument:
+        if example and not argument:
             raise LoftUpError(
                 f"the upsampler {name!r} needs the name of an entry point of {repository}; write for example "
                 f"{name}:{example}"
             )
-        network = _load(repository, argument, pretrained=True, **options)
+        entry = argument if example else no_argument(name, argument, name)
+        network = _load(repository, entry, pretrained=True, **options)
         if order == "uplift":
             network.enable_iterative(4)
         return HubUpsampler(network, order)
 
 
-_fixed("anyup", "wimmerth/anyup", "anyup")
-_fixed("anyup_multi_backbone", "wimmerth/anyup", "anyup")
-_fixed("naf", "valeoai/NAF", "naf")
-_named("featup", "mhamilton723/FeatUp", "featup", "dinov2")
-_named("uplift", "mwalmer-umd/UPLiFT", "uplift", "uplift_dinov2_s14", include_extractor=False)
-_named("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")
+_register("anyup", "wimmerth/anyup", "anyup")
+_register("anyup_multi_backbone", "wimmerth/anyup", "anyup")
+_register("naf", "valeoai/NAF", "naf")
+_register("featup", "mhamilton723/FeatUp", "featup", "dinov2")
+_register("uplift", "mwalmer-umd/UPLiFT", "uplift", "uplift_dinov2_s14", include_extractor=False)
+_register("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")
