@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from loftup.eval.synthetic import FOCAL, SyntheticVideo, render
+from loftup.eval.datasets.synthetic import FOCAL, SyntheticVideo, render
 
 SIZE = 32
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from small import mean_colours
 from loftup import LoftUpError
 from loftup.cli import main
 from loftup.eval import run as module
+from loftup.eval.datasets.base import KINDS
 from loftup.eval.result import Metric, Result
 from loftup.eval.run import Comparison
 from loftup.eval.table import comma_separated, markdown, read_results
+from loftup.eval.tasks import TASKS, Task
 
 SMALL = ["--set", "size=[32,32]", "--set", "training=samples", "--set", "points=50", "--set", "pictures=1"]
 
@@ -33,6 +37,18 @@ def colours(monkeypatch):
 
 def call(*arguments):
     return main(["eval", *map(str, arguments)])
+
+
+def test_the_table_of_tasks_loads_nothing_heavy_and_names_what_is_there():
+    heavy = "torch", "numpy", "PIL", "timm"
+    code = f"import sys, loftup.eval.tasks; assert not set({heavy}) & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, task in TASKS.items():
+        function, config, metrics = task.load()
+        assert function.__name__ == task.name == name
+        assert config().device == "cpu"
+        assert all(isinstance(metric, Metric) for metric in metrics.values())
+        assert task.data in {*KINDS, ""}
 
 
 def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
@@ -65,7 +81,8 @@ def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
     assert Image.open(folder / "figure.png").width > figure.width
 
     assert call(*common[:-4], "--set", "points=60", *common[-2:], "--upsampler", "bilinear") == 2
-    assert "was made with other settings (config.points 50, now 60" in capsys.readouterr().err
+    expected = "was made with other settings (config.pictures 1, now 4, config.points 50, now 60); give another -o"
+    assert expected in capsys.readouterr().err
     assert call(*common, "--upsampler", "k3=large_input:2") == 2
     assert "has 'k3' already, of large_input:3; name this one otherwise" in capsys.readouterr().err
     assert call(*common, "--upsampler", "nearest", "--overwrite") == 0
@@ -191,7 +208,7 @@ def test_tables_from_folders(tmp_path, capsys):
 def test_lower_is_better_where_it_is(monkeypatch):
     results = result_of({"a": [2.0], "b": [1.0], "c": [float("nan")]})
     metrics = {"miou": Metric("error", 1, higher_is_better=False)}
-    monkeypatch.setattr(module.Task, "load", lambda self: (None, None, metrics))
+    monkeypatch.setattr(Task, "load", lambda self: (None, None, metrics))
     assert "| b | **1.0** |" in markdown([results])
 
 
@@ -212,10 +229,10 @@ def test_a_network_is_moved_and_counted(monkeypatch, tmp_path):
 
 
 def test_paths_are_shown_by_their_last_part(monkeypatch):
-    assert module._shown("camvid:/a/b/camvid") == "camvid:camvid"
-    assert module._shown("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
-    assert module._shown("runs/one ./two ~/three") == "runs/one ./two ~/three"
-    assert module._shown("bilinear") == "bilinear"
+    assert module._without_folders("camvid:/a/b/camvid") == "camvid:camvid"
+    assert module._without_folders("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
+    assert module._without_folders("runs/one ./two ~/three") == "runs/one ./two ~/three"
+    assert module._without_folders("bilinear") == "bilinear"
     monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
     assert module._commit() is None
     monkeypatch.setattr(

@@ -6,16 +6,17 @@ import torch
 from material import shared
 
 from loftup import LoftUpError
-from loftup.eval.datasets import TASKS, names, open_dataset, register, registry
+from loftup.eval.datasets import names, open_dataset, register, registry
 from loftup.eval.datasets.geometry import normals_from_depth
 from loftup.eval.datasets.prepare import fit
-from loftup.eval.synthetic import FOCAL, render
+from loftup.eval.datasets.synthetic import FOCAL, render
+from loftup.eval.tasks import TASKS
 
 
 def test_names_and_specs():
     assert names("video") == ["synthetic", "davis"]
     assert {"camvid", "cityscapes", "coco_stuff", "ade20k", "voc"} < set(names("segmentation"))
-    for task in TASKS:
+    for task in (name for name, entry in TASKS.items() if entry.data):
         assert len(open_dataset("synthetic", task).val)
     for spec, expected in (
         ("canvid:x", "no dataset 'canvid' for segmentation; did you mean 'camvid'"),
@@ -31,14 +32,15 @@ def test_names_and_specs():
 def test_others_register_their_own(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_READERS", dict(registry._READERS))
 
-    @register("mine", "depth")
+    @register("mine", "geometry")
     def mine(folder):
         return folder
 
-    assert open_dataset(f"mine:{tmp_path}", "depth") == tmp_path
-    with pytest.raises(ValueError, match="a dataset 'mine' for depth already"):
-        register("mine", "depth")
-    with pytest.raises(ValueError, match="there is no task 'deep'"):
+    for task in ("depth", "normals"):
+        assert open_dataset(f"mine:{tmp_path}", task) == tmp_path
+    with pytest.raises(ValueError, match="a dataset 'mine' of geometry already"):
+        register("mine", "geometry")
+    with pytest.raises(ValueError, match="there is no kind 'deep' of samples; expected one of labels, geometry"):
         register("mine", "deep")
 
 

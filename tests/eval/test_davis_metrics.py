@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loftup import LoftUpError
-from loftup.eval.tasks.davis_metrics import boundary_f, boundary_map, jaccard, statistics
+from loftup.eval.tasks.davis_metrics import boundary_f, boundary_map, jaccard, object_statistics
 
 
 def mask(*rows):
@@ -139,12 +139,15 @@ def test_masks_of_other_kinds_are_refused():
 
 def test_statistics_by_hand():
     # 8 frames: the bins end at frames 1, 2.75 -> 3, 4.5 -> 5, 6.25 -> 6 and 8, and share those frames.
-    found = statistics([1.0, 0.8, 0.6, 0.5, 0.5, 0.4, 0.2, 0.0])
+    found = object_statistics([1.0, 0.8, 0.6, 0.5, 0.5, 0.4, 0.2, 0.0])
     assert found.mean == pytest.approx(4 / 8)
     assert found.recall == pytest.approx(3 / 8)
     assert found.decay == pytest.approx((1.0 + 0.8 + 0.6) / 3 - (0.4 + 0.2 + 0.0) / 3)
-    assert statistics([0.7]).decay == 0
-    assert all(math.isnan(value) for value in (statistics([]).mean, statistics([]).recall, statistics([]).decay))
+    assert object_statistics([0.7]).decay == 0
+    assert all(
+        math.isnan(value)
+        for value in (object_statistics([]).mean, object_statistics([]).recall, object_statistics([]).decay)
+    )
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch):

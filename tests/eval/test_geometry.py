@@ -11,7 +11,8 @@ from torch import nn
 
 from loftup.backbones import Backbone
 from loftup.eval.datasets import Dataset, GeometrySample
-from loftup.eval.synthetic import Oracle, synthetic
+from loftup.eval.datasets.synthetic import synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.tasks.dpt import DptHead
 from loftup.eval.tasks.geometry import DEPTH_METRICS, NORMALS_METRICS, GeometryConfig, _Moments, depth, normals
 from loftup.eval.tasks.geometry_scores import cosine_loss, depth_scores, normals_scores, scale_invariant_log_loss

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from small import mean_colours
 
-from loftup.eval.synthetic import render
+from loftup.eval.datasets.synthetic import render
 from loftup.eval.upsamplers import create
 
 

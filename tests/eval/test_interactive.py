@@ -12,7 +12,8 @@ from torch import nn
 from loftup import LoftUpError
 from loftup.backbones import Backbone
 from loftup.eval.datasets import Dataset, InteractiveSample
-from loftup.eval.synthetic import Oracle, synthetic
+from loftup.eval.datasets.synthetic import synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.tasks import interactive as task
 from loftup.eval.tasks.clicks import Click, click_maps, first_click, inside_click, next_click, similarity_maps
 from loftup.eval.tasks.interactive import METRICS, ClickHead, InteractiveConfig, interactive, normalised_focal_loss
@@ -254,7 +255,7 @@ def test_masks_are_judged_in_the_pictures_own_size_without_void(monkeypatch):
 
 def test_an_object_smaller_than_the_grid_is_still_learnt():
     tiny = square("tiny", (64, 64), (20, 20, 1, 1))
-    found = task._Task(RED, sharp, SMALL).pose(tiny, torch.Generator())
+    found = task.Selection(RED, sharp, SMALL).pose(tiny, torch.Generator())
     assert found[0].nonzero().tolist() == [[5, 5]]
     assert found[1] == [Click(5, 5)]
 

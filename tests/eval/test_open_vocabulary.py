@@ -13,7 +13,8 @@ import loftup
 from loftup import LoftUpError
 from loftup.eval.colour import label_picture, palette
 from loftup.eval.datasets import Dataset, SegmentationSample
-from loftup.eval.synthetic import CLASSES, Oracle, synthetic
+from loftup.eval.datasets.synthetic import CLASSES, synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.tasks import open_vocabulary as module
 from loftup.eval.tasks.open_vocabulary import METRICS, OpenVocabularyConfig, open_vocabulary, proxy_attention
 from loftup.eval.text import OpenClip, embed, templates

@@ -1,7 +1,6 @@
 """Linear probes: scores by hand, training against a plain loop, perfect features, what is refused."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,17 +9,18 @@ import torch.nn.functional as F
 from material import randomised, shared
 from small import mean_colours
 
-from loftup import LoftUpConfig, LoftUpError
+from loftup import LoftUpConfig
 from loftup.eval.colour import label_picture, palette
 from loftup.eval.datasets import Dataset, SegmentationSample, open_dataset
 from loftup.eval.datasets.prepare import fit
+from loftup.eval.datasets.synthetic import synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.result import spread
-from loftup.eval.synthetic import Oracle, synthetic
 from loftup.eval.tasks import segmentation as module
-from loftup.eval.tasks.scores import Confusion, class_details
-from loftup.eval.tasks.segmentation import METRICS, SegmentationConfig, _draw, _Task, segmentation
+from loftup.eval.tasks.scores import class_details, percentages
+from loftup.eval.tasks.segmentation import METRICS, Probing, SegmentationConfig, _draw, segmentation
 from loftup.eval.upsamplers.simple import Interpolation, LowResolution
-from loftup.train.probe import score
+from loftup.train.probe import Confusion, boundary_band, score
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 BACKBONE = mean_colours(cell=4)
@@ -60,17 +60,32 @@ def test_scores_by_hand():
     confusion = Confusion(4, radius=1)
     confusion.update(found, labels)
     # Class 0: 3 of 5; class 1: 2 of 4; the others never occur where there are labels.
-    assert confusion.per_class.tolist()[:2] == [60, 50]
-    assert confusion.per_class[2:].isnan().all()
+    scores = confusion.scores()
+    assert scores.per_class[:2] == (60, 50)
+    assert all(math.isnan(iou) for iou in scores.per_class[2:])
     # Beside another label: two pixels at the edge of 0 and 1 (0 found as 1; 1 rightly), one beside what has no label.
-    assert confusion.scores() == {
+    assert percentages(scores) == {
         "miou": 55,
         "accuracy": pytest.approx(500 / 7),
         "boundary_miou": pytest.approx(100 * (0 / 2 + 1 / 3) / 2),
     }
 
 
-def test_scores_are_those_of_the_training_probe():
+def plain_ious(pairs, classes, counted=lambda labels: labels >= 0):
+    """IoU of every class in percent, NaN where it never occurs, counted pixel by pixel."""
+    pixels = [
+        pixel
+        for prediction, labels in pairs
+        for pixel in zip(prediction[counted(labels)].tolist(), labels[counted(labels)].tolist(), strict=True)
+    ]
+    ious = []
+    for index in range(classes):
+        union = sum(index in pixel for pixel in pixels)
+        ious.append(100 * pixels.count((index, index)) / union if union else math.nan)
+    return ious
+
+
+def test_scores_gathered_batch_by_batch_are_those_of_a_plain_count_and_of_the_training_probe():
     confusion, pairs = Confusion(5, radius=2), []
     for _ in range(3):
         labels = torch.randint(-1, 4, (2, 4, 5)).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -78,29 +93,26 @@ def test_scores_are_those_of_the_training_probe():
             (torch.where(torch.rand(labels.shape) < 0.3, torch.randint(0, 4, labels.shape), labels % 5), labels)
         )
         confusion.update(*pairs[-1])
-    expected = score(pairs, 5, radius=2)
-    assert confusion.scores() == {
-        "miou": pytest.approx(expected.miou),
-        "accuracy": pytest.approx(expected.accuracy),
-        "boundary_miou": pytest.approx(expected.boundary_miou),
+    scores, ious = confusion.scores(), plain_ious(pairs, 5)
+    band = plain_ious(pairs, 5, lambda labels: (labels >= 0) & boundary_band(labels, 2))
+    right = [(prediction == labels)[labels >= 0] for prediction, labels in pairs]
+    assert percentages(scores) == {
+        "miou": pytest.approx(torch.tensor(ious).nanmean().item()),
+        "accuracy": pytest.approx(100 * torch.cat(right).float().mean().item()),
+        "boundary_miou": pytest.approx(torch.tensor(band).nanmean().item()),
     }
-    torch.testing.assert_close(confusion.per_class.tolist(), list(expected.per_class), equal_nan=True)
+    torch.testing.assert_close(list(scores.per_class), ious, equal_nan=True)
+    assert percentages(score(pairs, 5, radius=2)) == percentages(scores)
 
 
 def test_details_are_means_over_the_seeds_that_know_a_class():
     confusions = [Confusion(3), Confusion(3)]
     confusions[0].update(torch.tensor([[[0, 0]]]), torch.tensor([[[0, 0]]]))
     confusions[1].update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]))
-    details = class_details(("a", "b", "c"), confusions)
+    details = class_details(("a", "b", "c"), [confusion.scores() for confusion in confusions])
     assert details["a"] == {"iou": 75}
     assert details["b"] == {"iou": 0}
     assert math.isnan(details["c"]["iou"])
-
-
-def test_missing_torchmetrics_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
-    with pytest.raises(LoftUpError, match=r'need torchmetrics: pip install "loftup\[eval\]"'):
-        Confusion(2)
 
 
 @pytest.mark.parametrize("training", ["dense", "samples"])
@@ -139,7 +151,7 @@ def test_the_low_resolution_probe_tells_whether_the_feature_space_is_kept(traini
 def test_the_low_resolution_probe_alone_takes_the_labels_at_the_cells_centres():
     # Of cells 4 wide, with centres at 2, 6, 10 and 14, the last one's alone is blue.
     wide = dataset([painted(stripes(6, 6, 4))])
-    task = _Task(BACKBONE, sharp, wide, replace(SMALL, points=16, training="samples"))
+    task = Probing(BACKBONE, sharp, wide, replace(SMALL, points=16, training="samples"))
     seen = []
 
     def spy(vectors, found, classes, seed):
@@ -156,6 +168,17 @@ def test_the_low_resolution_probe_alone_takes_the_labels_at_the_cells_centres():
         assert all(vector in expected for vector in vectors[found == label].tolist())
 
 
+def test_a_probe_scores_alike_with_and_without_the_other():
+    rendered, oracle = scenes(4)
+    alone = replace(SMALL, size=[32, 32], training="samples", points=20, seeds=2)
+    for probes in (["upsampled"], ["lowres"]):
+        both = segmentation(
+            oracle.backbone, Interpolation("bilinear"), rendered, replace(alone, probes=["upsampled", "lowres"])
+        )
+        single = segmentation(oracle.backbone, Interpolation("bilinear"), rendered, replace(alone, probes=probes))
+        assert single.metrics == {name: both.metrics[name] for name in single.metrics}
+
+
 def first_weights(seed, classes=3, channels=3):
     return 0.01 * torch.randn(classes, channels, generator=torch.Generator().manual_seed(seed))
 
@@ -165,7 +188,7 @@ def test_dense_training_is_adam_on_cross_entropy():
     labels[1][3:5] = -1
     samples = [painted(each, str(index)) for index, each in enumerate(labels)]
     config = replace(SMALL, epochs=3, batch=2, rate=0.05)
-    probe = _Task(BACKBONE, sharp, dataset(samples), config).train_densely(4)
+    probe = Probing(BACKBONE, sharp, dataset(samples), config).train_densely(4)
 
     weight, bias = first_weights(4).requires_grad_(), torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], 0.05)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from loftup import LoftUpError
-from loftup.eval.synthetic import CLASSES, COLOURS, FOCAL, Oracle, SyntheticVideo, render, synthetic
+from loftup.eval.datasets.synthetic import CLASSES, COLOURS, FOCAL, SyntheticVideo, render, synthetic
+from loftup.eval.oracle import Oracle
 
 
 def test_scenes_are_told_by_their_seed():

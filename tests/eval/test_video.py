@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from loftup.backbones import Backbone
 from loftup.eval.datasets import Dataset
-from loftup.eval.synthetic import Oracle, synthetic
+from loftup.eval.datasets.synthetic import synthetic
+from loftup.eval.oracle import Oracle
 from loftup.eval.tasks import video as task
 from loftup.eval.tasks.video import METRICS, VideoConfig, propagate, video
 from loftup.eval.upsamplers.simple import Interpolation, LowResolution

@@ -12,7 +12,7 @@ from ..pictures import require_pillow
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["label_picture", "map_picture", "palette", "picture"]
+__all__ = ["label_picture", "map_picture", "overlay", "palette", "picture"]
 
 GOLDEN = 0.618034
 RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark blue to yellow
@@ -44,3 +44,18 @@ def map_picture(values: Tensor, low: float, high: float) -> "Image.Image":
     share = (at - below)[..., None]
     colours = ramp[below] * (1 - share) + ramp[below + 1] * share
     return picture(colours.masked_fill(values.cpu().isnan()[..., None], 0).movedim(-1, 0))
+
+
+def overlay(image: Tensor, labels: Tensor, colours: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Objects in their colours over an image.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        labels: (H, W) int64; pixels of 0 and below show the image alone.
+        colours: (R, G, B) in 0..255 of every label, 0 included.
+
+    Returns:
+        (3, H, W) in [0, 1].
+    """
+    paint = (torch.tensor(colours) / 255)[labels.clamp(min=0)].movedim(-1, 0)
+    return torch.where(labels > 0, 0.4 * image + 0.6 * paint, image)

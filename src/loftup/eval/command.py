@@ -31,15 +31,15 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
     if arguments.seeds is not None:
         settings["seeds"] = arguments.seeds
     oracle = arguments.backbone == "oracle"
-    described: dict[str, Any] = {"name": arguments.backbone}
+    description: dict[str, Any] = {"name": arguments.backbone}
     if not oracle:
-        described |= {"layer": arguments.layer, **dict(arguments.option)}
-        described |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
+        description |= {"layer": arguments.layer, **dict(arguments.option)}
+        description |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
     comparison = Comparison(
         arguments.task,
         getattr(arguments, "dataset", None),
         None if oracle else backbone_of(arguments),
-        described,
+        description,
         settings,
         arguments.output,
         arguments.overwrite,
@@ -66,16 +66,15 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from .datasets import TASKS, names
-    from .upsamplers import names as upsamplers
+    from . import datasets, upsamplers
+    from .tasks import TASKS
 
-    found = {"upsamplers": upsamplers(), "datasets": {task: names(task) for task in TASKS}}
+    by_task = {name: datasets.names(name) for name, task in TASKS.items() if task.data}
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps({"upsamplers": upsamplers.names(), "datasets": by_task}, indent=2))
         return 0
-    print(f"upsamplers: {', '.join(upsamplers())}\n")
+    print(f"upsamplers: {', '.join(upsamplers.names())}\n")
     width = max(map(len, TASKS))
-    for task in TASKS:
-        print(f"{task.ljust(width)}  {', '.join(names(task))}")
-    print(f"{'efficiency'.ljust(width)}  (no dataset)")
+    for name in TASKS:
+        print(f"{name.ljust(width)}  {', '.join(by_task.get(name, ['(no dataset)']))}")
     return 0

@@ -10,6 +10,6 @@ __all__ = ["bar"]
 T = TypeVar("T")
 
 
-def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+def bar(items: Iterable[T], caption: str, total: int | None = None) -> Iterable[T]:
     """Go through items with a bar on stderr; none where stderr is no terminal."""
-    return tqdm(items, what, total, leave=False, disable=None)  # type: ignore[no-any-return]
+    return tqdm(items, caption, total, leave=False, disable=None)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What every task returns."""
+"""Results, which every task returns."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ __all__ = ["Metric", "Result", "spread"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How to show a number: its heading with the unit, decimals, and whether more is better."""
+    """Form of a number in tables: its heading with the unit, decimals, and whether more is better."""
 
     heading: str
     decimals: int = 1
@@ -27,7 +27,7 @@ class Result:
             percentages.
         details: table by name ("classes", "sequences"), of rows by name, of columns: means over the seeds.
         pictures: rows of a figure, each caption to picture, all of one size; "image" and "truth" first, then "ours",
-            what the method made of it.
+            the method's prediction.
     """
 
     metrics: dict[str, list[float]]
@@ -35,6 +35,6 @@ class Result:
     pictures: list[dict[str, "Image.Image"]] = field(default_factory=list)
 
 
-def spread(total: int, wanted: int) -> set[int]:
-    """Numbers of ``wanted`` pictures of ``total``, evenly spread, as neighbours are often frames of one film."""
-    return {index * total // wanted for index in range(wanted)} if wanted < total else set(range(total))
+def spread(total: int, count: int) -> set[int]:
+    """Numbers of ``count`` pictures of ``total``, evenly spread, as neighbours are often frames of one film."""
+    return {index * total // count for index in range(count)} if count < total else set(range(total))

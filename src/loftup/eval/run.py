@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import import_module
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,50 +25,27 @@ from ..files import write_atomically
 from .datasets import open_dataset
 from .datasets.base import Dataset
 from .figure import figure
-from .result import Metric, Result
 from .table import markdown
+from .tasks import TASKS
 from .upsamplers import Upsampler, create
 
-__all__ = ["TASKS", "Comparison", "Task"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Comparison"]
 
 RESULTS, TABLE, FIGURE = "results.json", "results.md", "figure.png"
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where a task is, imported when it is asked for."""
-
-    module: str
-    function: str
-    config: str
-    table: str = "METRICS"
-
-    def load(self) -> tuple[Callable[..., Result], Any, dict[str, Metric]]:
-        """The function, the class of its config and its metrics."""
-        module = import_module(f".tasks.{self.module}", __package__)
-        return getattr(module, self.function), getattr(module, self.config), getattr(module, self.table)
-
-
-TASKS = {
-    "segmentation": Task("segmentation", "segmentation", "SegmentationConfig"),
-    "depth": Task("geometry", "depth", "GeometryConfig", "DEPTH_METRICS"),
-    "normals": Task("geometry", "normals", "GeometryConfig", "NORMALS_METRICS"),
-    "video": Task("video", "video", "VideoConfig"),
-    "open_vocabulary": Task("open_vocabulary", "open_vocabulary", "OpenVocabularyConfig"),
-    "interactive": Task("interactive", "interactive", "InteractiveConfig"),
-    "efficiency": Task("efficiency", "efficiency", "EfficiencyConfig"),
-}
 
 
 class Comparison:
     """A task, a dataset and a backbone, on which upsamplers are compared one after another.
 
     Args:
-        task: a name of TASKS.
-        dataset: as :func:`loftup.eval.datasets.open_dataset` takes it; None for "efficiency".
+        task: a name of :data:`loftup.eval.tasks.TASKS`.
+        dataset: as :func:`loftup.eval.datasets.open_dataset` takes it; None for a task without one.
         backbone: in ``eval()`` mode; None for the oracle of the synthetic scenes.
-        described: how the backbone was made, for the results; part of what a stopped run must agree in.
+        description: of the backbone, for the results; part of what a stopped run must agree in.
         settings: values of the task's config by name.
         folder: for the results.
         overwrite: forget results of other settings that are there.
@@ -84,7 +60,7 @@ class Comparison:
         task: str,
         dataset: str | None,
         backbone: Backbone | None,
-        described: Mapping[str, Any],
+        description: Mapping[str, Any],
         settings: Mapping[str, Any],
         folder: Path,
         overwrite: bool = False,
@@ -95,7 +71,7 @@ class Comparison:
         self.dataset: Dataset[Any] | None = None if dataset is None else open_dataset(dataset, task)
         self.oracle: Any = None
         if backbone is None:
-            from .synthetic import Oracle
+            from .oracle import Oracle
 
             if self.dataset is None or dataset != "synthetic":
                 raise LoftUpError(f"the oracle knows the synthetic scenes alone, got --dataset {dataset}")
@@ -105,11 +81,10 @@ class Comparison:
         self.identity = {
             "task": task,
             "dataset": None if dataset is None else dataset.partition(":")[0],
-            "backbone": dict(described),
+            "backbone": dict(description),
             "config": dataclasses.asdict(self.config),
         }
         self.rows: dict[str, dict[str, Any]] = {}
-        self.pictures: dict[str, list[dict[str, Any]]] = {}
         if not overwrite:
             self._resume()
 
@@ -117,11 +92,10 @@ class Comparison:
         """Compare upsamplers, ``"[LABEL=]NAME[:ARGUMENT],..."``; returns how many of them failed."""
         failed = 0
         for label, spec in _specs(upsamplers):
-            known = self.rows.get(label)
-            if known is not None:
-                if known["upsampler"] != _shown(spec):
+            if row := self.rows.get(label):
+                if row["upsampler"] != _without_folders(spec):
                     raise LoftUpError(
-                        f"{self.folder / RESULTS} has {label!r} already, of {known['upsampler']}; name this one "
+                        f"{self.folder / RESULTS} has {label!r} already, of {row['upsampler']}; name this one "
                         f"otherwise: LABEL={spec}"
                     )
                 say(f"{label}: finished already")
@@ -138,17 +112,21 @@ class Comparison:
 
     def _one(self, label: str, spec: str) -> None:
         upsampler = self._create(spec)
-        started = time.perf_counter()
-        arguments = (self.backbone, upsampler) if self.dataset is None else (self.backbone, upsampler, self.dataset)
-        result = self.function(*arguments, self.config)
+        start = time.perf_counter()
+        dataset = () if self.dataset is None else (self.dataset,)
+        result = self.function(self.backbone, upsampler, *dataset, self.config)
         self.rows[label] = {
-            "upsampler": _shown(spec),
+            "upsampler": _without_folders(spec),
             "parameters": sum(p.numel() for p in upsampler.parameters()) if isinstance(upsampler, nn.Module) else 0,
             "metrics": result.metrics,
             "details": result.details,
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(time.perf_counter() - start, 1),
         }
-        self._keep_pictures(label, result)
+        # They are stored one by one, so that the figure can be made anew when others are added.
+        for index, pictures in enumerate(result.pictures):
+            for caption, picture in pictures.items():
+                column = _column(label) if caption == "ours" else caption
+                _save(picture, self.folder / "pictures" / f"{index:02d}_{column}.png")
 
     def _create(self, spec: str) -> Upsampler:
         if spec == "perfect":
@@ -160,51 +138,36 @@ class Comparison:
             upsampler.to(self.config.device)
         return upsampler
 
-    def _keep_pictures(self, label: str, result: Result) -> None:
-        """Store the pictures, so that the figure can be made anew when others are added."""
-        for index, row in enumerate(result.pictures):
-            for caption, picture in row.items():
-                name = f"{index:02d}_{caption if caption != 'ours' else f'of_{_file_name(label)}'}.png"
-                buffer = BytesIO()
-                picture.save(buffer, "PNG")
-                path = self.folder / "pictures" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, buffer.getvalue())
-
     def _line(self, row: Mapping[str, Any]) -> str:
-        shown = []
-        for name, values in row["metrics"].items():
-            metric = self.metrics[name]
-            shown.append(f"{metric.heading} {sum(values) / len(values):.{metric.decimals}f}")
-        return f"{', '.join(shown)} ({row['seconds']:.0f} s)"
+        means = {self.metrics[name]: fmean(values) for name, values in row["metrics"].items()}
+        numbers = ", ".join(f"{metric.heading} {mean:.{metric.decimals}f}" for metric, mean in means.items())
+        return f"{numbers} ({row['seconds']:.0f} s)"
 
     def _write(self) -> None:
         results = {**self.identity, "upsamplers": self.rows, "environment": _environment(self.config.device)}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
         write_atomically(self.folder / TABLE, markdown([results]).encode())
-        drawn = figure(self.folder / "pictures", {label: f"of_{_file_name(label)}" for label in self.rows})
-        if drawn is not None:
-            buffer = BytesIO()
-            drawn.save(buffer, "PNG")
-            write_atomically(self.folder / FIGURE, buffer.getvalue())
+        grid = figure(self.folder / "pictures", {label: _column(label) for label in self.rows})
+        if grid is not None:
+            _save(grid, self.folder / FIGURE)
 
     def _resume(self) -> None:
         file = self.folder / RESULTS
         if not file.is_file():
             return
         try:
-            known = json.loads(file.read_text("utf-8"))
-            theirs = {key: known[key] for key in self.identity}
-            self.rows = known["upsamplers"]
+            results = json.loads(file.read_text("utf-8"))
+            previous = {key: results[key] for key in self.identity}
+            self.rows = results["upsamplers"]
         except (ValueError, KeyError) as error:
             raise LoftUpError(f"{file} is damaged ({error}); remove it, or give --overwrite") from error
         # As JSON has it: tuples are lists there.
-        ours = json.loads(json.dumps(self.identity))
-        if theirs != ours:
+        current = json.loads(json.dumps(self.identity))
+        if previous != current:
+            differences = ", ".join(_differences(previous, current))
             raise LoftUpError(
-                f"{file} was made with other settings ({', '.join(_differences(theirs, ours))}); give another -o, or "
-                "--overwrite to forget it"
+                f"{file} was made with other settings ({differences}); give another -o, or --overwrite to forget it"
             )
 
 
@@ -214,10 +177,10 @@ def _config(kind: Any, settings: Mapping[str, Any], task: str) -> Any:
     for name, value in settings.items():
         if name not in fields:
             raise LoftUpError(f"{task} has no setting {name!r}; it has {', '.join(sorted(fields))}")
-        known = getattr(default, name)
-        number = isinstance(known, float) and isinstance(value, int) and not isinstance(value, bool)
-        if known is not None and not number and not isinstance(value, type(known)):
-            raise LoftUpError(f"{name} of {task} is {known!r} by default, got {value!r} of another kind")
+        usual = getattr(default, name)
+        number = isinstance(usual, float) and isinstance(value, int) and not isinstance(value, bool)
+        if not number and not isinstance(value, type(usual)):
+            raise LoftUpError(f"{name} of {task} is {usual!r} by default, got {value!r} of another kind")
     try:
         return kind(**settings)
     except (ValueError, TypeError) as error:
@@ -226,48 +189,52 @@ def _config(kind: Any, settings: Mapping[str, Any], task: str) -> Any:
 
 def _specs(upsamplers: str) -> list[tuple[str, str]]:
     """("label", "name:argument") of every upsampler."""
-    found = []
+    specs = []
     for text in filter(None, (part.strip() for part in upsamplers.split(","))):
         label, equals, spec = text.partition("=")
-        found.append((label, spec) if equals else (text.partition(":")[0], text))
-    labels = [label for label, _ in found]
-    if not found or len(set(labels)) < len(labels):
+        specs.append((label, spec) if equals else (text.partition(":")[0], text))
+    if not specs or len(dict(specs)) < len(specs):
         raise LoftUpError(
             f"expected upsamplers of different labels, got {upsamplers!r}; write LABEL=NAME:ARGUMENT to tell two of "
             "one name apart"
         )
-    return found
+    return specs
 
 
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
+def _column(label: str) -> str:
+    """Part of a picture's file name that says which upsampler it is of."""
+    return "of_" + re.sub(r"[^\w.-]", "_", label)
 
 
-def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [*ours, *(key for key in theirs if key not in ours)]
-        return [d for key in keys for d in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".strip("."))]
-    return [] if theirs == ours else [f"{name} {theirs!r}, now {ours!r}"]
+def _save(picture: "Image.Image", path: Path) -> None:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for key in new | old for d in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [f"{name} {old!r}, now {new!r}"]
 
 
 def _environment(device: str) -> dict[str, str]:
-    on = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    found = {
+    environment = {
         "loftup": __version__,
         "torch": torch.__version__,
         "timm": version("timm"),
         "python": platform.python_version(),
-        "device": on,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
         "threads": str(torch.get_num_threads()),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["loftup", *(_shown(text) for text in sys.argv[1:])]),
+        "command": " ".join(["loftup", *map(_without_folders, sys.argv[1:])]),
     }
-    if commit := _commit():
-        found["commit"] = commit
-    return found
+    commit = _commit()
+    return environment | ({"commit": commit} if commit else {})
 
 
-def _shown(text: str) -> str:
+def _without_folders(text: str) -> str:
     """A text as others may see it: of absolute paths the last part."""
     return re.sub(r"(?<![\w.~])(?:/[^\s,:=/]+)*/([^\s,:=/]+)/?", r"\1", text)
 
@@ -276,11 +243,10 @@ def _commit() -> str | None:
     """Commit of the checkout that this file lies in, marked where files differ from it."""
     here = ["git", "-C", str(Path(__file__).parent)]
     try:
-        inside = subprocess.run([*here, "ls-files", "--error-unmatch", __file__], capture_output=True)
-        if inside.returncode:
+        if subprocess.run([*here, "ls-files", "--error-unmatch", __file__], capture_output=True).returncode:
             return None
         commit = subprocess.run([*here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*here, "status", "--porcelain", "--untracked-files=no"], capture_output=True)
-        return commit.stdout.strip() + ("+" if changed.stdout else "")
+        changes = subprocess.run([*here, "status", "--porcelain", "--untracked-files=no"], capture_output=True)
+        return commit.stdout.strip() + ("+" if changes.stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -5,10 +5,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..errors import LoftUpError
 from .result import Metric
+from .tasks import TASKS
 
 __all__ = ["comma_separated", "markdown", "read_results"]
 
@@ -21,7 +23,7 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         LoftUpError: a file is missing or holds something else.
     """
-    found = []
+    all_results = []
     for folder in folders:
         file = folder if folder.is_file() else folder / "results.json"
         try:
@@ -31,8 +33,8 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
             raise LoftUpError(f"expected results.json of `loftup eval` in {folder}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise LoftUpError(f"{file} does not hold results of `loftup eval`: {error!r}") from error
-        found.append(results)
-    return found
+        all_results.append(results)
+    return all_results
 
 
 def markdown(all_results: Sequence[Results], metrics: Sequence[str] | None = None) -> str:
@@ -49,18 +51,20 @@ def markdown(all_results: Sequence[Results], metrics: Sequence[str] | None = Non
     """
     sections = []
     for group in _groups(all_results):
-        known, rows = _known_metrics(group[0]), _rows(group)
-        shown = _chosen(known, rows, metrics)
-        if not shown:
+        rows = _rows(group)
+        columns = _columns(group[0], rows, metrics)
+        if not columns:
             continue
+        headings = " | ".join(metric.heading for metric in columns.values())
         lines = [f"### {_title(group[0])}", "", _protocol(group[0]), ""]
-        lines.append(f"| upsampler | {' | '.join(known[name].heading for name in shown)} | parameters | s in all |")
-        lines.append("|---|" + "---:|" * (len(shown) + 2))
-        best = {name: _best(known[name], [row["metrics"].get(name) for row in rows.values()]) for name in shown}
+        lines += [f"| upsampler | {headings} | parameters | s in all |", "|---|" + "---:|" * (len(columns) + 2)]
+        best = {
+            name: _best(metric, [row["metrics"].get(name) for row in rows.values()]) for name, metric in columns.items()
+        }
         for label, row in rows.items():
             cells = []
-            for name in shown:
-                text, value = _cell(known[name], row["metrics"].get(name))
+            for name, metric in columns.items():
+                text, value = _cell(metric, row["metrics"].get(name))
                 cells.append(f"**{text}**" if text and value == best[name] and len(rows) > 1 else text)
             lines.append(f"| {label} | {' | '.join(cells)} | {_millions(row['parameters'])} | {row['seconds']:.0f} |")
         sections.append("\n".join(lines) + "\n")
@@ -78,12 +82,11 @@ def comma_separated(all_results: Sequence[Results], metrics: Sequence[str] | Non
     for group in _groups(all_results):
         rows = _rows(group)
         for label, row in rows.items():
-            for name in _chosen(_known_metrics(group[0]), rows, metrics):
-                values = row["metrics"].get(name)
-                if values:
+            for name in _columns(group[0], rows, metrics):
+                if values := row["metrics"].get(name):
                     backbone = group[0]["backbone"]
                     where = (group[0]["task"], group[0]["dataset"], backbone.get("name"), backbone.get("layer"))
-                    numbers = (f"{v:.6g}" for v in (sum(values) / len(values), min(values), max(values)))
+                    numbers = (f"{v:.6g}" for v in (fmean(values), min(values), max(values)))
                     table.writerow([*where, label, name, *numbers, len(values), row["parameters"], row["seconds"]])
     return text.getvalue()
 
@@ -100,15 +103,11 @@ def _rows(group: Sequence[Results]) -> dict[str, Any]:
     return {label: row for results in group for label, row in results["upsamplers"].items()}
 
 
-def _known_metrics(results: Results) -> dict[str, Metric]:
-    from .run import TASKS
-
-    return TASKS[results["task"]].load()[2]
-
-
-def _chosen(known: Mapping[str, Metric], rows: Mapping[str, Any], metrics: Sequence[str] | None) -> list[str]:
+def _columns(results: Results, rows: Mapping[str, Any], metrics: Sequence[str] | None) -> dict[str, Metric]:
+    """The task's metrics that a row has, of those asked for."""
+    table = TASKS[results["task"]].load()[2]
     present = {name for row in rows.values() for name in row["metrics"]}
-    return [name for name in (known if metrics is None else metrics) if name in present and name in known]
+    return {name: table[name] for name in (metrics or table) if name in present and name in table}
 
 
 def _all_names(all_results: Sequence[Results]) -> str:
@@ -133,7 +132,7 @@ def _protocol(results: Results) -> str:
 def _cell(metric: Metric, values: Sequence[float] | None) -> tuple[str, float | None]:
     if not values:
         return "", None
-    mean = round(sum(values) / len(values), metric.decimals)
+    mean = round(fmean(values), metric.decimals)
     spread = f" ± {max(values) - min(values):.{metric.decimals}f}" if len(values) > 1 else ""
     return f"{mean:.{metric.decimals}f}{spread}", mean
 

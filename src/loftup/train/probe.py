@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Scores", "boundary_band", "fit_probe", "score"]
+__all__ = [
+    "Confusion",
+    "Scores",
+    "boundary_band",
+    "confusion_matrix",
+    "fit_probe",
+    "intersection_over_union",
+    "score",
+]
 
 
 @dataclass(frozen=True)
@@ -93,39 +101,70 @@ def boundary_band(labels: Tensor, radius: int = 3) -> Tensor:
     return (high != low)[:, 0]
 
 
-def score(pairs: Iterable[tuple[Tensor, Tensor]], classes: int, radius: int = 3) -> Scores:
-    """Compare predictions with labels.
+class Confusion:
+    """Counts of labels and predictions, over all pixels with a label and over those near a label edge.
 
     Args:
-        pairs: (prediction, label), (B, H, W) int64 each; labels outside [0, classes) are not counted.
         classes: how many there are.
         radius: width of the boundary band in pixels, see :func:`boundary_band`.
+    """
+
+    def __init__(self, classes: int, radius: int = 3) -> None:
+        self.classes, self.radius = classes, radius
+        self.whole = torch.zeros(classes, classes, dtype=torch.int64)
+        self.band = torch.zeros_like(self.whole)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Count pixels, (B, H, W) int64 each; labels outside [0, classes) are not counted.
+
+        Raises:
+            ValueError: the prediction is of another shape than the label, or outside [0, classes).
+        """
+        labelled = (label >= 0) & (label < self.classes)
+        self.whole += confusion_matrix(prediction, label, labelled, self.classes)
+        self.band += confusion_matrix(prediction, label, labelled & boundary_band(label, self.radius), self.classes)
+
+    def scores(self) -> Scores:
+        """Scores of all pixels that were counted."""
+        per_class = 100 * intersection_over_union(self.whole)
+        return Scores(
+            miou=float(per_class.nanmean()),
+            accuracy=100 * float(self.whole.trace() / self.whole.sum()),
+            boundary_miou=100 * float(intersection_over_union(self.band).nanmean()),
+            per_class=tuple(per_class.tolist()),
+        )
+
+
+def score(pairs: Iterable[tuple[Tensor, Tensor]], classes: int, radius: int = 3) -> Scores:
+    """Compare predictions with labels, (prediction, label) as :meth:`Confusion.update` takes them."""
+    confusion = Confusion(classes, radius)
+    for prediction, label in pairs:
+        confusion.update(prediction, label)
+    return confusion.scores()
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, counted: Tensor, classes: int) -> Tensor:
+    """Number of pixels of every label (row) and prediction (column), (classes, classes) int64 on the CPU.
+
+    Args:
+        prediction: any shape, int64 in [0, classes).
+        label: of the same shape; in [0, classes) where it is counted.
+        counted: bool, the pixels to count.
+        classes: how many there are.
 
     Raises:
-        ValueError: a prediction is of another shape than its label, or outside [0, classes).
+        ValueError: the prediction is of another shape than the label, or outside [0, classes).
     """
-    whole = torch.zeros(classes, classes, dtype=torch.int64)
-    band = torch.zeros_like(whole)
-    for prediction, label in pairs:
-        if prediction.shape != label.shape:
-            raise ValueError(f"predictions {tuple(prediction.shape)} for labels {tuple(label.shape)}")
-        if prediction.numel() and not (prediction.min() >= 0 and prediction.max() < classes):
-            low, high = int(prediction.min()), int(prediction.max())
-            raise ValueError(f"predictions from {low} to {high}, expected classes from 0 to {classes - 1}")
-        known = (label >= 0) & (label < classes)
-        for matrix, chosen in ((whole, known), (band, known & boundary_band(label, radius))):
-            cells = label[chosen] * classes + prediction[chosen]
-            matrix += torch.bincount(cells.cpu(), minlength=classes**2).view(classes, classes)
-    per_class, miou = _iou(whole)
-    return Scores(
-        miou=miou,
-        accuracy=100 * float(whole.trace() / whole.sum()),
-        boundary_miou=_iou(band)[1],
-        per_class=tuple(per_class.tolist()),
-    )
+    if prediction.shape != label.shape:
+        raise ValueError(f"predictions {tuple(prediction.shape)} for labels {tuple(label.shape)}")
+    if prediction.numel() and not (prediction.min() >= 0 and prediction.max() < classes):
+        low, high = int(prediction.min()), int(prediction.max())
+        raise ValueError(f"predictions from {low} to {high}, expected classes from 0 to {classes - 1}")
+    cells = label[counted] * classes + prediction[counted]
+    return torch.bincount(cells.cpu(), minlength=classes**2).view(classes, classes)
 
 
-def _iou(confusion: Tensor) -> tuple[Tensor, float]:
+def intersection_over_union(confusion: Tensor) -> Tensor:
+    """IoU in [0, 1] of every class of a confusion matrix, (classes,) float64; NaN where a class never occurs."""
     hits = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return 100 * hits / union, 100 * float((hits / union).nanmean())
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)

@@ -1,13 +1,13 @@
 """Readers of the datasets' real layouts, by name."""
 
-from .base import Dataset, GeometrySample, InteractiveSample, SegmentationSample, VideoSequence
-from .registry import TASKS, names, open_dataset, register
+from .base import Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample, VideoSequence
+from .registry import names, open_dataset, register
 
 __all__ = [
-    "TASKS",
     "Dataset",
     "GeometrySample",
     "InteractiveSample",
+    "Samples",
     "SegmentationSample",
     "VideoSequence",
     "names",

@@ -1,12 +1,12 @@
-"""What the readers give the tasks."""
+"""Datasets and their kinds of samples, which readers make and tasks take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Dataset", "GeometrySample", "InteractiveSample", "SegmentationSample", "VideoSequence"]
+__all__ = ["KINDS", "Dataset", "GeometrySample", "InteractiveSample", "Samples", "SegmentationSample", "VideoSequence"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,38 @@ class VideoSequence(Protocol):
         """(H, W) int64: 0 background, 1, 2, ... objects, -1 not judged; those of frame 0 are to be followed."""
 
 
+# Readers are registered and tasks listed by these names.
+KINDS = {
+    "labels": SegmentationSample,
+    "geometry": GeometrySample,
+    "objects": InteractiveSample,
+    "sequences": VideoSequence,
+}
 T = TypeVar("T", covariant=True)
 
 
 @dataclass(frozen=True)
+class Samples(Sequence[T]):
+    """Samples that are read when they are asked for.
+
+    Args:
+        entries: one a sample, its files for example.
+        read: makes the sample of an entry.
+    """
+
+    entries: Sequence[Any]
+    read: Callable[[Any], T]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.read(self.entries[index])
+
+
+@dataclass(frozen=True)
 class Dataset(Generic[T]):
-    """Splits of a dataset. Samples are read when they are asked for.
+    """Splits of a dataset.
 
     Args:
         name: of the dataset.

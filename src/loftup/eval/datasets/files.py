@@ -9,34 +9,34 @@ from torch import Tensor
 from ...errors import LoftUpError
 from ...pictures import open_picture, require_pillow
 
-__all__ = ["expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
+__all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
 
 
-def expect_folder(folder: Path, what: str) -> Path:
+def expect_folder(folder: Path, content: str) -> Path:
     """The folder, or LoftUpError if there is none."""
     if not folder.is_dir():
-        raise LoftUpError(f"expected a folder with {what} at {folder}, found {_found(folder)}")
+        raise LoftUpError(f"expected a folder with {content} at {folder}, found {_found(folder)}")
     return folder
 
 
-def expect_file(file: Path, what: str) -> Path:
+def expect_file(file: Path, content: str) -> Path:
     """The file, or LoftUpError if there is none."""
     if not file.is_file():
-        raise LoftUpError(f"expected {what} at {file}, found {_found(file)}")
+        raise LoftUpError(f"expected {content} at {file}, found {_found(file)}")
     return file
 
 
-def list_files(folder: Path, pattern: str, what: str) -> list[Path]:
+def list_files(folder: Path, pattern: str, content: str) -> list[Path]:
     """Files of a folder that match a pattern, sorted; LoftUpError if there are none."""
-    files = sorted(expect_folder(folder, what).glob(pattern))
+    files = sorted(expect_folder(folder, content).glob(pattern))
     if not files:
-        raise LoftUpError(f"expected {what} as {pattern} in {folder}, found no such file")
+        raise LoftUpError(f"expected {content} as {pattern} in {folder}, found no such file")
     return files
 
 
-def read_lines(file: Path, what: str) -> list[str]:
+def read_lines(file: Path, content: str) -> list[str]:
     """Lines of a text file that are not empty."""
-    lines = [line.strip() for line in expect_file(file, what).read_text().splitlines()]
+    lines = [line.strip() for line in expect_file(file, content).read_text().splitlines()]
     return [line for line in lines if line]
 
 
@@ -49,15 +49,24 @@ def read_image(file: Path) -> Tensor:
         raise LoftUpError(str(error)) from error
 
 
-def read_map(file: Path, what: str = "a label map") -> Tensor:
+def read_map(file: Path, content: str = "a label map") -> Tensor:
     """(H, W) int64 of a picture with one channel, palette indices as they are; a map in three channels (3, H, W)."""
-    expect_file(file, what)
+    expect_file(file, content)
     try:
         with require_pillow().open(file) as picture:
             values = torch.from_numpy(np.array(picture).astype(np.int64))
     except Exception as error:  # a damaged file raises SyntaxError, struct.error and others
-        raise LoftUpError(f"cannot read {what} from {file}: {error}") from error
+        raise LoftUpError(f"cannot read {content} from {file}: {error}") from error
     return values if values.ndim == 2 else values.movedim(-1, 0)[:3]
+
+
+def check_size(values: Tensor, file: Path, image: Tensor, picture: Path) -> None:
+    """LoftUpError unless a map (H, W) from a file has the size of its picture (3, H, W)."""
+    if values.shape != image.shape[1:]:
+        raise LoftUpError(
+            f"{file} is {tuple(values.shape)}, but its picture {picture} is {tuple(image.shape[1:])}; expected a map "
+            "with one channel and the picture's size"
+        )
 
 
 def _found(path: Path) -> str:

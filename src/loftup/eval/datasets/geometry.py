@@ -1,8 +1,6 @@
 """Readers of depth and surface normal datasets."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import LoftUpError
-from .base import Dataset, GeometrySample
+from .base import Dataset, GeometrySample, Samples
 from .files import expect_file, list_files, read_image, read_map
 from .registry import register
 
-__all__ = ["NaviSplit", "NyuSplit", "navi", "normals_from_depth", "nyuv2"]
+__all__ = ["navi", "normals_from_depth", "nyuv2"]
 
 
-@dataclass(frozen=True)
-class NyuSplit(Sequence[GeometrySample]):
-    """One split of NYUv2 in folders ``rgb``, ``depth`` and ``normals``."""
-
-    pictures: list[Path]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        picture = self.pictures[index]
-        split = picture.parent.parent
-        depth = read_map(split / "depth" / f"{picture.stem}.png", "a 16-bit depth map in millimetres").float() / 1000
-        depth[depth == 0] = float("nan")
-        colours = read_map(split / "normals" / f"{picture.stem}.png", "a normal map in three channels")
-        return GeometrySample(picture.stem, read_image(picture), depth, _decode_normals(colours))
+def _depth(file: Path) -> Tensor:
+    """Metres, NaN where unknown."""
+    millimetres = read_map(file, "a 16-bit depth map in millimetres")
+    return (millimetres.float() / 1000).masked_fill(millimetres == 0, float("nan"))
 
 
-@register("nyuv2", "depth", "normals")
+@register("nyuv2", "geometry")
 def nyuv2(root: Path) -> Dataset[GeometrySample]:
     """NYUv2 as ``{train,test}/{rgb,depth,normals}/NAME.png``.
 
@@ -45,7 +31,13 @@ def nyuv2(root: Path) -> Dataset[GeometrySample]:
     (128, 128, 128) where unknown, in camera coordinates with x right, y down and z forward.
     """
     train, test = (list_files(root / name / "rgb", "*.*", "NYUv2 pictures") for name in ("train", "test"))
-    return Dataset("nyuv2", NyuSplit(train), NyuSplit(test))
+    return Dataset("nyuv2", Samples(train, _nyuv2_sample), Samples(test, _nyuv2_sample))
+
+
+def _nyuv2_sample(picture: Path) -> GeometrySample:
+    split, name = picture.parent.parent, f"{picture.stem}.png"
+    colours = read_map(split / "normals" / name, "a normal map in three channels")
+    return GeometrySample(picture.stem, read_image(picture), _depth(split / "depth" / name), _decode_normals(colours))
 
 
 def _decode_normals(colours: Tensor) -> Tensor:
@@ -54,27 +46,7 @@ def _decode_normals(colours: Tensor) -> Tensor:
     return F.normalize(normals, dim=0).masked_fill(unknown, float("nan"))
 
 
-@dataclass(frozen=True)
-class NaviSplit(Sequence[GeometrySample]):
-    """Pictures of NAVI: (folder of the scene, its entry in ``annotations.json``)."""
-
-    entries: list[tuple[Path, dict[str, Any]]]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        scene, entry = self.entries[index]
-        image = read_image(scene / "images" / entry["filename"])
-        stem = Path(entry["filename"]).stem
-        depth = read_map(scene / "depth" / f"{stem}.png", "a 16-bit depth map in millimetres").float() / 1000
-        depth[depth == 0] = float("nan")
-        focal = float(entry["camera"]["focal_length"])
-        name = f"{scene.parent.name}/{scene.name}/{stem}"
-        return GeometrySample(name, image, depth, normals_from_depth(depth, focal))
-
-
-@register("navi", "depth", "normals")
+@register("navi", "geometry")
 def navi(root: Path) -> Dataset[GeometrySample]:
     """NAVI v1: ``OBJECT/SCENE/{images,depth}`` with ``annotations.json``, depth 16-bit PNG in millimetres.
 
@@ -93,7 +65,16 @@ def navi(root: Path) -> Dataset[GeometrySample]:
                 f"{file} is not NAVI's: expected a list of entries with filename, split and camera.focal_length "
                 f"({type(error).__name__}: {error})"
             ) from error
-    return Dataset("navi", NaviSplit(splits["train"]), NaviSplit(splits["val"]))
+    return Dataset("navi", Samples(splits["train"], _navi_sample), Samples(splits["val"], _navi_sample))
+
+
+def _navi_sample(entry: tuple[Path, dict[str, Any]]) -> GeometrySample:
+    scene, fields = entry
+    image = read_image(scene / "images" / fields["filename"])
+    stem = Path(fields["filename"]).stem
+    depth = _depth(scene / "depth" / f"{stem}.png")
+    normals = normals_from_depth(depth, float(fields["camera"]["focal_length"]))
+    return GeometrySample(f"{scene.parent.name}/{scene.name}/{stem}", image, depth, normals)
 
 
 def normals_from_depth(depth: Tensor, focal: float) -> Tensor:

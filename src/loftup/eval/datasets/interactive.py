@@ -1,48 +1,42 @@
 """Readers of interactive segmentation datasets: one object of one picture is a sample."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
-from .base import Dataset, InteractiveSample
-from .files import expect_file, list_files, read_image, read_lines, read_map
+from .base import Dataset, InteractiveSample, Samples
+from .files import check_size, expect_file, list_files, read_image, read_lines, read_map
 from .registry import register
 
-__all__ = ["Objects", "berkeley", "davis_objects", "grabcut", "sbd"]
+__all__ = ["berkeley", "davis_objects", "grabcut", "sbd"]
 
 
-@dataclass(frozen=True)
-class Objects(Sequence[InteractiveSample]):
-    """Objects to select: (picture, mask file, number of the object in it), and how a mask file is read.
+Objects = Samples[InteractiveSample]
+Entry = tuple[Path, Path, int]  # picture, mask file, number of the object in it
 
-    ``read(file, number)`` gives (H, W) int64 of 1 object, 0 not, -1 not judged.
-    """
 
-    entries: list[tuple[Path, Path, int]]
-    read: Callable[[Path, int], Tensor]
+def _objects(entries: list[Entry], read_mask: Callable[[Path, int], Tensor]) -> Objects:
+    """Objects to select; a mask is read from its file and number, (H, W) int64: 1 object, 0 not, -1 not judged."""
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        picture, file, number = self.entries[index]
-        image, mask = read_image(picture), self.read(file, number)
-        if mask.shape != image.shape[1:]:
-            raise LoftUpError(f"{file} is {tuple(mask.shape)}, but its picture {picture} is {tuple(image.shape[1:])}")
+    def read(entry: Entry) -> InteractiveSample:
+        picture, file, number = entry
+        image, mask = read_image(picture), read_mask(file, number)
+        check_size(mask, file, image, picture)
         return InteractiveSample(f"{picture.stem}/{number}", image, mask)
 
+    return Samples(entries, read)
 
-@register("grabcut", "interactive")
+
+@register("grabcut", "objects")
 def grabcut(root: Path) -> Dataset[InteractiveSample]:
     """GrabCut: ``images/*`` and ``masks/NAME.png`` or ``.bmp``: 0 not, 255 object, 128 void. No training split."""
     return Dataset("grabcut", [], _images_and_masks(root))
 
 
-@register("berkeley", "interactive")
+@register("berkeley", "objects")
 def berkeley(root: Path) -> Dataset[InteractiveSample]:
     """Berkeley: ``images/*`` and ``masks/NAME[#k].png``, one object a mask. No training split."""
     return Dataset("berkeley", [], _images_and_masks(root))
@@ -56,7 +50,7 @@ def _images_and_masks(root: Path) -> Objects:
         if stem not in pictures:
             raise LoftUpError(f"expected the picture of the mask {mask} as images/{stem}.jpg or .png in {root}")
         entries.append((pictures[stem], mask, int(number or 1)))
-    return Objects(entries, _trimap)
+    return _objects(entries, _trimap)
 
 
 def _trimap(file: Path, number: int) -> Tensor:
@@ -67,7 +61,7 @@ def _trimap(file: Path, number: int) -> Tensor:
     return (values == 255).long().masked_fill((values > 0) & (values < 255), -1)
 
 
-@register("davis", "interactive")
+@register("davis", "objects")
 def davis_objects(root: Path) -> Dataset[InteractiveSample]:
     """Every object of every tenth frame of DAVIS-2017's validation sequences. No training split."""
     entries = []
@@ -76,7 +70,7 @@ def davis_objects(root: Path) -> Dataset[InteractiveSample]:
             file = root / "Annotations" / "480p" / name / f"{frame.stem}.png"
             numbers = read_map(file, "a palette picture with object numbers").unique().tolist()
             entries += [(frame, file, number) for number in numbers if 0 < number < 255]
-    return Dataset("davis", [], Objects(entries, _davis_object))
+    return Dataset("davis", [], _objects(entries, _davis_object))
 
 
 def _davis_object(file: Path, number: int) -> Tensor:
@@ -84,7 +78,7 @@ def _davis_object(file: Path, number: int) -> Tensor:
     return (values == number).long().masked_fill(values == 255, -1)
 
 
-@register("sbd", "interactive")
+@register("sbd", "objects")
 def sbd(root: Path) -> Dataset[InteractiveSample]:
     """SBD: ``dataset/img/NAME.jpg``, ``dataset/inst/NAME.mat``, ``dataset/train.txt`` and ``val.txt``.
 
@@ -99,7 +93,7 @@ def sbd(root: Path) -> Dataset[InteractiveSample]:
             file = root / "inst" / f"{stem}.mat"
             numbers = _instances(file).unique().tolist()
             entries += [(root / "img" / f"{stem}.jpg", file, number) for number in numbers if 0 < number < 255]
-        return Objects(entries, lambda file, number: (_instances(file) == number).long())
+        return _objects(entries, lambda file, number: (_instances(file) == number).long())
 
     return Dataset("sbd", split("train"), split("val"))
 

@@ -30,15 +30,15 @@ def fit(image: Tensor, *maps: Tensor, size: tuple[int, int] | None) -> tuple[Ten
         return (picture, *maps)
     height, width = image.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
-    grown = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    if grown != (height, width):
-        picture = F.interpolate(picture[None], grown, mode="bilinear", align_corners=False, antialias=True)[0]
+    cover = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    if cover != (height, width):
+        picture = F.interpolate(picture[None], cover, mode="bilinear", align_corners=False, antialias=True)[0]
         picture = picture.clamp(0, 1)
-        rows, columns = (_nearest(new, old) for new, old in zip(grown, (height, width), strict=True))
+        rows, columns = (_nearest(new, old) for new, old in zip(cover, (height, width), strict=True))
         maps = tuple(x[..., rows, :][..., columns] for x in maps)
-    top, left = (grown[0] - size[0]) // 2, (grown[1] - size[1]) // 2
-    box = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-    return (picture[box], *(x[box] for x in maps))
+    top, left = (cover[0] - size[0]) // 2, (cover[1] - size[1]) // 2
+    window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+    return (picture[window], *(x[window] for x in maps))
 
 
 def _nearest(new: int, old: int) -> Tensor:

@@ -7,31 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoftUpError
-from .base import Dataset
+from ..tasks import TASKS
+from .base import KINDS, Dataset
 
-__all__ = ["TASKS", "names", "open_dataset", "register"]
+__all__ = ["names", "open_dataset", "register"]
 
-TASKS = ("segmentation", "open_vocabulary", "depth", "normals", "video", "interactive")
 Reader = Callable[[Path], Dataset[Any]]
 _READERS: dict[tuple[str, str], Reader] = {}
 # Modules of this package that register readers when they are imported.
 _MODULES = ("segmentation", "geometry", "video", "interactive")
 
 
-def register(name: str, *tasks: str) -> Callable[[Reader], Reader]:
-    """Add a reader, a function of the dataset's folder, under a name for some tasks, as its decorator.
+def register(name: str, kind: str) -> Callable[[Reader], Reader]:
+    """Add a reader, a function of the dataset's folder, under a name, as its decorator.
+
+    One name may stand for datasets of several kinds, each with its own reader.
+
+    Args:
+        name: of the dataset.
+        kind: of its samples, of KINDS; every task on that kind takes it.
 
     Raises:
-        ValueError: there is such a dataset for such a task already, or no such task.
+        ValueError: there is such a dataset of that kind already, or no such kind.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"there is no task {task!r}; expected one of {', '.join(TASKS)}")
-        if (name, task) in _READERS:
-            raise ValueError(f"there is a dataset {name!r} for {task} already; choose another name")
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r} of samples; expected one of {', '.join(KINDS)}")
+    if (name, kind) in _READERS:
+        raise ValueError(f"there is a dataset {name!r} of {kind} already; choose another name")
 
     def add(reader: Reader) -> Reader:
-        _READERS.update({(name, task): reader for task in tasks})
+        _READERS[name, kind] = reader
         return reader
 
     return add
@@ -41,7 +46,7 @@ def names(task: str) -> list[str]:
     """Datasets that a task can be done on, "synthetic" among them."""
     for module in _MODULES:
         import_module(f".{module}", __package__)
-    return ["synthetic", *(name for name, its_task in _READERS if its_task == task)]
+    return ["synthetic", *(name for name, kind in _READERS if kind == TASKS[task].data)]
 
 
 def open_dataset(spec: str, task: str) -> Dataset[Any]:
@@ -49,19 +54,19 @@ def open_dataset(spec: str, task: str) -> Dataset[Any]:
 
     Args:
         spec: name and folder of the dataset; see :func:`names` and each reader for the files expected in it.
-        task: "segmentation", "open_vocabulary", "depth", "normals", "video" or "interactive".
+        task: a name of :data:`loftup.eval.tasks.TASKS`.
 
     Raises:
         LoftUpError: there is no such dataset for the task, or a file or folder of it is missing; it names the file.
     """
     name, _, path = spec.partition(":")
-    known = names(task)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(known)}"
+    choices = names(task)
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=3)
+        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(choices)}"
         raise LoftUpError(f"there is no dataset {name!r} for {task}; {hint}")
     if name == "synthetic":
-        from ..synthetic import synthetic
+        from .synthetic import synthetic
 
         if path:
             raise LoftUpError(f"'synthetic' is rendered and has no folder, got {spec!r}; write synthetic")
@@ -71,4 +76,4 @@ def open_dataset(spec: str, task: str) -> Dataset[Any]:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise LoftUpError(f"the folder of {name!r} is not there: {folder}")
-    return _READERS[name, task](folder)
+    return _READERS[name, TASKS[task].data](folder)

@@ -1,45 +1,33 @@
 """Readers of semantic segmentation datasets in their published layouts."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
-from .base import Dataset, SegmentationSample
-from .files import expect_file, expect_folder, list_files, read_image, read_lines, read_map
+from .base import Dataset, Samples, SegmentationSample
+from .files import check_size, expect_file, expect_folder, list_files, read_image, read_lines, read_map
 from .registry import register
 
-__all__ = ["Pairs", "ade20k", "camvid", "cityscapes", "coco_stuff", "voc"]
+__all__ = ["ade20k", "camvid", "cityscapes", "coco_stuff", "voc"]
 
 
-@dataclass(frozen=True)
-class Pairs(Sequence[SegmentationSample]):
-    """Pictures with label maps, read when they are asked for.
+Pairs = Samples[SegmentationSample]
 
-    Args:
-        files: (picture, label map) of every sample.
-        decode: values of a map file to labels, -1 where there is none.
-    """
 
-    files: list[tuple[Path, Path]]
-    decode: Callable[[Tensor], Tensor]
+def _pairs(files: list[tuple[Path, Path]], decode: Callable[[Tensor], Tensor]) -> Pairs:
+    """Pictures with label maps; ``decode`` turns the values of a map into labels, -1 where there is none."""
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        picture, file = self.files[index]
+    def read(pair: tuple[Path, Path]) -> SegmentationSample:
+        picture, file = pair
         image, values = read_image(picture), read_map(file)
-        if values.shape != image.shape[1:]:
-            raise LoftUpError(
-                f"{file} is {tuple(values.shape)}, but its picture {picture} is {tuple(image.shape[1:])}; expected "
-                "a label map with one channel and the picture's size"
-            )
-        return SegmentationSample(picture.stem, image, self.decode(values))
+        check_size(values, file, image, picture)
+        return SegmentationSample(picture.stem, image, decode(values))
+
+    return Samples(files, read)
 
 
 def _names() -> dict[str, dict[str, list]]:  # type: ignore[type-arg]
@@ -63,7 +51,7 @@ def _looked_up(table: dict[int, int]) -> Callable[[Tensor], Tensor]:
     return lambda values: lookup[values.clamp(0, 255)]
 
 
-@register("camvid", "segmentation", "open_vocabulary")
+@register("camvid", "labels")
 def camvid(root: Path) -> Dataset[SegmentationSample]:
     """CamVid with 11 classes: ``train/*.png`` with ``trainannot/*.png``, or ``train/NAME.jpg`` with ``NAME.png``.
 
@@ -78,12 +66,12 @@ def camvid(root: Path) -> Dataset[SegmentationSample]:
         else:
             pictures = list_files(root / name, "*.jpg", "CamVid frames")
             files = [(picture, picture.with_suffix(".png")) for picture in pictures]
-        return Pairs(files, _below(11))
+        return _pairs(files, _below(11))
 
     return _dataset("camvid", split("train"), split("val"))
 
 
-@register("cityscapes", "segmentation", "open_vocabulary")
+@register("cityscapes", "labels")
 def cityscapes(root: Path) -> Dataset[SegmentationSample]:
     """Cityscapes with 19 classes: ``leftImg8bit/SPLIT/CITY/*_leftImg8bit.png`` and ``gtFine/.../*_labelIds.png``."""
     ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -95,12 +83,12 @@ def cityscapes(root: Path) -> Dataset[SegmentationSample]:
         files = [
             (p, labels / p.parent.name / p.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")) for p in pictures
         ]
-        return Pairs(files, decode)
+        return _pairs(files, decode)
 
     return _dataset("cityscapes", split("train"), split("val"))
 
 
-@register("coco_stuff", "segmentation", "open_vocabulary")
+@register("coco_stuff", "labels")
 def coco_stuff(root: Path) -> Dataset[SegmentationSample]:
     """COCO-Stuff with 27 coarse classes: ``images/SPLIT2017/*.jpg`` and the pixel maps ``annotations/SPLIT2017/*.png``.
 
@@ -111,17 +99,17 @@ def coco_stuff(root: Path) -> Dataset[SegmentationSample]:
 
     def split(name: str) -> Pairs:
         annotations = expect_folder(root / "annotations" / name, "COCO-Stuff pixel maps (PNG)")
-        chosen = root / "curated" / f"{name}.txt"
-        if chosen.is_file():
-            pictures = [root / "images" / name / f"{stem}.jpg" for stem in read_lines(chosen, "names of pictures")]
+        subset = root / "curated" / f"{name}.txt"
+        if subset.is_file():
+            pictures = [root / "images" / name / f"{stem}.jpg" for stem in read_lines(subset, "names of pictures")]
         else:
             pictures = list_files(root / "images" / name, "*.jpg", "COCO pictures")
-        return Pairs([(picture, annotations / f"{picture.stem}.png") for picture in pictures], decode)
+        return _pairs([(picture, annotations / f"{picture.stem}.png") for picture in pictures], decode)
 
     return _dataset("coco_stuff", split("train2017"), split("val2017"))
 
 
-@register("ade20k", "segmentation", "open_vocabulary")
+@register("ade20k", "labels")
 def ade20k(root: Path) -> Dataset[SegmentationSample]:
     """ADE20K's scene parsing challenge, 150 classes: ``images/training/*.jpg`` and ``annotations/training/*.png``.
 
@@ -133,7 +121,7 @@ def ade20k(root: Path) -> Dataset[SegmentationSample]:
     def split(name: str) -> Pairs:
         pictures = list_files(root / "images" / name, "*.jpg", "ADE20K pictures")
         files = [(picture, root / "annotations" / name / f"{picture.stem}.png") for picture in pictures]
-        return Pairs(files, lambda values: values - 1)
+        return _pairs(files, lambda values: values - 1)
 
     classes = tuple(
         line.split("\t")[-1].split(",")[0].strip()
@@ -146,7 +134,7 @@ def ade20k(root: Path) -> Dataset[SegmentationSample]:
     return Dataset("ade20k", split("training"), split("validation"), classes)
 
 
-@register("voc", "segmentation", "open_vocabulary")
+@register("voc", "labels")
 def voc(root: Path) -> Dataset[SegmentationSample]:
     """PASCAL VOC 2012, 21 classes with the background: ``JPEGImages``, ``SegmentationClass``, ``ImageSets``.
 
@@ -158,6 +146,6 @@ def voc(root: Path) -> Dataset[SegmentationSample]:
     def split(name: str) -> Pairs:
         stems = read_lines(root / "ImageSets" / "Segmentation" / f"{name}.txt", "names of pictures")
         files = [(root / "JPEGImages" / f"{stem}.jpg", root / "SegmentationClass" / f"{stem}.png") for stem in stems]
-        return Pairs(files, _below(21))
+        return _pairs(files, _below(21))
 
     return _dataset("voc", split("train"), split("val"))

@@ -33,7 +33,7 @@ class DavisSequence:
         return values.where(values < 255, -1)
 
 
-@register("davis", "video")
+@register("davis", "sequences")
 def davis(root: Path) -> Dataset[VideoSequence]:
     """DAVIS-2017: ``JPEGImages/480p/SEQUENCE``, ``Annotations/480p/SEQUENCE``, ``ImageSets/2017/val.txt``."""
     sequences: list[VideoSequence] = []

@@ -1,4 +1,4 @@
-"""Clicks of a simulated user, and what a network is told about them (paper section 4, table 5)."""
+"""Clicks of a simulated user, and their maps, which a network gets (paper section 4, table 5)."""
 
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ def next_click(prediction: Tensor, truth: Tensor, clicks: list[Click]) -> Click 
 
 
 def click_maps(clicks: list[Click], size: tuple[int, int], radius: float) -> Tensor:
-    """Where clicks are: discs and decays, (4, H, W) in [0, 1].
+    """Maps of clicks: discs and decays, (4, H, W) in [0, 1].
 
     Args:
         clicks: in pixels of ``size``.
@@ -93,7 +93,7 @@ def click_maps(clicks: list[Click], size: tuple[int, int], radius: float) -> Ten
 
 
 def similarity_maps(features: Tensor, clicks: list[Click]) -> Tensor:
-    """What looks like a click: the cosine to its pixel's features, their mean over the picture taken off.
+    """Likeness to clicks: the cosine to their pixels' features, the mean over the picture taken off.
 
     Args:
         features: (C, H, W).

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
+from ...train.probe import confusion_matrix, intersection_over_union
 
-__all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "statistics"]
+__all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "object_statistics"]
 
 BOUND_TH = 0.008  # tolerance of the boundary measure, in picture diagonals
 BINS = 4  # of the decay
@@ -45,8 +46,9 @@ def jaccard(prediction: Tensor, truth: Tensor, void: Tensor | None = None) -> fl
         ValueError: the masks are not three bool maps of one size.
     """
     prediction, truth = _judged(prediction, truth, void)
-    union = int((prediction | truth).sum())
-    return int((prediction & truth).sum()) / union if union else 1.0
+    counts = confusion_matrix(prediction.long(), truth.long(), torch.ones_like(truth), 2)
+    iou = float(intersection_over_union(counts)[1])
+    return 1.0 if math.isnan(iou) else iou
 
 
 def boundary_f(prediction: Tensor, truth: Tensor, void: Tensor | None = None, bound_th: float = BOUND_TH) -> float:
@@ -55,17 +57,8 @@ def boundary_f(prediction: Tensor, truth: Tensor, void: Tensor | None = None, bo
     Without a boundary in one mask, precision and recall are 1 and 0 or 0 and 1, so that F is 0; without any in both it
     is 1. A mask that fills the picture has no boundary, as an empty one.
 
-    Args:
-        prediction: (H, W) bool.
-        truth: (H, W) bool.
-        void: (H, W) bool, pixels not to count: in neither mask.
-        bound_th: tolerance, in picture diagonals (rounded up to whole pixels); from 1 on, in pixels.
-
-    Returns:
-        In [0, 1].
-
-    Raises:
-        ValueError: the masks are not three bool maps of one size.
+    Masks, result and errors are as :func:`jaccard`'s; ``bound_th`` is the tolerance, in picture diagonals (rounded up
+    to whole pixels) or, from 1 on, in pixels.
     """
     prediction, truth = _judged(prediction, truth, void)
     radius = bound_th if bound_th >= 1 else math.ceil(bound_th * math.hypot(*truth.shape))
@@ -86,15 +79,15 @@ def boundary_map(mask: Tensor) -> Tensor:
     return edge
 
 
-def statistics(values: list[float]) -> Statistics:
+def object_statistics(values: list[float]) -> Statistics:
     """Mean, recall and decay of an object's values over the frames, in their order."""
     if not values:
         return Statistics(math.nan, math.nan, math.nan)
-    found = np.asarray(values, dtype=np.float64)
+    scores = np.asarray(values, dtype=np.float64)
     # The official bins share their end frames, and half a frame rounds up.
-    ends = np.round(np.linspace(1, len(found), BINS + 1) + 1e-10).astype(int) - 1
-    decay = found[ends[0] : ends[1] + 1].mean() - found[ends[-2] : ends[-1] + 1].mean()
-    return Statistics(float(found.mean()), float((found > 0.5).mean()), float(decay))
+    ends = np.round(np.linspace(1, len(scores), BINS + 1) + 1e-10).astype(int) - 1
+    decay = scores[ends[0] : ends[1] + 1].mean() - scores[ends[-2] : ends[-1] + 1].mean()
+    return Statistics(float(scores.mean()), float((scores > 0.5).mean()), float(decay))
 
 
 def _judged(prediction: Tensor, truth: Tensor, void: Tensor | None) -> tuple[Tensor, Tensor]:

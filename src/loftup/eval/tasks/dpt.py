@@ -30,8 +30,8 @@ class DptHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, n, m) to (B, outputs, n, m)."""
         x = self.units(self.project(self.standardise(features)))
-        made: Tensor = self.output(F.relu(self.mix(x)))
-        return made
+        prediction: Tensor = self.output(F.relu(self.mix(x)))
+        return prediction
 
 
 class _ResidualUnit(nn.Module):
@@ -41,5 +41,4 @@ class _ResidualUnit(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = x + self.second(F.relu(self.first(F.relu(x))))
-        return made
+        return x + self.second(F.relu(self.first(F.relu(x))))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What an upsampler costs: parameters, time and memory, with the backbone and without (paper table 7)."""
+"""Costs of an upsampler: parameters, time and memory, with the backbone and without (paper table 7)."""
 
 import ctypes
 import gc
@@ -28,7 +28,7 @@ METRICS = {
 
 @dataclass
 class EfficiencyConfig:
-    """What to measure on.
+    """Sizes and rounds of a measurement.
 
     Args:
         size: [height, width] of the picture, which is random.
@@ -56,11 +56,6 @@ class EfficiencyConfig:
 def efficiency(backbone: Backbone, upsampler: Upsampler, config: EfficiencyConfig | None = None) -> Result:
     """Measure parameters, time and memory on one random picture.
 
-    Args:
-        backbone: in ``eval()`` mode, on the config's device.
-        upsampler: of its features.
-        config: None for 224 to 224.
-
     Returns:
         The metrics of METRICS: medians over the rounds, one warm-up before. "memory" is what the upsampler takes at
         most beside its inputs and its result, of the allocator on CUDA and of the process on Linux; elsewhere it is
@@ -81,16 +76,14 @@ def efficiency(backbone: Backbone, upsampler: Upsampler, config: EfficiencyConfi
         return upsampler(extract(backbone, image), image, size)
 
     rounds: dict[str, list[float]] = {"seconds": [], "seconds_with_backbone": []}
-    for index in range(config.rounds + 1):
+    for _ in range(1 + config.rounds):  # the first one warms up
         for name, call in (("seconds", alone), ("seconds_with_backbone", together)):
-            seconds = _seconds(call, config.device)
-            if index:
-                rounds[name].append(seconds)
+            rounds[name].append(_seconds(call, config.device))
+    rounds = {name: values[1:] for name, values in rounds.items()}
     metrics = {name: [statistics.median(values)] for name, values in rounds.items()}
     count = sum(p.numel() for p in upsampler.parameters()) if isinstance(upsampler, nn.Module) else 0
     metrics["added_parameters"] = [count / 1e6]
-    memory = _memory(alone, config.device)
-    if memory is not None:
+    if (memory := _memory(alone, config.device)) is not None:
         metrics["memory"] = [memory / 2**20]
     details = {name: {f"round {i + 1}": value for i, value in enumerate(values)} for name, values in rounds.items()}
     return Result({name: metrics[name] for name in METRICS if name in metrics}, {"rounds": details})

@@ -1,21 +1,22 @@
 """Depth and surface normals from upsampled features (paper section 4, table 2)."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ..colour import map_picture, picture
 from ..datasets.base import Dataset, GeometrySample
-from ..datasets.prepare import fit
-from ..features import at_pixels, extract, with_head
+from ..features import at_pixels
 from ..progress import bar
-from ..result import Metric, Result, spread
+from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
 from .dpt import DptHead
 from .geometry_scores import (
@@ -26,6 +27,8 @@ from .geometry_scores import (
     normals_scores,
     scale_invariant_log_loss,
 )
+from .grid import GridConfig, GridTask
+from .loops import minimise, seeded_head, walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,12 +39,10 @@ NEAREST = 1e-3  # metres: a prediction below is none
 
 
 @dataclass
-class GeometryConfig:
-    """Protocol of depth and surface normals; the defaults are the paper's.
+class GeometryConfig(GridConfig):
+    """Protocol of depth and surface normals, beside the settings of :class:`GridConfig`; the defaults are the paper's.
 
     Args:
-        size: [height, width] that pictures are scaled to cover and cut to.
-        output: share of ``size`` at which features are upsampled and judged.
         head: "dpt" trains :class:`loftup.eval.tasks.dpt.DptHead` on whole pictures (AdamW); "linear" solves ridge
             regression of depth in metres, or of the normals' coordinates, on pixels drawn from every picture, in one
             pass over the pictures for all seeds.
@@ -51,16 +52,11 @@ class GeometryConfig:
         hidden: channels of "dpt"; its activations take most of the memory.
         points: pixels drawn from every picture and seed, of "linear".
         ridge: penalty of "linear" on the weights of standardised features, as a share of the samples' number.
-        seeds: heads to train, each with its own initial weights, order and pixels.
-        pictures: of the validation split, to show, evenly spread.
-        device: to compute on.
 
     Raises:
         ValueError: a value is none of those named here.
     """
 
-    size: list[int] = field(default_factory=lambda: [224, 224])
-    output: float = 1.0
     head: str = "dpt"
     epochs: int = 10
     batch: int = 8
@@ -68,22 +64,13 @@ class GeometryConfig:
     hidden: int = 128
     points: int = 500
     ridge: float = 1e-4
-    seeds: int = 3
-    pictures: int = 4
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.head not in ("dpt", "linear"):
             raise ValueError(f"head must be 'dpt' or 'linear', got {self.head!r}")
-        if len(self.size) != 2 or min(self.size) < 1 or not 0 < self.output <= 1:
-            raise ValueError(f"size must be [height, width] and output in (0, 1], got {self.size} and {self.output}")
+        super().__post_init__()
         if min(self.seeds, self.epochs, self.batch, self.points, self.hidden) < 1:
             raise ValueError(f"seeds, epochs, batch, points and hidden must be 1 or more, got {self}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(H', W') of the upsampled features."""
-        return max(1, round(self.size[0] * self.output)), max(1, round(self.size[1] * self.output))
 
 
 def depth(
@@ -97,19 +84,13 @@ def depth(
     The "dpt" head predicts log depth and learns by the scale-invariant log loss (Eigen et al. 2014). Scores are made
     picture by picture and averaged over the pictures; pixels and pictures without known depth do not count.
 
-    Args:
-        backbone: frozen, in ``eval()`` mode.
-        upsampler: of its features.
-        dataset: with depth in metres.
-        config: of the protocol; None for the paper's.
-
     Returns:
         DEPTH_METRICS, one value a seed; "pictures" in the details; pictures of the first seed.
 
     Raises:
         ValueError: a split is empty or knows no depth.
     """
-    return _Task(backbone, upsampler, dataset, config or GeometryConfig(), _DEPTH).run()
+    return _Regression(backbone, upsampler, dataset, config or GeometryConfig(), _DEPTH).run()
 
 
 def normals(
@@ -122,18 +103,19 @@ def normals(
 
     The "dpt" head learns by 1 less the cosine. Otherwise as :func:`depth`, with NORMALS_METRICS.
     """
-    return _Task(backbone, upsampler, dataset, config or GeometryConfig(), _NORMALS).run()
+    return _Regression(backbone, upsampler, dataset, config or GeometryConfig(), _NORMALS).run()
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What tells depth from normals."""
+class _Target:
+    """Depth or normals: all in which the two differ."""
 
+    name: str
     outputs: int
     metrics: dict[str, Metric]
     truth: Callable[[GeometrySample], Tensor]  # (outputs, H, W)
-    start: Callable[[Tensor], Tensor]  # what a head should give for known truth (N, outputs), before it knows more
-    from_dpt: Callable[[Tensor], Tensor]  # what the head gives, (B, outputs, H, W), to a prediction
+    start: Callable[[Tensor], Tensor]  # first prediction of a head, from the truth (N, outputs) of its first batch
+    from_dpt: Callable[[Tensor], Tensor]  # output of the head (B, outputs, H, W) to a prediction
     from_linear: Callable[[Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     scores: Callable[[Tensor, Tensor], dict[str, float]]
@@ -141,8 +123,8 @@ class _Kind:
 
 
 def _depth_picture(values: Tensor, truth: Tensor) -> "Image.Image":
-    known = truth[truth.isfinite()]
-    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    finite = truth[truth.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     return map_picture(values[0], low, high)
 
 
@@ -152,7 +134,8 @@ def _normals_picture(values: Tensor, truth: Tensor) -> "Image.Image":
     return picture(((towards + 1) / 2).nan_to_num(0))
 
 
-_DEPTH = _Kind(
+_DEPTH = _Target(
+    "depth",
     1,
     DEPTH_METRICS,
     lambda sample: sample.depth[None].where(sample.depth > 0, math.nan),
@@ -163,7 +146,8 @@ _DEPTH = _Kind(
     depth_scores,
     _depth_picture,
 )
-_NORMALS = _Kind(
+_NORMALS = _Target(
+    "normal",
     3,
     NORMALS_METRICS,
     lambda sample: sample.normals,
@@ -177,69 +161,41 @@ _NORMALS = _Kind(
 
 
 @dataclass
-class _Task:
-    backbone: Backbone
-    upsampler: Upsampler
-    dataset: Dataset[GeometrySample]
+class _Regression(GridTask):
     config: GeometryConfig
-    kind: _Kind
+    target: _Target
 
     def run(self) -> Result:
-        train, val = len(self.dataset.train), len(self.dataset.val)
-        if not train or not val:
-            raise ValueError(f"{self.dataset.name} has {train} training and {val} validation pictures")
+        self.check_splits()
         if self.config.head == "linear":
             return self.judge(self.solve())
         return self.judge([self.train(seed) for seed in range(self.config.seeds)])
 
-    def load(self, samples: Sequence[GeometrySample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), features (B, C, h, w) and truth (B, outputs, H', W')."""
-        height, width = self.config.size
-        pairs = [fit(sample.image, self.kind.truth(sample), size=(height, width)) for sample in samples]
-        image, truth = (torch.stack(tensors).to(self.config.device) for tensors in zip(*pairs, strict=True))
-        return image, extract(self.backbone, image), F.interpolate(truth, self.config.grid, mode="nearest")
-
-    @property
-    def native(self) -> bool:
-        return bool(getattr(self.upsampler, "native", False))
-
-    def upsample(self, features: Tensor, image: Tensor) -> Tensor:
-        """What a head of several pixels looks at."""
-        with torch.no_grad():
-            return features if self.native else self.upsampler(features, image, self.config.grid)
-
-    def enlarge(self, raw: Tensor) -> Tensor:
-        """What the head gave, at the size of the truth."""
-        return F.interpolate(raw, self.config.grid, mode="bilinear", align_corners=False) if self.native else raw
+    def truth(self, sample: GeometrySample) -> Tensor:
+        return self.target.truth(sample)
 
     def train(self, seed: int) -> DptHead:
-        config, samples = self.config, self.dataset.train
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = DptHead(self.backbone.channels, self.kind.outputs, config.hidden)
+        config = self.config
+        head = seeded_head(lambda: DptHead(self.backbone.channels, self.target.outputs, config.hidden), seed)
         head.to(config.device)
+        first = True
+
+        def loss(samples: list[GeometrySample]) -> Tensor | None:
+            nonlocal first
+            image, features, truth = self.load(samples)
+            finite = truth.isfinite().all(1)
+            if not finite.any():
+                return None
+            if first:
+                _start(head.output, self.target.start(rearrange(truth, "b k h w -> b h w k")[finite]))
+                first = False
+            output = self.enlarge(head(self.dense(features, image).float()))
+            return self.target.loss(self.target.from_dpt(output), truth)
+
         optimizer = torch.optim.AdamW(head.parameters(), config.rate)
-        steps = [
-            chosen
-            for _ in range(config.epochs)
-            for chosen in torch.randperm(len(samples), generator=generator).split(config.batch)
-        ]
-        started = False
-        for chosen in bar(steps, f"train head {seed + 1}/{config.seeds}"):
-            image, features, truth = self.load([samples[int(index)] for index in chosen])
-            known = truth.isfinite().all(1)
-            if not known.any():
-                continue
-            if not started:
-                _start(head.output, self.kind.start(truth.movedim(1, -1)[known]))
-                started = True
-            raw = self.enlarge(head(self.upsample(features, image).float()))
-            loss = self.kind.loss(self.kind.from_dpt(raw), truth)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if not started:
+        generator = torch.Generator().manual_seed(seed)
+        caption = f"train head {seed + 1}/{config.seeds}"
+        if not minimise(loss, self.dataset.train, optimizer, config, generator, caption):
             raise self.unknown("training")
         return head.eval()
 
@@ -247,70 +203,59 @@ class _Task:
         """All seeds' linear heads in one 1x1 convolution."""
         config, channels = self.config, self.backbone.channels
         generator = torch.Generator().manual_seed(7)
-        sums = [_Moments(channels, self.kind.outputs) for _ in range(config.seeds)]
+        sums = [_Moments(channels, self.target.outputs) for _ in range(config.seeds)]
         for sample in bar(self.dataset.train, "draw pixels", len(self.dataset.train)):
             image, features, truth = self.load([sample])
-            known = truth[0].isfinite().all(0).nonzero().cpu()
-            if not len(known):
+            positions = truth[0].isfinite().all(0).nonzero().cpu()
+            if not len(positions):
                 continue
-            draws = torch.randint(len(known), (config.seeds * config.points,), generator=generator)
-            pixels = known[draws].to(truth.device)
+            draw = torch.randint(len(positions), (config.seeds * config.points,), generator=generator)
+            pixels = positions[draw].to(truth.device)
             vectors = at_pixels(self.upsampler, features, image, config.grid, pixels[None])[0]
             values = truth[0][:, pixels[:, 0], pixels[:, 1]].T
             for seed, moments in enumerate(sums):
                 moments.add(vectors[seed :: config.seeds], values[seed :: config.seeds])
         if not sums[0].count:
             raise self.unknown("training")
-        solved = [moments.solve(config.ridge) for moments in sums]
-        head: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, channels, config.seeds * self.kind.outputs, 1)
+        weights, biases = zip(*(moments.solve(config.ridge) for moments in sums), strict=True)
+        head: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, channels, config.seeds * self.target.outputs, 1)
         with torch.no_grad():
-            head.weight.copy_(torch.cat([weight for weight, _ in solved])[:, :, None, None])
-            head.bias.copy_(torch.cat([bias for _, bias in solved]))  # type: ignore[union-attr]
+            head.weight.copy_(torch.cat(weights)[:, :, None, None])
+            head.bias.copy_(torch.cat(biases))  # type: ignore[union-attr]
         return head.to(config.device)
 
     def predictions(self, image: Tensor, features: Tensor, heads: "list[DptHead] | nn.Conv2d") -> list[Tensor]:
         """(outputs, H', W') of every seed, of one picture."""
         if isinstance(heads, nn.Conv2d):
-            if self.native:
-                raw = self.enlarge(heads(features))
-            else:
-                raw = with_head(self.upsampler, features, image, self.config.grid, heads)
-            return [self.kind.from_linear(each)[0] for each in raw.split(self.kind.outputs, 1)]
-        dense = self.upsample(features, image).float()
-        return [self.kind.from_dpt(self.enlarge(head(dense)))[0] for head in heads]
+            outputs = self.predict(heads, features, image).split(self.target.outputs, 1)
+            return [self.target.from_linear(output)[0] for output in outputs]
+        dense = self.dense(features, image).float()
+        return [self.target.from_dpt(self.enlarge(head(dense)))[0] for head in heads]
 
     @torch.no_grad()
     def judge(self, heads: "list[DptHead] | nn.Conv2d") -> Result:
         scores: list[list[dict[str, float]]] = [[] for _ in range(self.config.seeds)]
         details: dict[str, dict[str, float]] = {}
         pictures: list[dict[str, Image.Image]] = []
-        chosen = spread(len(self.dataset.val), self.config.pictures)
-        for number, sample in enumerate(bar(self.dataset.val, "judge", len(self.dataset.val))):
+        for sample, show in walk(self.dataset.val, "judge", self.config.pictures):
             image, features, truth = self.load([sample])
-            made = self.predictions(image, features, heads)
-            known = truth[0].isfinite().all(0)
-            if known.any():
-                rows = [self.kind.scores(each[:, known], truth[0][:, known]) for each in made]
+            predictions = self.predictions(image, features, heads)
+            finite = truth[0].isfinite().all(0)
+            if finite.any():
+                rows = [self.target.scores(each[:, finite], truth[0][:, finite]) for each in predictions]
                 for row, its_scores in zip(rows, scores, strict=True):
                     its_scores.append(row)
-                details[sample.name] = {name: _mean(row[name] for row in rows) for name in self.kind.metrics}
-            if number in chosen:
-                shown = F.interpolate(image, self.config.grid, mode="bilinear", align_corners=False, antialias=True)
-                pictures.append(
-                    {
-                        "image": picture(shown[0]),
-                        "truth": self.kind.picture(truth[0], truth[0]),
-                        "ours": self.kind.picture(made[0], truth[0]),
-                    }
-                )
+                details[sample.name] = {name: fmean(row[name] for row in rows) for name in self.target.metrics}
+            if show:
+                expected, ours = (self.target.picture(each, truth[0]) for each in (truth[0], predictions[0]))
+                pictures.append({"image": self.thumbnail(image), "truth": expected, "ours": ours})
         if not details:
             raise self.unknown("validation")
-        metrics = {name: [_mean(row[name] for row in rows) for rows in scores] for name in self.kind.metrics}
+        metrics = {name: [fmean(row[name] for row in rows) for rows in scores] for name in self.target.metrics}
         return Result(metrics, {"pictures": details}, pictures)
 
     def unknown(self, split: str) -> ValueError:
-        what = "depth" if self.kind is _DEPTH else "normal"
-        return ValueError(f"no picture of {self.dataset.name}'s {split} split has a pixel of known {what}")
+        return ValueError(f"no picture of {self.dataset.name}'s {split} split has a pixel of known {self.target.name}")
 
 
 @torch.no_grad()
@@ -351,8 +296,3 @@ class _Moments:
         right = (self.products / self.count - mean[:, None] * target) / scale[:, None]
         weight = (torch.linalg.solve(system, right) / scale[:, None]).T
         return weight.float(), (target - weight @ mean).float()
-
-
-def _mean(values: Iterator[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

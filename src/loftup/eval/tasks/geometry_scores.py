@@ -38,18 +38,18 @@ def scale_invariant_log_loss(prediction: Tensor, truth: Tensor) -> Tensor:
         prediction: (B, 1, H, W), positive.
         truth: (B, 1, H, W), positive; NaN pixels do not count.
     """
-    known = truth.isfinite()
+    finite = truth.isfinite()
     # Unknown pixels become 1 before the logarithm, whose gradient would turn NaN for others too.
-    ratio = (prediction.where(known, 1.0).log() - truth.where(known, 1.0).log()).flatten(1)
-    count = known.flatten(1).sum(1).clamp(min=1)
+    ratio = (prediction.where(finite, 1.0).log() - truth.where(finite, 1.0).log()).flatten(1)
+    count = finite.flatten(1).sum(1).clamp(min=1)
     return ((ratio**2).sum(1) / count - 0.5 * (ratio.sum(1) / count) ** 2).mean()
 
 
 def cosine_loss(prediction: Tensor, truth: Tensor) -> Tensor:
     """1 less the cosine between unit vectors (B, 3, H, W), averaged over the pixels whose truth is not NaN."""
-    known = truth.isfinite().all(1, keepdim=True)
-    cosine = (prediction * truth.where(known, 0.0)).sum(1, keepdim=True)
-    return ((1 - cosine) * known).sum() / known.sum().clamp(min=1)
+    finite = truth.isfinite().all(1, keepdim=True)
+    cosine = (prediction * truth.where(finite, 0.0)).sum(1, keepdim=True)
+    return ((1 - cosine) * finite).sum() / finite.sum().clamp(min=1)
 
 
 def depth_scores(prediction: Tensor, truth: Tensor) -> dict[str, float]:

@@ -1,26 +1,28 @@
 """Interactive segmentation: an object from a click (paper section 4, table 5)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
-from ..colour import picture
+from ..colour import overlay, picture
 from ..datasets import open_dataset
 from ..datasets.base import Dataset, InteractiveSample
 from ..datasets.prepare import to_float
 from ..features import extract
-from ..progress import bar
-from ..result import Metric, Result, spread
+from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
 from .clicks import Click, click_maps, first_click, inside_click, next_click, similarity_maps
 from .davis_metrics import jaccard
-from .overlay import overlay
+from .grid import GridConfig
+from .loops import minimise, seeded_head, walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,8 +36,8 @@ CLICK = {True: (0.2, 0.8, 0.2), False: (0.9, 0.2, 0.2)}
 
 
 @dataclass
-class InteractiveConfig:
-    """Protocol of interactive segmentation; the defaults are the paper's where it says.
+class InteractiveConfig(GridConfig):
+    """Protocol of interactive segmentation, beside the settings of :class:`GridConfig`; the defaults are the paper's.
 
     Args:
         size: [height, width] that whole pictures are scaled to, as cutting would lose objects.
@@ -49,16 +51,11 @@ class InteractiveConfig:
         epochs: passes over the training split.
         batch: objects a step.
         rate: learning rate of Adam.
-        seeds: heads to train, each with its own initial weights, order and clicks.
-        pictures: of the validation split, to show, evenly spread.
-        device: to compute on.
 
     Raises:
         ValueError: a value is none of those named here.
     """
 
-    size: list[int] = field(default_factory=lambda: [224, 224])
-    output: float = 1.0
     clicks: int = 1
     similarity: bool = True
     radius: float = 5.0
@@ -67,22 +64,13 @@ class InteractiveConfig:
     epochs: int = 20
     batch: int = 8
     rate: float = 5e-5
-    seeds: int = 3
-    pictures: int = 4
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not 1 <= self.clicks <= MOST_CLICKS:
             raise ValueError(f"clicks must be 1 to {MOST_CLICKS}, got {self.clicks}")
-        if len(self.size) != 2 or min(self.size) < 1 or not 0 < self.output <= 1:
-            raise ValueError(f"size must be [height, width] and output in (0, 1], got {self.size} and {self.output}")
+        super().__post_init__()
         if min(self.seeds, self.epochs, self.batch, self.hidden) < 1:
             raise ValueError(f"seeds, epochs, batch and hidden must be 1 or more, got {self}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(H', W') of the upsampled features."""
-        return max(1, round(self.size[0] * self.output)), max(1, round(self.size[1] * self.output))
 
 
 class ClickHead(nn.Module):
@@ -125,8 +113,8 @@ class ClickHead(nn.Module):
         if self.similarity:
             alike = [similarity_maps(each, its_clicks) for each, its_clicks in zip(features, clicks, strict=True)]
             maps = torch.cat([maps, torch.stack(alike)], 1)
-        made: Tensor = self.head(self.project(features) + self.encode(maps))
-        return made[:, 0]
+        logits: Tensor = self.head(self.project(features) + self.encode(maps))
+        return rearrange(logits, "b 1 h w -> b h w")
 
 
 def normalised_focal_loss(logits: Tensor, truth: Tensor, alpha: float = 0.5, gamma: float = 2.0) -> Tensor:
@@ -141,9 +129,9 @@ def normalised_focal_loss(logits: Tensor, truth: Tensor, alpha: float = 0.5, gam
     Returns:
         The mean over the pictures; no gradient flows through the sum of the weights.
     """
-    known, positive = truth >= 0, truth == 1
+    counted, positive = truth >= 0, truth == 1
     log_p = F.logsigmoid(torch.where(positive, logits, -logits))
-    weights = (1 - log_p.exp()) ** gamma * known
+    weights = (1 - log_p.exp()) ** gamma * counted
     total = weights.detach().flatten(1).sum(1).clamp(min=1e-12)
     factor = torch.where(positive, alpha, 1 - alpha)
     return ((-factor * weights * log_p).flatten(1).sum(1) / total).mean()
@@ -159,12 +147,6 @@ def interactive(
 
     In training the first click is anywhere well inside the object; with ``config.clicks`` above 1 a random number of
     further ones corrects the head's own errors, as in judging.
-
-    Args:
-        backbone: frozen, in ``eval()`` mode.
-        upsampler: of its features.
-        dataset: of objects.
-        config: of the protocol; None for the paper's.
 
     Returns:
         "iou_at_1" to the number of clicks, in percent and averaged over the objects, one value a seed; "samples" in the
@@ -182,12 +164,14 @@ def interactive(
         raise LoftUpError(
             f"{config.train or dataset.name} has no training split; give one that has as train, such as sbd:FOLDER"
         )
-    task = _Task(backbone, upsampler, config)
-    return task.judge(dataset.val, [task.train(samples, seed) for seed in range(config.seeds)])
+    selection = Selection(backbone, upsampler, config)
+    return selection.judge(dataset.val, [selection.train(samples, seed) for seed in range(config.seeds)])
 
 
 @dataclass
-class _Task:
+class Selection:
+    """Training and judging of click heads; the methods are the steps of :func:`interactive`."""
+
     backbone: Backbone
     upsampler: Upsampler
     config: InteractiveConfig
@@ -200,29 +184,23 @@ class _Task:
             return image, self.upsampler(extract(self.backbone, image), image, self.config.grid).float()
 
     def train(self, samples: Sequence[InteractiveSample], seed: int) -> ClickHead:
+        """A head trained on all samples."""
         config = self.config
+        head = seeded_head(
+            lambda: ClickHead(self.backbone.channels, config.hidden, config.radius, config.similarity), seed
+        ).to(config.device)
         generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = ClickHead(self.backbone.channels, config.hidden, config.radius, config.similarity)
-        head.to(config.device)
-        optimizer = torch.optim.Adam(head.parameters(), config.rate)
-        steps = [
-            chosen
-            for _ in range(config.epochs)
-            for chosen in torch.randperm(len(samples), generator=generator).split(config.batch)
-        ]
-        for chosen in bar(steps, f"train head {seed + 1}/{config.seeds}"):
-            batch = [samples[int(index)] for index in chosen]
+
+        def loss(batch: list[InteractiveSample]) -> Tensor:
             _, features = self.load(batch)
-            pairs = [self.pose(sample, generator) for sample in batch]
-            truth, clicks = torch.stack([mask for mask, _ in pairs]), [its_clicks for _, its_clicks in pairs]
+            masks, clicks = zip(*(self.pose(sample, generator) for sample in batch), strict=True)
+            truth = torch.stack(masks)
             for _ in range(int(torch.randint(config.clicks, (), generator=generator))):
                 self.correct(head, features, truth, clicks)
-            loss = normalised_focal_loss(head(features, clicks), truth.to(config.device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            return normalised_focal_loss(head(features, clicks), truth.to(config.device))
+
+        optimizer = torch.optim.Adam(head.parameters(), config.rate)
+        minimise(loss, samples, optimizer, config, generator, f"train head {seed + 1}/{config.seeds}")
         return head.eval()
 
     def pose(self, sample: InteractiveSample, generator: torch.Generator) -> tuple[Tensor, list[Click]]:
@@ -235,7 +213,8 @@ class _Task:
         return small, [click]
 
     @torch.no_grad()
-    def correct(self, head: ClickHead, features: Tensor, truth: Tensor, clicks: list[list[Click]]) -> None:
+    def correct(self, head: ClickHead, features: Tensor, truth: Tensor, clicks: Sequence[list[Click]]) -> None:
+        """Add to every sample's clicks the one that corrects the head's error."""
         head.eval()
         predictions = (head(features, clicks) > 0).cpu()
         head.train()
@@ -245,23 +224,21 @@ class _Task:
 
     @torch.no_grad()
     def judge(self, samples: Sequence[InteractiveSample], heads: list[ClickHead]) -> Result:
+        """IoU of every head after each click, over all samples."""
         names = list(METRICS)[: self.config.clicks]
         metrics: dict[str, list[list[float]]] = {name: [[] for _ in heads] for name in names}
         details: dict[str, dict[str, float]] = {}
         pictures: list[dict[str, Image.Image]] = []
-        chosen = spread(len(samples), self.config.pictures)
-        for number, sample in enumerate(bar(samples, "judge", len(samples))):
+        for sample, show in walk(samples, "judge", self.config.pictures):
             image, features = self.load([sample])
             runs = [self.use(head, features, sample) for head in heads]
             for seed, (ious, _, _) in enumerate(runs):
                 for name, iou in zip(names, ious, strict=True):
                     metrics[name][seed].append(iou)
-            details[sample.name] = {
-                name: sum(metrics[name][s][-1] for s in range(len(heads))) / len(heads) for name in names
-            }
-            if number in chosen:
+            details[sample.name] = {name: fmean(values[-1] for values in metrics[name]) for name in names}
+            if show:
                 pictures.append(self.show(image[0].cpu(), sample, *runs[0][1:]))
-        means = {name: [sum(values) / len(values) for values in seeds] for name, seeds in metrics.items()}
+        means = {name: [fmean(values) for values in seeds] for name, seeds in metrics.items()}
         return Result(means, {"samples": details}, pictures)
 
     def use(
@@ -282,19 +259,20 @@ class _Task:
     def show(
         self, image: Tensor, sample: InteractiveSample, prediction: Tensor, clicks: list[Click]
     ) -> "dict[str, Image.Image]":
+        """The row of the figure: clicks on the image, the mask to find and the mask of the head."""
         size = (image.shape[1], image.shape[2])
-        marked = image.clone()
+        canvas = image.clone()
         for click in clicks:
             at = click.scaled((sample.mask.shape[0], sample.mask.shape[1]), size)
             for radius, colour in ((min(size) / 40, (1.0, 1.0, 1.0)), (min(size) / 60, CLICK[click.positive])):
                 disc = click_maps([Click(at.row, at.column)], size, radius)[0] > 0
-                marked[:, disc] = torch.tensor(colour)[:, None]
+                canvas[:, disc] = torch.tensor(colour)[:, None]
         masks = (
             F.interpolate(x[None, None].float(), size, mode="nearest-exact")[0, 0].long()
             for x in (sample.mask, prediction)
         )
         truth, ours = (picture(overlay(image, mask, OBJECT)) for mask in masks)
-        return {"image": picture(marked), "truth": truth, "ours": ours}
+        return {"image": picture(canvas), "truth": truth, "ours": ours}
 
 
 def _object(sample: InteractiveSample) -> Tensor:

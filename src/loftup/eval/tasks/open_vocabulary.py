@@ -9,29 +9,26 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...backbones import Backbone
+from ...train.probe import Confusion
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
 from ..features import extract
-from ..progress import bar
-from ..result import Metric, Result, spread
+from ..result import Result
 from ..text import Clip, OpenClip, embed, templates
 from ..upsamplers.registry import Upsampler
-from .scores import Confusion, class_details
+from .loops import walk
+from .scores import METRICS, class_details, percentages
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["METRICS", "OpenVocabularyConfig", "open_vocabulary", "proxy_attention"]
 
-METRICS = {
-    "miou": Metric("mIoU %", 2),
-    "accuracy": Metric("accuracy %", 2),
-    "boundary_miou": Metric("boundary mIoU %", 2),
-}
 QUERIES_AT_ONCE = 4096
 
 
@@ -84,17 +81,17 @@ def open_vocabulary(
     are averaged after it.
 
     Args:
-        backbone: the proxy, in ``eval()`` mode.
+        backbone: the proxy.
         upsampler: of its features.
         dataset: with classes, whose names are the texts (synonyms separated by commas).
-        config: of the protocol; None for the paper's.
+        config: of the protocol.
         clip: to use instead of the config's.
 
     Returns:
         The metrics of METRICS, one value each as nothing is random; "classes" in the details.
 
     Raises:
-        LoftUpError: the CLIP cannot be loaded, or torchmetrics is missing.
+        LoftUpError: the CLIP cannot be loaded.
         ValueError: the validation split is empty, or there are no classes.
     """
     config = config or OpenVocabularyConfig()
@@ -107,23 +104,23 @@ def open_vocabulary(
     confusion = Confusion(len(dataset.classes), config.boundary)
     colours = dataset.colours or palette(len(dataset.classes))
     pictures: list[dict[str, Image.Image]] = []
-    chosen = spread(len(dataset.val), config.pictures)
-    for number, sample in enumerate(bar(dataset.val, "segment", len(dataset.val))):
+    for sample, show in walk(dataset.val, "segment", config.pictures):
         image, labels = fit(sample.image, sample.labels, size=(config.size[0], config.size[1]))
         image = image[None].to(config.device)
         low = extract(backbone, image)
         size = (low.shape[2] * config.factor, low.shape[3] * config.factor)
         values = clip.dense(image).float()
-        averaged = proxy_attention(upsampler(low, image, size), low, values, config.beta, config.gamma)
-        logits = torch.einsum("bdhw,kd->bkhw", F.normalize(averaged, dim=1), texts)
+        mean = proxy_attention(upsampler(low, image, size), low, values, config.beta, config.gamma)
+        logits = torch.einsum("bdhw,kd->bkhw", F.normalize(mean, dim=1), texts)
         logits = F.interpolate(logits, labels.shape, mode="bilinear", align_corners=False)
-        found = logits.argmax(1)
-        confusion.update(found, labels[None])
-        if number in chosen:
-            truth, ours = label_picture(labels, colours), label_picture(found[0], colours)
+        prediction = logits.argmax(1).cpu()
+        confusion.update(prediction, labels[None])
+        if show:
+            truth, ours = label_picture(labels, colours), label_picture(prediction[0], colours)
             pictures.append({"image": picture(image[0]), "truth": truth, "ours": ours})
-    scores = {name: [value] for name, value in confusion.scores().items()}
-    return Result(scores, {"classes": class_details(dataset.classes, [confusion])}, pictures)
+    scores = confusion.scores()
+    metrics = {name: [value] for name, value in percentages(scores).items()}
+    return Result(metrics, {"classes": class_details(dataset.classes, [scores])}, pictures)
 
 
 def proxy_attention(queries: Tensor, keys: Tensor, values: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Tensor:
@@ -143,15 +140,15 @@ def proxy_attention(queries: Tensor, keys: Tensor, values: Tensor, beta: float =
         (B, D, H, W), in float32.
     """
     keys = F.interpolate(keys.float(), values.shape[-2:], mode="bilinear", align_corners=False)
-    q = F.normalize(queries.float(), dim=1).flatten(2).mT
-    k, v = F.normalize(keys, dim=1).flatten(2), values.float().flatten(2).mT
+    q = rearrange(F.normalize(queries.float(), dim=1), "b c h w -> b (h w) c")
+    k = rearrange(F.normalize(keys, dim=1), "b c n m -> b c (n m)")
+    v = rearrange(values.float(), "b d n m -> b (n m) d")
     # The mean of all similarities is the product of the means.
-    mean = (q.mean(1, keepdim=True) @ k.mean(2, keepdim=True)).squeeze(-1)[..., None]
-    averaged = []
+    mean = q.mean(1, keepdim=True) @ k.mean(2, keepdim=True)
+    means = []
     for part in q.split(QUERIES_AT_ONCE, dim=1):
         similarity = gamma * (part @ k - beta * mean)
         best = similarity >= similarity.amax(-1, keepdim=True)
         weights = similarity.masked_fill((similarity < 0) & ~best, -torch.inf).softmax(-1)
-        averaged.append(weights @ v)
-    height, width = queries.shape[-2:]
-    return torch.cat(averaged, 1).mT.reshape(len(queries), -1, height, width)
+        means.append(weights @ v)
+    return rearrange(torch.cat(means, 1), "b (h w) d -> b d h w", h=queries.shape[2])

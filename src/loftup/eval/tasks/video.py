@@ -4,22 +4,24 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ...backbones import Backbone
-from ..colour import palette, picture
+from ..colour import overlay, palette, picture
 from ..datasets.base import Dataset, VideoSequence
 from ..datasets.prepare import to_float
 from ..features import extract
 from ..progress import bar
-from ..result import Metric, Result, spread
+from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
-from .davis_metrics import boundary_f, jaccard, statistics
-from .overlay import overlay
+from .davis_metrics import boundary_f, jaccard, object_statistics
+from .loops import walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,14 +86,8 @@ def video(
     J and F are means over the frames but the first and the last, as in the official semi-supervised evaluation, and
     over the objects of all sequences. Only the context's features are held in memory.
 
-    Args:
-        backbone: frozen, in ``eval()`` mode.
-        upsampler: of its features.
-        dataset: with sequences in ``val``; nothing is learned, ``train`` is not looked at.
-        config: of the protocol; None for the paper's.
-
     Returns:
-        The metrics of METRICS in percent, one value each as nothing is random; "sequences" in the details.
+        The metrics of METRICS in percent, one value each as nothing is learned or random; "sequences" in the details.
 
     Raises:
         ValueError: there is no sequence; one has fewer than 3 frames or no object in its first.
@@ -102,22 +98,16 @@ def video(
     objects: list[dict[str, float]] = []
     details: dict[str, dict[str, float]] = {}
     pictures: list[dict[str, Image.Image]] = []
-    chosen = spread(len(dataset.val), config.pictures)
-    for number, sequence in enumerate(bar(dataset.val, "sequences", len(dataset.val))):
-        rows, shown = _follow(backbone, upsampler, sequence, config)
+    for sequence, show in walk(dataset.val, "sequences", config.pictures):
+        rows, (image, truth, prediction) = _follow(backbone, upsampler, sequence, config)
         objects += rows
-        details[sequence.name] = {name: _mean(rows, name) for name in ("j_and_f", "j", "f")}
-        if number in chosen:
-            image, truth, prediction = shown
+        details[sequence.name] = {name: fmean(row[name] for row in rows) for name in ("j_and_f", "j", "f")}
+        if show:
             colours = palette(1 + max(int(truth.max()), int(prediction.max())))
-            pictures.append(
-                {
-                    "image": picture(to_float(image)),
-                    "truth": picture(overlay(to_float(image), truth, colours)),
-                    "ours": picture(overlay(to_float(image), prediction, colours)),
-                }
-            )
-    return Result({name: [_mean(objects, name)] for name in METRICS}, {"sequences": details}, pictures)
+            overlays = (picture(overlay(image, labels, colours)) for labels in (truth, prediction))
+            pictures.append(dict(zip(("image", "truth", "ours"), (picture(image), *overlays), strict=True)))
+    metrics = {name: [fmean(row[name] for row in objects)] for name in METRICS}
+    return Result(metrics, {"sequences": details}, pictures)
 
 
 @torch.no_grad()
@@ -168,30 +158,30 @@ def _vote(features: Tensor, context: list[tuple[Tensor, Tensor]], config: VideoC
     The grid is cut into tiles: each compares with its surroundings alone, and what is beyond the window is masked.
     """
     _, height, width = features.shape
-    made = features.new_empty(len(context[0][1]), height, width)
+    votes = features.new_empty(len(context[0][1]), height, width)
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
             rows, columns = _span(top, TILE, height), _span(left, TILE, width)
             near_rows = _span(top - config.radius, TILE + 2 * config.radius, height)
             near_columns = _span(left - config.radius, TILE + 2 * config.radius, width)
             keys, values = (
-                torch.stack([each[i][:, near_rows][:, :, near_columns] for each in context], 1).flatten(1)
-                for i in (0, 1)
+                rearrange([each[:, near_rows, near_columns] for each in maps], "t c n m -> c (t n m)")
+                for maps in zip(*context, strict=True)
             )
-            queries = features[:, rows, columns].flatten(1)
-            similarity = queries.T @ keys
+            similarity = rearrange(features[:, rows, columns], "c n m -> (n m) c") @ keys
             down = (_indices(rows)[:, None] - _indices(near_rows)).abs() <= config.radius
             across = (_indices(columns)[:, None] - _indices(near_columns)).abs() <= config.radius
-            within = (down[:, None, :, None] & across[None, :, None, :]).flatten(2).flatten(0, 1)
+            within = rearrange(down, "n i -> n 1 i 1") & rearrange(across, "m j -> 1 m 1 j")
+            within = repeat(within, "n m i j -> (n m) (t i j)", t=len(context)).to(features.device)
             # Cells that are not judged have no label to give.
-            allowed = within.to(features.device).repeat(1, len(context)) & (values.sum(0) > 0)
+            allowed = within & (values.sum(0) > 0)
             similarity = similarity.masked_fill(~allowed, -math.inf)
             best, where = similarity.topk(min(config.top, similarity.shape[1]), dim=1)
             # Where no cell gives a label there is none.
             weights = (best / config.temperature).softmax(1).nan_to_num(0)
-            voted = (values[:, where] * weights).sum(-1)
-            made[:, rows, columns] = voted.view(len(made), rows.stop - rows.start, columns.stop - columns.start)
-    return made
+            share = (values[:, where] * weights).sum(-1)
+            votes[:, rows, columns] = rearrange(share, "k (n m) -> k n m", n=rows.stop - rows.start)
+    return votes
 
 
 def _span(start: int, length: int, limit: int) -> slice:
@@ -205,7 +195,7 @@ def _indices(span: slice) -> Tensor:
 def _follow(
     backbone: Backbone, upsampler: Upsampler, sequence: VideoSequence, config: VideoConfig
 ) -> tuple[list[dict[str, float]], tuple[Tensor, Tensor, Tensor]]:
-    """Values in percent of every object of a sequence, and image, truth and prediction of its middle frame."""
+    """Values in percent of every object of a sequence; image, truth and prediction of its middle frame."""
     first, last = sequence.annotation(0), len(sequence) - 1
     if last < 2 or first.max() < 1:
         raise ValueError(
@@ -218,7 +208,7 @@ def _follow(
     for index, prediction in enumerate(frames, start=1):
         truth = sequence.annotation(index)
         if index == len(sequence) // 2:
-            shown = sequence.frame(index), truth, prediction
+            middle = to_float(sequence.frame(index)), truth, prediction
         if index == last:
             continue
         for number in numbers:
@@ -226,19 +216,9 @@ def _follow(
             scores["j"][number - 1].append(jaccard(*masks))
             scores["f"][number - 1].append(boundary_f(*masks))
     rows = []
-    for j, f in zip(*([statistics(values) for values in scores[name]] for name in "jf"), strict=True):
-        row = {
-            "j_and_f": (j.mean + f.mean) / 2,
-            "j": j.mean,
-            "f": f.mean,
-            "j_recall": j.recall,
-            "f_recall": f.recall,
-            "j_decay": j.decay,
-            "f_decay": f.decay,
-        }
+    for j, f in zip(*([object_statistics(values) for values in scores[name]] for name in "jf"), strict=True):
+        row = {"j_and_f": (j.mean + f.mean) / 2}
+        for name, values in (("j", j), ("f", f)):
+            row |= {name: values.mean, f"{name}_recall": values.recall, f"{name}_decay": values.decay}
         rows.append({name: 100 * value for name, value in row.items()})
-    return rows, shown
-
-
-def _mean(rows: list[dict[str, float]], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
+    return rows, middle

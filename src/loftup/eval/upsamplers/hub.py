@@ -44,17 +44,16 @@ class HubUpsampler(nn.Module):
         image = (image - mean) / std
         network: Any = self.network
         if self.order == "anyup":
-            made = network(image, features, output_size=size)
+            dense = network(image, features, output_size=size)
         elif self.order in ("naf", "uplift"):
-            made = network(image, features, size)
+            dense = network(image, features, size)
         elif self.order == "featup":
-            made = network.upsampler(network.model[1](features), image)
+            dense = network.upsampler(network.model[1](features), image)
         else:
-            guidance = F.interpolate(image, size, mode="bilinear", align_corners=False)
-            made = network(features, guidance)
-        if made.shape[-2:] != size:
-            made = F.interpolate(made, size, mode="bilinear", align_corners=False)
-        return made.to(features.dtype)  # type: ignore[no-any-return]
+            dense = network(features, F.interpolate(image, size, mode="bilinear", align_corners=False))
+        if dense.shape[-2:] != size:
+            dense = F.interpolate(dense, size, mode="bilinear", align_corners=False)
+        return dense.to(features.dtype)  # type: ignore[no-any-return]
 
 
 def _load(repository: str, entry: str, **options: Any) -> Any:
@@ -71,29 +70,26 @@ def _load(repository: str, entry: str, **options: Any) -> Any:
         ) from error
 
 
-def _fixed(name: str, repository: str, order: Order) -> None:
+def _register(name: str, repository: str, order: Order, example: str = "", **options: Any) -> None:
+    """Add an upsampler of torch.hub; with an example, the argument is the entry point, without, the name is."""
+
     @register(name)
     def factory(backbone: Backbone, argument: str) -> Upsampler:
-        return HubUpsampler(_load(repository, no_argument(name, argument, name), pretrained=True), order)
-
-
-def _named(name: str, repository: str, order: Order, example: str, **options: Any) -> None:
-    @register(name)
-    def factory(backbone: Backbone, argument: str) -> Upsampler:
-        if not argument:
+        if example and not argument:
             raise LoftUpError(
                 f"the upsampler {name!r} needs the name of an entry point of {repository}; write for example "
                 f"{name}:{example}"
             )
-        network = _load(repository, argument, pretrained=True, **options)
+        entry = argument if example else no_argument(name, argument, name)
+        network = _load(repository, entry, pretrained=True, **options)
         if order == "uplift":
             network.enable_iterative(4)
         return HubUpsampler(network, order)
 
 
-_fixed("anyup", "wimmerth/anyup", "anyup")
-_fixed("anyup_multi_backbone", "wimmerth/anyup", "anyup")
-_fixed("naf", "valeoai/NAF", "naf")
-_named("featup", "mhamilton723/FeatUp", "featup", "dinov2")
-_named("uplift", "mwalmer-umd/UPLiFT", "uplift", "uplift_dinov2_s14", include_extractor=False)
-_named("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")
+_register("anyup", "wimmerth/anyup", "anyup")
+_register("anyup_multi_backbone", "wimmerth/anyup", "anyup")
+_register("naf", "valeoai/NAF", "naf")
+_register("featup", "mhamilton723/FeatUp", "featup", "dinov2")
+_register("uplift", "mwalmer-umd/UPLiFT", "uplift", "uplift_dinov2_s14", include_extractor=False)
+_register("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")

@@ -1,11 +1,12 @@
 """FeatUp's implicit upsampler: a small network fitted to one image."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -16,6 +17,7 @@ from ...networks.layers import MinMaxScale, grid_coordinates
 from ...train.config import MultiViewConfig
 from ...train.multiview import AttentionDownsampler, Motion, draw_motions
 from ..features import extract
+from ..progress import bar
 from .registry import Upsampler, register
 
 __all__ = ["ImplicitUpsampler"]
@@ -58,8 +60,8 @@ class ImplicitUpsampler:
         """(B, C, h, w) and the image (B, 3, H, W) in [0, 1] to (B, C, H', W'); every image is fitted."""
         pairs = zip(features, image, strict=True)
         with torch.inference_mode(False), torch.enable_grad():
-            made = [self._fit(f[None].clone().float(), i[None].clone(), size) for f, i in pairs]
-        return torch.cat(made).to(features.dtype) if made else features.new_empty(0, features.shape[1], *size)
+            maps = [self._fit(f[None].clone().float(), i[None].clone(), size) for f, i in pairs]
+        return torch.cat(maps).to(features.dtype) if maps else features.new_empty(0, features.shape[1], *size)
 
     def _fit(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         stride = self.backbone.patch_size
@@ -72,11 +74,10 @@ class ImplicitUpsampler:
         factor = max(1, stride // 4)
         working = (cells[0] * stride // factor, cells[1] * stride // factor)
         guidance = F.interpolate(image, working, mode="area")
-        kept = torch.random.get_rng_state()
-        torch.manual_seed(self.seed)
-        network = _network(reduction.count).to(image.device)
-        downsampler = AttentionDownsampler(reduction.count, stride // factor).to(image.device)
-        torch.random.set_rng_state(kept)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            network = _network(reduction.count).to(image.device)
+            downsampler = AttentionDownsampler(reduction.count, stride // factor).to(image.device)
         parameters = [*network.parameters(), *downsampler.parameters()]
         optimizer = torch.optim.Adam(parameters, self.rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, max(2, self.steps), pct_start=0.1)
@@ -86,8 +87,8 @@ class ImplicitUpsampler:
         progress = tqdm(range(self.steps), "fit one image", leave=False, disable=None)
         for _ in progress:
             dense = network(code)
-            chosen = torch.randint(len(views), (4,), generator=generator).tolist()
-            errors = [F.mse_loss(downsampler(views[index][0](dense)), targets[index]) for index in chosen]
+            batch = torch.randint(len(views), (4,), generator=generator).tolist()
+            errors = [F.mse_loss(downsampler(views[index][0](dense)), targets[index]) for index in batch]
             loss = torch.stack(errors).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -96,17 +97,16 @@ class ImplicitUpsampler:
             self.losses.append(float(loss.detach()))
             progress.set_postfix(loss=f"{self.losses[-1]:.4f}")
         with torch.no_grad():
-            fitted = network(_code(resize_guidance(image, size)))
+            components = network(_code(resize_guidance(image, size)))
             rest = features - reduction.back(reduction(features))
-            return reduction.back(fitted) + F.interpolate(rest, size, mode="bilinear", align_corners=False)
+            return reduction.back(components) + F.interpolate(rest, size, mode="bilinear", align_corners=False)
 
     def _views(self, image: Tensor) -> list[tuple[Motion, Tensor]]:
         """Motions and the backbone's features of the moved images; the image itself comes first."""
         count = min(VIEWS_KEPT, 4 * self.steps)
         settings = MultiViewConfig(weight=1.0, views=count, zoom=1.8, shift=0.25, flip=0.5)
         motions = [Motion(1.0, (0.0, 0.0), False), *draw_motions(settings, self.seed, 0)]
-        progress = tqdm(motions, "look at views", leave=False, disable=None)
-        return [(motion, extract(self.backbone, motion(image))) for motion in progress]
+        return [(motion, extract(self.backbone, motion(image))) for motion in bar(motions, "look at views")]
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class _Reduction:
 
     @classmethod
     def of(cls, features: Tensor, count: int) -> "_Reduction":
-        vectors = features.movedim(1, -1).flatten(0, -2)
+        vectors = rearrange(features, "b c h w -> (b h w) c")
         mean = vectors.mean(0)
         covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
         variances, basis = torch.linalg.eigh(covariance.double())
-        chosen = basis.flip(1)[:, : min(count, len(mean))].float()
-        return cls(mean, chosen, max(1e-12, math.sqrt(float(variances.clamp(min=0).mean()))))
+        first = basis.flip(1)[:, : min(count, len(mean))].float()
+        return cls(mean, first, max(1e-12, math.sqrt(float(variances.clamp(min=0).mean()))))
 
     @property
     def count(self) -> int:
@@ -140,16 +140,9 @@ class _Reduction:
 
 def _network(channels: int, width: int = 320) -> nn.Sequential:
     inputs = 5 * 2 * FREQUENCIES + 5
-    layers: Sequence[nn.Module] = (
-        nn.Conv2d(inputs, width, 1),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 1),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 1),
-        nn.ReLU(),
-        nn.Conv2d(width, channels, 1),
-    )
-    return nn.Sequential(*layers)
+    widths = (inputs, width, width, width)
+    hidden = [layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 1), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Conv2d(width, channels, 1))
 
 
 def _code(guidance: Tensor) -> Tensor:
@@ -159,7 +152,7 @@ def _code(guidance: Tensor) -> Tensor:
     )
     values = torch.cat([coordinates, 2 * MinMaxScale()(guidance)], 1)
     octaves = 2.0 ** torch.linspace(-1, 6, FREQUENCIES, device=guidance.device)
-    angles = (values[:, None] * octaves[:, None, None, None]).flatten(1, 2) * math.pi / 2
+    angles = rearrange(values[:, None] * octaves[:, None, None, None], "b k c h w -> b (k c) h w") * math.pi / 2
     return torch.cat([values, angles.sin(), angles.cos()], 1)
 
 

@@ -1,5 +1,7 @@
 """Upsamplers without parameters: interpolation of the features, and larger inputs."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ class Interpolation:
 
 
 class LowResolution(Interpolation):
-    """What a task sees without an upsampler: every pixel has the vector of its cell.
+    """No upsampling: every pixel has the vector of its cell.
 
     Attributes:
         native: True. Tasks that predict from every vector alone may predict on the grid of the features and enlarge
@@ -68,24 +70,15 @@ class LargeInput:
         return F.interpolate(finer, size, mode="bilinear", align_corners=False)
 
 
-@register("lowres")
-def _lowres(backbone: Backbone, argument: str) -> Upsampler:
-    return no_argument("lowres", argument, LowResolution())
+def _register(name: str, build: Callable[[], Upsampler]) -> None:
+    @register(name)
+    def factory(backbone: Backbone, argument: str) -> Upsampler:
+        return no_argument(name, argument, build())
 
 
-@register("nearest")
-def _nearest(backbone: Backbone, argument: str) -> Upsampler:
-    return no_argument("nearest", argument, Interpolation("nearest"))
-
-
-@register("bilinear")
-def _bilinear(backbone: Backbone, argument: str) -> Upsampler:
-    return no_argument("bilinear", argument, Interpolation("bilinear"))
-
-
-@register("bicubic")
-def _bicubic(backbone: Backbone, argument: str) -> Upsampler:
-    return no_argument("bicubic", argument, Interpolation("bicubic"))
+_register("lowres", LowResolution)
+for _mode in ("nearest", "bilinear", "bicubic"):
+    _register(_mode, partial(Interpolation, _mode))
 
 
 @register("large_input")

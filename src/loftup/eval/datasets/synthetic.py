@@ -1,21 +1,19 @@
 """Rendered scenes of textured shapes with exact labels, depth, normals and motion: every task without a download."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backbones import Backbone
-from ..errors import LoftUpError
-from .datasets.base import Dataset, GeometrySample, InteractiveSample, SegmentationSample
-from .upsamplers.registry import Upsampler
+from ..tasks import TASKS
+from .base import Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample
 
-__all__ = ["CLASSES", "COLOURS", "FOCAL", "Oracle", "Rendered", "SyntheticVideo", "render", "synthetic"]
+__all__ = ["CLASSES", "COLOURS", "FOCAL", "MOST_OBJECTS", "Rendered", "SyntheticVideo", "render", "synthetic"]
 
 CLASSES = ("ground", "wall", "ball", "box", "triangle", "star", "cross", "ring")
 COLOURS = (
@@ -33,7 +31,6 @@ CAMERA_HEIGHT, WALL = 1.0, 7.0  # metres
 LIGHT = (-0.4, -0.7, -0.6)
 MOST_OBJECTS = 4
 SMALLEST = 0.01  # visible share of the picture that makes a shape an object to select
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,15 +93,15 @@ def render(seed: int, size: int, time: float = 0.0) -> Rendered:
         _paint(points[0], points[1], 1, (0.66, 0.7, 0.78), 0.7),
     )
     for number, shape in enumerate(shapes, start=1):
-        moved = replace(
+        at_time = replace(
             shape,
             centre=tuple(c + v * time for c, v in zip(shape.centre, shape.velocity, strict=True)),  # type: ignore[arg-type]
         )
-        covered, its_depth, its_normals, paint = _project(moved, x, y, rays)
-        nearer = covered & (its_depth < depth)
-        depth, classes = torch.where(nearer, its_depth, depth), torch.where(nearer, shape.kind, classes)
-        objects = torch.where(nearer, number, objects)
-        normals, albedo = torch.where(nearer, its_normals, normals), torch.where(nearer, paint, albedo)
+        mask, its_depth, its_normals, paint = _project(at_time, x, y, rays)
+        front = mask & (its_depth < depth)
+        depth, classes = torch.where(front, its_depth, depth), torch.where(front, shape.kind, classes)
+        objects = torch.where(front, number, objects)
+        normals, albedo = torch.where(front, its_normals, normals), torch.where(front, paint, albedo)
     light = F.normalize(torch.tensor(LIGHT), dim=0)
     shading = 0.55 + 0.45 * (normals * light[:, None, None]).sum(0).clamp(min=0)
     grain = 0.02 * torch.randn(3, size, size, generator=generator)
@@ -138,18 +135,17 @@ def _shapes(generator: torch.Generator) -> list[_Shape]:
 
 
 def _project(shape: _Shape, x: Tensor, y: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a shape alone would show: where it is, its depth, normals and colours."""
+    """View of a shape alone: its mask, depth, normals and colours."""
     u, v = (x - shape.centre[0]) / shape.radius, (y - shape.centre[1]) / shape.radius
     cosine, sine = math.cos(shape.angle), math.sin(shape.angle)
     u, v = cosine * u + sine * v, cosine * v - sine * u
     distance = (u**2 + v**2).sqrt()
     paint = _paint(u, v, shape.kind, shape.colour, shape.phase)
     if CLASSES[shape.kind] == "ball":
-        covered = distance < 1
         bulge = (1 - distance.clamp(max=1) ** 2).sqrt()
         metres = shape.radius * shape.depth / FOCAL
         outward = torch.stack([(x - shape.centre[0]) / shape.radius, (y - shape.centre[1]) / shape.radius, -bulge])
-        return covered, shape.depth - metres * bulge, F.normalize(outward, dim=0), paint
+        return distance < 1, shape.depth - metres * bulge, F.normalize(outward, dim=0), paint
     normal = F.normalize(torch.tensor([*shape.tilt, -1.0]), dim=0)
     centre = shape.depth * torch.tensor([shape.centre[0] / FOCAL, shape.centre[1] / FOCAL, 1.0])
     depth = (normal @ centre) / (normal[:, None, None] * rays).sum(0)
@@ -182,24 +178,6 @@ def _paint(u: Tensor, v: Tensor, kind: int, colour: tuple[float, float, float], 
         lambda: ((torch.sin(8 * u + phase) > 0.3) & (torch.sin(8 * v) > 0.3)).float() * 2 - 1,  # ring: dots
     )[kind]()
     return torch.tensor(colour)[:, None, None] * (0.85 + 0.15 * wave)
-
-
-@dataclass(frozen=True)
-class Rendering(Sequence[T], Generic[T]):
-    """Samples that are rendered when they are asked for; the seed of each is ``first + index``."""
-
-    make: Callable[[int, int], T]
-    first: int
-    scenes: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.scenes
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if not -self.scenes <= index < self.scenes:
-            raise IndexError(index)
-        return self.make(self.first + index % self.scenes, self.size)
 
 
 def _segmentation(seed: int, size: int) -> SegmentationSample:
@@ -245,18 +223,16 @@ class SyntheticVideo:
         """(H, W) int64: 0 background, then the shapes that are seen in frame 0."""
         first = render(self.seed, self.size).objects.unique()
         numbers = torch.zeros(MOST_OBJECTS + 1, dtype=torch.int64)
-        shown = first[first > 0]
-        numbers[shown] = torch.arange(1, len(shown) + 1)
+        visible = first[first > 0]
+        numbers[visible] = torch.arange(1, len(visible) + 1)
         return numbers[render(self.seed, self.size, index).objects]
 
 
-_MAKERS: dict[str, Callable[[int, int], Any]] = {
-    "segmentation": _segmentation,
-    "open_vocabulary": _segmentation,
-    "depth": _geometry,
-    "normals": _geometry,
-    "interactive": _interactive,
-    "video": SyntheticVideo,
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "labels": _segmentation,
+    "geometry": _geometry,
+    "objects": _interactive,
+    "sequences": SyntheticVideo,
 }
 
 
@@ -264,8 +240,7 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     """Rendered scenes for a task: 6 kinds of shapes on a ground before a wall, up to 4 in a picture.
 
     Args:
-        task: "segmentation", "open_vocabulary", "depth", "normals", "video" (as many sequences of 10 frames as
-            ``val // 4``) or "interactive".
+        task: a name of :data:`loftup.eval.tasks.TASKS`; one on sequences gets ``val // 4`` of 10 frames.
         train: scenes to learn from.
         val: scenes to judge by, others.
         size: pixels of a side.
@@ -273,104 +248,13 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     Raises:
         ValueError: there is no such task.
     """
-    if task not in _MAKERS:
-        raise ValueError(f"there are no scenes for the task {task!r}; expected one of {', '.join(_MAKERS)}")
-    make = _MAKERS[task]
-    if task == "video":
+    tasks = [name for name, entry in TASKS.items() if entry.data in _MAKERS]
+    if task not in tasks:
+        raise ValueError(f"there are no scenes for the task {task!r}; expected one of {', '.join(tasks)}")
+    kind = TASKS[task].data
+    make = partial(_MAKERS[kind], size=size)
+    if kind == "sequences":
         train, val = 0, max(1, val // 4)
-    return Dataset("synthetic", Rendering(make, 0, train, size), Rendering(make, 500_000, val, size), CLASSES, COLOURS)
-
-
-class Oracle:
-    """A backbone whose features are the mean truth of every cell, and the upsampler that knows every pixel's.
-
-    The truth is one-hot classes (segmentation), one-hot objects (video, interactive), depth and 1, or the normal. It
-    recognises a picture by its bytes. What a task makes of the perfect upsampler is the best that it can give.
-
-    Args:
-        dataset: whose pictures it knows, from :func:`synthetic`.
-        task: that the dataset was made for.
-        patch_size: side of a cell in pixels.
-    """
-
-    def __init__(self, dataset: Dataset[Any], task: str, patch_size: int = 16) -> None:
-        self.dataset = dataset
-        self.task = task
-        channels = {"depth": 2, "normals": 3, "video": MOST_OBJECTS + 1, "interactive": 2}.get(task, len(CLASSES))
-        self.backbone = Backbone(
-            nn.Identity(),
-            lambda image: F.avg_pool2d(self._truth(image), patch_size),
-            channels=channels,
-            patch_size=patch_size,
-            name="oracle",
-            mean=(0, 0, 0),
-            std=(1, 1, 1),
-        ).eval()
-        self.upsampler: Upsampler = self._upsample
-
-    def _upsample(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        truth = self._truth(image)
-        return truth if truth.shape[-2:] == size else F.interpolate(truth, size, mode="nearest-exact")
-
-    def _truth(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) of pictures (B, 3, H, W) in [0, 1]."""
-        made = []
-        for each in image:
-            find = self._known.get(_print((each * 255).round().byte()))
-            if find is None:
-                raise LoftUpError(
-                    f"the oracle knows the pictures of its dataset in their own size alone, got another of size "
-                    f"{tuple(each.shape[1:])}; give the task the size of the pictures"
-                )
-            made.append(find())
-        return torch.stack(made)
-
-    @cached_property
-    def _known(self) -> dict[int, Callable[[], Tensor]]:
-        known: dict[int, Callable[[], Tensor]] = {}
-        for sample in (*self.dataset.train, *self.dataset.val):
-            if self.task == "video":
-                for index in range(len(sample)):
-                    known[_print(sample.frame(index))] = _VideoTruth(sample, index)
-            else:
-                known[_print(sample.image)] = _Truth(sample, self.backbone.channels)
-        return known
-
-
-@dataclass(frozen=True)
-class _Truth:
-    sample: Any
-    channels: int
-
-    def __call__(self) -> Tensor:
-        if isinstance(self.sample, SegmentationSample):
-            return _one_hot(self.sample.labels, self.channels)
-        if isinstance(self.sample, InteractiveSample):
-            return _one_hot(self.sample.mask, self.channels)
-        if self.channels == 2:
-            return torch.stack([self.sample.depth, torch.ones_like(self.sample.depth)])
-        return self.sample.normals  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class _VideoTruth:
-    video: SyntheticVideo
-    index: int
-
-    def __call__(self) -> Tensor:
-        return _one_hot(self.video.annotation(self.index), MOST_OBJECTS + 1)
-
-
-def _one_hot(labels: Tensor, channels: int) -> Tensor:
-    return F.one_hot(labels, channels).movedim(-1, 0).float()
-
-
-@lru_cache(maxsize=1)
-def _weights(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, 2**40, (count,), generator=generator)
-
-
-def _print(image: Tensor) -> int:
-    """A number that tells uint8 pictures apart."""
-    return int((image.flatten().long() * _weights(image.numel())).sum())
+    # The entries are the seeds of the scenes.
+    learn, judge = Samples(range(train), make), Samples(range(500_000, 500_000 + val), make)
+    return Dataset("synthetic", learn, judge, CLASSES, COLOURS)
