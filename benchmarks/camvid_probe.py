@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from loftup import Backbone, LoftUp, load_backbone
-from loftup.train.probe import Scores, fit_probe, score
+from loftup.train.run.probe import Scores, fit_probe, score
 
 CLASSES = 11
 Frame = tuple[Tensor, Tensor]  # image (1, 3, H, W) in [0, 1], labels (1, H / 2, W / 2)

@@ -20,7 +20,7 @@ from loftup.eval.tasks import segmentation as module
 from loftup.eval.tasks.scores import Confusion, class_details
 from loftup.eval.tasks.segmentation import METRICS, SegmentationConfig, _draw, _Task, segmentation
 from loftup.eval.upsamplers.simple import Interpolation, LowResolution
-from loftup.train.probe import score
+from loftup.train.run.probe import score
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 BACKBONE = mean_colours(cell=4)

@@ -7,8 +7,8 @@ from torch import nn
 
 from loftup import Backbone, LoftUpConfig
 from loftup.train.config import TrainConfig
-from loftup.train.data import Batch, Crop
-from loftup.train.terms import Objective
+from loftup.train.data.views import Batch, Crop
+from loftup.train.objective.objective import Objective
 
 PATCH, CHANNELS, SIZE = 4, 8, 24
 

@@ -337,7 +337,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _masks(arguments: argparse.Namespace) -> int:
-    from ..train.masks_command import run
+    from ..train.masks.command import run
 
     if arguments.sam:
         _check_device(arguments.device)
@@ -345,7 +345,7 @@ def _masks(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from ..train.command import run
+    from ..train.run.command import run
 
     return run(arguments)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
-from ...train.probe import boundary_band
+from ...train.run.probe import boundary_band
 
 __all__ = ["Confusion", "class_details"]
 
@@ -14,7 +14,7 @@ class Confusion:
 
     Args:
         classes: how many there are.
-        radius: width of the band around label edges in pixels, see :func:`loftup.train.probe.boundary_band`.
+        radius: width of the band around label edges in pixels, see :func:`loftup.train.run.probe.boundary_band`.
 
     Raises:
         LoftUpError: torchmetrics is not installed.

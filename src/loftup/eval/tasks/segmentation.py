@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbones import Backbone
-from ...train.probe import fit_probe
+from ...train.run.probe import fit_probe
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
@@ -44,7 +44,7 @@ class SegmentationConfig:
         size: [height, width] that pictures are scaled to cover and cut to.
         output: share of ``size`` at which features are upsampled and judged.
         training: "dense" trains on every pixel (Adam); "samples" on pixels drawn from every picture (AdamW,
-            standardised features, :func:`loftup.train.probe.fit_probe`), in one pass over the pictures for all seeds.
+            standardised features, :mod:`loftup.train.run.probe`), in one pass over the pictures for all seeds.
         epochs: of "dense".
         batch: pictures a step, of "dense".
         rate: learning rate of "dense".

@@ -13,8 +13,8 @@ from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...inputs import resize_guidance
 from ...networks.layers import MinMaxScale, grid_coordinates
-from ...train.config import MultiViewConfig
-from ...train.multiview import AttentionDownsampler, Motion, draw_motions
+from ...train.config.schema import MultiViewConfig
+from ...train.objective.multi_view import AttentionDownsampler, Motion, draw_motions
 from ..features import extract
 from .registry import Upsampler, register
 
