@@ -11,7 +11,7 @@ from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.eval.upsamplers import create
 from loftup.train.baselines import ARCHITECTURES, LearnedConfig, build
 from loftup.train.baselines.jbu import FeatUpJBU, _Level, _NeighbourDot, _NeighbourSum
-from loftup.train.objective.window import upsample_window
+from loftup.train.objective.student import upsample_window
 
 NAMES = list(ARCHITECTURES)
 

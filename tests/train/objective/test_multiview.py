@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from loftup.train.config import MultiViewConfig
 from loftup.train.objective.multi_view import AttentionDownsampler, Motion, draw_motions
 
 
@@ -53,8 +52,7 @@ class TestMotion:
 
 class TestDrawMotions:
     def test_within_their_bounds_and_inside_the_image(self):
-        config = MultiViewConfig(views=2, zoom=1.6, shift=0.1, flip=0.5)
-        motions = [motion for step in range(200) for motion in draw_motions(config, 0, step)]
+        motions = [motion for step in range(200) for motion in draw_motions(0, step, 2, 1.6, 0.1, 0.5)]
         assert len(motions) == 400
         for motion in motions:
             assert 1 <= motion.zoom <= 1.6
@@ -67,13 +65,13 @@ class TestDrawMotions:
         assert 150 < sum(motion.mirrored for motion in motions) < 250
 
     def test_seed_and_step_decide(self):
-        config = MultiViewConfig()
-        assert draw_motions(config, 0, 3) == draw_motions(config, 0, 3)
-        assert draw_motions(config, 0, 3) != draw_motions(config, 0, 4)
-        assert draw_motions(config, 0, 3) != draw_motions(config, 1, 3)
+        bounds = (2, 1.6, 0.2, 0.5)
+        assert draw_motions(0, 3, *bounds) == draw_motions(0, 3, *bounds)
+        assert draw_motions(0, 3, *bounds) != draw_motions(0, 4, *bounds)
+        assert draw_motions(0, 3, *bounds) != draw_motions(1, 3, *bounds)
 
     def test_nothing_to_draw(self):
-        for motion in draw_motions(MultiViewConfig(views=3, zoom=1.0, flip=0.0), 0, 0):
+        for motion in draw_motions(0, 0, views=3, zoom=1.0, shift=0.2, flip=0.0):
             assert (motion.zoom, motion.mirrored) == (1.0, False)
             assert motion.shift == (0, 0)
 

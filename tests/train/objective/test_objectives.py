@@ -8,15 +8,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from loftup.train.objective.distances import (
-    affinity_loss,
-    crop_border,
-    distance,
-    mask_bicubic_target,
-    mask_refine,
-    pool_to,
-    total_variation,
-)
+from loftup.train.objective.distances import affinity_loss, distance
+from loftup.train.objective.maps import crop_border, pool_to
+from loftup.train.objective.mask_bicubic import mask_bicubic_target, mask_refine
+from loftup.train.objective.total_variation import total_variation
 
 
 def random_masks(batch, height, width, counts=(3, 0, 5)):

@@ -7,9 +7,10 @@ from small_objective import backbone, batch, close, config, cut, full_batch
 from test_universal_terms import scale, seen, upsampler
 
 from loftup import LoftUpError
-from loftup.train.config.check import check
-from loftup.train.objective.distances import membership_loss, read_membership
-from loftup.train.objective.objective import Objective, _some
+from loftup.train.config import check
+from loftup.train.objective.maps import some
+from loftup.train.objective.objective import Objective
+from loftup.train.objective.segments import membership_loss, read_membership
 
 
 def guesses(features, masks, ridge):
@@ -67,7 +68,7 @@ def test_membership_loss_is_a_balanced_cross_entropy():
 
 @pytest.mark.parametrize("window", [None, (8, 4, 20, 16)])
 def test_term(window):
-    made = configured(config("segments"), model__values="features", objective__segments__masks=2)
+    made = configured(config("segments"), model__architecture="any", objective__segments__masks=2)
     term, data = Objective(made, upsampler(), backbone()), batch(window=window)
     data.masks[1] = data.masks[1][:1]
     low = seen(term, data.image)
@@ -87,7 +88,7 @@ def test_term(window):
 
 
 def test_pictures_without_masks_cost_nothing():
-    made = configured(config("segments"), model__values="features")
+    made = configured(config("segments"), model__architecture="any")
     term, data = Objective(made, upsampler(), backbone()), batch()
     data.masks = [masks[:0] for masks in data.masks]
     loss, _ = term(data)
@@ -97,23 +98,25 @@ def test_pictures_without_masks_cost_nothing():
 def test_a_projected_network_is_refused(tmp_path):
     made = config("segments")
     made.data.path = [str(tmp_path)]
-    with pytest.raises(LoftUpError, match=r"objective.segments.weight=1 with model.values=projected.*values=features"):
+    with pytest.raises(
+        LoftUpError, match=r"objective.segments.weight=1 with model.architecture=loftup.*architecture=any"
+    ):
         check(made)
 
 
 def test_two_terms_share_one_pass():
-    made = configured(config("segments", "high_resolution"), model__values="features")
+    made = configured(config("segments", "high_resolution"), model__architecture="any")
     seeing = backbone()
     term, data = Objective(made, upsampler(), seeing), full_batch()
     passes = []
     term.up.upsampler.register_forward_hook(lambda *_: passes.append(1))
     _, parts = term(data)
     assert len(passes) == 1
-    alone = Objective(configured(config("segments"), model__values="features"), term.up, seeing)
+    alone = Objective(configured(config("segments"), model__architecture="any"), term.up, seeing)
     close(alone(data)[1]["segments"], parts["segments"])
 
 
 def test_fewer_masks_than_another_term_takes_are_spread_over_them():
     masks = torch.arange(10)
-    assert _some(masks, 4).tolist() == [0, 2, 5, 7]
-    assert _some(masks, 10) is masks
+    assert some(masks, 4).tolist() == [0, 2, 5, 7]
+    assert some(masks, 10) is masks

@@ -8,7 +8,7 @@ from torch import nn
 
 from loftup import LoftUp, LoftUpConfig, UniversalConfig
 from loftup.train.objective.start import calibrate_batch_norm, freeze_batch_norm, start_as_interpolator
-from loftup.train.objective.window import upsample_window
+from loftup.train.objective.student import upsample_window
 
 
 def norms(up):
@@ -160,7 +160,7 @@ class TestInterpolator:
             (LoftUpConfig(24, image_frequencies=1), {}, "got 'sine' with 5 and 1"),
             (LoftUpConfig(28, heads=16), {}, "heads of width 4 or more, got width 48 with 16 heads"),
             (SINE, {"grid": 1}, "grid is 1, expected at least 2"),
-            (UniversalConfig(), {}, "is for values='projected', got a network with values='features'"),
+            (UniversalConfig(), {}, "is for the published network, got the one behind 'any'"),
         ],
     )
     def test_refuses(self, config, options, text):

@@ -10,7 +10,8 @@ from small_objective import CHANNELS, backbone, batch, close, config, cut, full_
 from torch import nn
 
 from loftup import LoftUp, LoftUpConfig
-from loftup.train.objective.distances import affinity_loss, mask_refine
+from loftup.train.objective.distances import affinity_loss
+from loftup.train.objective.mask_bicubic import mask_refine
 from loftup.train.objective.objective import Objective
 
 

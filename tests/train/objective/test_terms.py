@@ -18,6 +18,7 @@ from small_objective import (
     crops,
     cut,
     full_batch,
+    motions,
     normalised,
     objective,
     whole,
@@ -27,9 +28,8 @@ from torch import nn
 from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError
 from loftup.train.data.sources import LabelMap, Picture
 from loftup.train.data.views import Batch, Crop, TrainingViews, collate
-from loftup.train.objective import objective as terms
-from loftup.train.objective.distances import affinity_loss, mask_bicubic_target, mask_refine
-from loftup.train.objective.multi_view import draw_motions
+from loftup.train.objective.distances import affinity_loss
+from loftup.train.objective.mask_bicubic import mask_bicubic_target, mask_refine
 from loftup.train.objective.objective import Objective
 
 TERMS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
@@ -153,7 +153,7 @@ class TestMultiView:
         made = config("multi_view", data__ratios=[ratio], objective__multi_view__views=3)
         term, data = objective(made), batch(output=round(SIZE * ratio))
         losses = []
-        for motion in draw_motions(made.objective.multi_view, made.seed, data.step):
+        for motion in motions(made, data.step):
             with torch.no_grad():
                 moved = term.downsampler(motion(whole(term, data)))
             losses.append((moved - normalised(term, motion(data.image))).square().mean())
@@ -254,14 +254,18 @@ class Slopes:
 @pytest.mark.parametrize("part", [False, True])
 def test_student_and_targets_show_the_same_places(flip, ratio, window, part, monkeypatch):
     """With features that are places: misaligned by half an output pixel, the means would differ by more than 0.3."""
-    monkeypatch.setattr(terms, "upsample_window", lambda up, features, guidance, box, values=None: cut(guidance, box))
+    monkeypatch.setattr(
+        "loftup.train.objective.student.upsample_window",
+        lambda up, features, guidance, box, values=None: cut(guidance, box),
+    )
     pairs = []
 
     def record(student, target, kind):
         pairs.append((student, target))
         return torch.zeros((), requires_grad=True)
 
-    monkeypatch.setattr(terms, "distance", record)
+    for term in ("high_resolution", "self_distillation"):
+        monkeypatch.setattr(f"loftup.train.objective.{term}.distance", record)
     made = config("self_distillation", "high_resolution", data__sizes=[128], data__ratios=[ratio], data__flip=flip)
     made.window, made.data.scale, made.objective.high_resolution.crop = window, [0.5, 0.7], part
     made.objective.self_distillation.refine = False

@@ -1,20 +1,18 @@
-"""The objective with values="features": terms in standardised features, for any backbone, on a part of the channels."""
+"""The objective of the universal network: terms in standardised features, and on a part of the channels."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_config import configured
-from small_objective import PATCH, SIZE, backbone, batch, close, config, crops, cut, full_batch
+from small_objective import PATCH, SIZE, backbone, batch, close, config, crops, cut, full_batch, motions
 
 from loftup import Backbone, LoftUp, LoftUpError, UniversalConfig
 from loftup.train.config import BackboneConfig
 from loftup.train.data.views import TrainingViews, collate
-from loftup.train.objective import objective as terms
-from loftup.train.objective.distances import mask_bicubic_target, mask_refine
-from loftup.train.objective.multi_view import draw_motions
+from loftup.train.objective.mask_bicubic import mask_bicubic_target, mask_refine
 from loftup.train.objective.objective import Objective
 from loftup.train.objective.standardise import draw_channels
-from loftup.train.objective.window import upsample_window
+from loftup.train.objective.student import upsample_window
 
 TERMS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
 
@@ -29,7 +27,7 @@ def upsampler():
 
 
 def features_config(*on, **settings):
-    return configured(config(*on), model__values="features", **settings)
+    return configured(config(*on), model__architecture="any", **settings)
 
 
 def seen(term, image, number=0):
@@ -82,7 +80,7 @@ class TestTerms:
         low, losses = seen(term, data.image), []
         with torch.no_grad():
             student = scale(term.up.upsampler(low, data.guidance), low)
-            for motion in draw_motions(made.objective.multi_view, made.seed, data.step):
+            for motion in motions(made, data.step):
                 target = scale(seen(term, motion(data.image)), low)
                 losses.append((term.downsampler(motion(student)) - target).square().mean())
         close(term(data)[0], torch.stack(losses).mean())
@@ -169,8 +167,7 @@ class TestSeveral:
         made, backbones = two(objective__high_resolution__weight=1.0)
         shapes = []
         monkeypatch.setattr(
-            terms,
-            "upsample_window",
+            "loftup.train.objective.student.upsample_window",
             lambda up, low, *rest: (shapes.append(low.shape), upsample_window(up, low, *rest))[1],
         )
         term = Objective(made, upsampler(), backbones)

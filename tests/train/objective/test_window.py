@@ -6,7 +6,7 @@ from material import LEARNABLE, SINE, inputs, randomised
 from torch import nn
 
 from loftup.train.objective.start import freeze_batch_norm
-from loftup.train.objective.window import upsample_window
+from loftup.train.objective.student import upsample_window
 
 SIZE = (33, 46)
 BOXES = [

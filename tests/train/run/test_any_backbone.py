@@ -12,8 +12,7 @@ from small_run import make_material, small_config, steps_of
 from torch import nn
 
 from loftup import LoftUp, LoftUpError, UniversalConfig
-from loftup.train.config import BackboneConfig, TrainConfig, load_config, to_yaml
-from loftup.train.config.check import check
+from loftup.train.config import BackboneConfig, TrainConfig, check, load_config, to_yaml
 from loftup.train.data.loader import loader
 from loftup.train.data.plan import check_geometry, make_plan
 from loftup.train.objective.standardise import standardisation
@@ -23,7 +22,7 @@ from loftup.train.run.engine import train
 from loftup.train.run.validation import Validation, mean_losses
 
 SEVERAL = (
-    "data: {path: [photos]}\nmodel: {values: features}\nobjective: {high_resolution: {weight: 1}}\n"
+    "data: {path: [photos]}\nmodel: {architecture: any}\nobjective: {high_resolution: {weight: 1}}\n"
     "backbones: [{name: one, layer: 3}, {name: other, options: {output_stride: 16}}]\n"
 )
 
@@ -39,7 +38,7 @@ def config(material, tmp_path):
     made = small_config(material, tmp_path / "run")
     made.backbones = [dataclasses.replace(made.backbone, layer=layer) for layer in (2, 3)]
     made.backbone, made.window = BackboneConfig(), None
-    made.model.values, made.model.heads, made.model.radius = "features", 2, 1
+    made.model.architecture, made.model.heads, made.model.radius = "any", 2, 1
     made.model.code_width, made.model.encoder_width, made.model.channel_dropout = 4, 8, 0.5
     made.data.sizes, made.data.ratios = [32, 48], [0.5]
     made.objective.mask_bicubic.weight, made.objective.high_resolution.weight = 0.0, 1.0
@@ -88,20 +87,33 @@ class TestConfig:
                 "backbones=[{nam: x}]",
                 r"unknown key 'backbones\[0\].nam' .* Keys of 'backbones\[0\]': name, weights, layer",
             ),
-            ("backbones={name: x}", r"'backbones' in .* holds {'name': 'x'}, expected a list such as \[{name: ...}\]"),
-            ("backbones=x", r"'backbones' in the command line holds 'x', expected a list"),
-            ("backbones[1].mean=[1]", r"backbones\[1\].mean is \[1.0\], expected three numbers"),
+            ("backbones={name: x}", r"backbones is {'name': 'x'} in .*, expected a list such as \[{name: ...}\]"),
+            ("backbones=x", r"backbones is 'x' in the command line, expected a list"),
+            (
+                "backbones[1].mean=[1]",
+                r"backbones\[1\].mean is \[1\] in .*, expected a list of at least 3 items, not 1",
+            ),
             (
                 "backbone.name=z",
                 r"both backbone \(z\) and backbones \(one, other\) are given; put all .* backbones=\[\]",
             ),
-            ("model.values=projected", "2 backbones with model.values=projected.* set model.values=features, or give"),
-            ("model.values=raw", "model.values is 'raw', expected one of projected, features"),
-            ("model.architecture=lift", "model.values=features with model.architecture=lift: only LoftUp has it"),
-            ("model.channel_dropout=1", r"model.channel_dropout is 1.0, expected a number in \[0, 1\)"),
-            ("model.radius=0", "model.radius is 0, expected at least 1"),
-            ("model.code_width=0", "model.code_width is 0, expected at least 1"),
-            ("model.encoder_width=1", "model.encoder_width is 1, expected at least 2"),
+            (
+                "model.architecture=loftup",
+                "2 backbones with model.architecture=loftup.* set model.architecture=any, or give",
+            ),
+            (
+                "model.architecture=raw",
+                "model.architecture is 'raw' in .*, expected 'loftup', 'any', 'featup_jbu', 'lift'",
+            ),
+            ("model.architecture=lift", "2 backbones with model.architecture=lift.* set model.architecture=any"),
+            (
+                "model.values=features",
+                "unknown key 'model.values' in the command line; Keys of 'model': architecture, p",
+            ),
+            ("model.channel_dropout=1", "model.channel_dropout is 1 in .*, expected below 1"),
+            ("model.radius=0", "model.radius is 0 in .*, expected at least 1"),
+            ("model.code_width=0", "model.code_width is 0 in .*, expected at least 1"),
+            ("model.encoder_width=1", "model.encoder_width is 1 in .*, expected at least 2"),
         ],
     )
     def test_refuses(self, file, override, message):
@@ -112,7 +124,7 @@ class TestConfig:
         made = TrainConfig()
         made.data.path, made.objective.mask_bicubic.weight, made.model.channel_dropout = ["photos"], 1.0, 0.5
         with pytest.raises(
-            LoftUpError, match=r"model.channel_dropout=0.5 with model.values=projected.*channel_dropout=0"
+            LoftUpError, match=r"model.channel_dropout=0.5 with model.architecture=loftup.*channel_dropout=0"
         ):
             check(made)
 
@@ -123,7 +135,7 @@ class TestConfig:
         made.model.start, made.model.position_code = "interpolator", "learnable"
         with pytest.raises(LoftUpError):
             check(made)
-        made.model.values = "features"
+        made.model.architecture = "any"
         check(made)
 
     def test_paths_of_weights(self, config):
@@ -278,14 +290,12 @@ def test_going_on_from_weights(config, material, tmp_path, capsys):
     assert "| start | from run |" in (tmp_path / "second" / "README.md").read_text()
     projected = small_config(material, tmp_path / "third")
     projected.model.pretrained = str(first)
-    message = (
-        r"has values=features, the config says model.values=projected; set model.values=features, or other weights"
-    )
+    message = "holds architecture=any, the config says model.architecture=loftup; set model.architecture=any, or"
     with pytest.raises(LoftUpError, match=message):
         train(projected)
     projected.model.pretrained, projected.steps = None, 1
     second.model.pretrained, second.output = str(train(projected)), str(tmp_path / "fourth")
-    with pytest.raises(LoftUpError, match="has values=projected, the config says model.values=features"):
+    with pytest.raises(LoftUpError, match="holds architecture=loftup, the config says model.architecture=any"):
         train(second)
 
 

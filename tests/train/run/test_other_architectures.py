@@ -61,5 +61,5 @@ def test_settings_that_are_loftups_alone_are_refused(material, tmp_path):
     with pytest.raises(LoftUpError, match="compile=true knows LoftUp alone, not lift"):
         train(config)
     config.model.architecture, config.compile = "unet", False
-    with pytest.raises(LoftUpError, match="model.architecture is 'unet', expected one of loftup, featup_jbu"):
+    with pytest.raises(LoftUpError, match="model.architecture is 'unet', expected 'loftup', 'any', 'featup_jbu'"):
         train(config)

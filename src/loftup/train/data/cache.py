@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...files import write_atomically
-from ..config import TrainConfig, backbone_configs
+from ..config import TrainConfig
 
 __all__ = ["FeatureCache", "fingerprint", "open_caches"]
 
@@ -82,8 +82,8 @@ def open_caches(config: TrainConfig, backbones: Sequence[Backbone]) -> list[Feat
     if config.data.cache is None:
         return []
     return [
-        FeatureCache(Path(config.data.cache) / fingerprint(backbone, given.options, config.precision))
-        for backbone, given in zip(backbones, backbone_configs(config), strict=True)
+        FeatureCache(Path(config.data.cache) / fingerprint(backbone, section.options, config.precision))
+        for backbone, section in zip(backbones, config.sections.values(), strict=True)
     ]
 
 

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
-from ..config import TrainConfig, backbone_list
+from ..config import TrainConfig
 from .cache import open_caches
 from .sources import ImageFolder, Several, Source, open_source
 from .views import Batch, Place, Sample, TrainingViews, collate
 
-__all__ = ["StepSampler", "loader", "open_data"]
+__all__ = ["StepSampler", "backbone_list", "loader", "open_data"]
 
 
 def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source:
@@ -58,6 +58,17 @@ class StepSampler(Sampler[list[Place]]):
             for micro in range(self.config.accumulate):
                 start = (micro * self.world + self.rank) * batch
                 yield [(step, start + index) for index in range(batch)]
+
+
+def backbone_list(config: TrainConfig, backbone: Backbone | Sequence[Backbone]) -> list[Backbone]:
+    """One backbone or several as a list; ValueError unless there are as many as the config has."""
+    backbones = [backbone] if isinstance(backbone, Backbone) else list(backbone)
+    if len(backbones) != (expected := len(config.sections)):
+        raise ValueError(
+            f"got {len(backbones)} backbones, the config has {expected}; give one for each of config.backbones, in "
+            "their order"
+        )
+    return backbones
 
 
 class _Loader(DataLoader[Sample]):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import MultiViewConfig
 from ..data.generators import seeded
 
 __all__ = ["AttentionDownsampler", "Motion", "draw_motions"]
@@ -39,15 +38,24 @@ class Motion:
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def draw_motions(config: MultiViewConfig, seed: int, step: int) -> list[Motion]:
-    """Draw the views of a step; they stay inside the image, where alone it is known what the backbone would see."""
+def draw_motions(seed: int, step: int, views: int, zoom: float, shift: float, flip: float) -> list[Motion]:
+    """Draw the views of a step; they stay inside the image, where alone it is known what the backbone would see.
+
+    Args:
+        seed: of the run.
+        step: of the optimizer.
+        views: their number.
+        zoom: greatest magnification.
+        shift: greatest one, as a share of the side.
+        flip: probability of mirroring.
+    """
     generator = seeded(seed, "motions", step)
     motions = []
-    for _ in range(config.views):
-        zoom, down, right, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        zoom = 1 + (config.zoom - 1) * zoom
-        most = min(config.shift, (1 - 1 / zoom) / 2)
-        motions.append(Motion(zoom, (most * (2 * down - 1), most * (2 * right - 1)), mirror < config.flip))
+    for _ in range(views):
+        nearer, down, right, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        magnification = 1 + (zoom - 1) * nearer
+        most = min(shift, (1 - 1 / magnification) / 2)
+        motions.append(Motion(magnification, (most * (2 * down - 1), most * (2 * right - 1)), mirror < flip))
     return motions
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model import LoftUp
+from ...networks.config import LoftUpConfig
 from ...networks.layers import FourierCode
 
 __all__ = ["calibrate_batch_norm", "freeze_batch_norm", "start_as_interpolator"]
@@ -25,7 +26,8 @@ def calibrate_batch_norm(up: LoftUp, images: Iterable[Tensor]) -> None:
     Raises:
         ValueError: there are no images.
     """
-    norms = [m for m in up.modules() if isinstance(m, nn.BatchNorm2d)]
+    network: Any = up.upsampler
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     modes = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -34,7 +36,7 @@ def calibrate_batch_norm(up: LoftUp, images: Iterable[Tensor]) -> None:
     count = 0
     try:
         for image in images:
-            up.upsampler.queries(image)
+            network.queries(image)
             count += 1
     finally:
         for norm, (training, momentum) in zip(norms, modes, strict=True):
@@ -77,9 +79,9 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     Raises:
         ValueError: the module is another one, or the grid too small.
     """
-    config, channels = up.config, up.config.channels
-    if channels is None:
-        raise ValueError("start_as_interpolator is for values='projected', got a network with values='features'")
+    config = up.config
+    if not isinstance(config, LoftUpConfig):
+        raise ValueError("start_as_interpolator is for the published network, got the one behind 'any'")
     if config.position_code != "sine" or config.feature_frequencies < 2 or config.image_frequencies < 2:
         raise ValueError(
             "start_as_interpolator needs position_code='sine' with at least 2 frequencies, got "
@@ -92,8 +94,7 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     if grid < 2:
         raise ValueError(f"grid is {grid}, expected at least 2 cells along a side")
     network: Any = up.upsampler
-    _, conv1, norm1, _, conv2, norm2, _ = network.first_conv
-    code, positions = network.fourier_feat[1], network.lr_pe
+    stem, code, positions, channels = network.first_conv, network.fourier_feat[1], network.lr_pe, config.channels
     code.biases[:, :2] = 0
     positions.biases.zero_()
     token_frequencies = positions.frequencies
@@ -106,17 +107,17 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     both = torch.stack([signals, -signals], 1).flatten(0, 1)  # (8, code): ReLU keeps one sign of each
 
     carriers = slice(channels, channels + 8)
-    conv1.weight[carriers] = 0
-    conv1.weight[carriers, :, 1, 1] = both
-    conv1.bias[carriers] = torch.stack([offsets, -offsets], 1).flatten()
-    conv2.weight[carriers] = 0
-    conv2.weight[carriers, carriers, 1, 1] = torch.eye(8)
-    conv2.bias[carriers] = 0
-    for norm in (norm1, norm2):
+    stem.conv1.weight[carriers] = 0
+    stem.conv1.weight[carriers, :, 1, 1] = both
+    stem.conv1.bias[carriers] = torch.stack([offsets, -offsets], 1).flatten()
+    stem.conv2.weight[carriers] = 0
+    stem.conv2.weight[carriers, carriers, 1, 1] = torch.eye(8)
+    stem.conv2.bias[carriers] = 0
+    for norm in (stem.batch_norm1, stem.batch_norm2):
         norm.reset_running_stats()
         norm.reset_parameters()
-    norm2.weight[:] = 0.05  # the rest of the stem whispers at first
-    norm2.weight[carriers] = 1
+    stem.batch_norm2.weight[:] = 0.05  # the rest of the stem whispers at first
+    stem.batch_norm2.weight[carriers] = 1
 
     spacing = 2 / (grid - 1)
     contrast = 1 / (sharpness * frequency * spacing) ** 2
@@ -164,7 +165,7 @@ def _read_out(network: Any, frequency: float) -> tuple[Tensor, Tensor]:
     They give sin and cos of ``frequency`` times the row, then the column, by ridge regression over random positions
     and colours.
     """
-    code, norm = network.fourier_feat[1], network.first_conv[0]
+    code, norm = network.fourier_feat[1], network.first_conv.norm
     generator = torch.Generator().manual_seed(0)
     values = 2 * torch.rand(1, 5, 4096, 1, generator=generator) - 1
     values[:, 2:] /= 2

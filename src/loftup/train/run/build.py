@@ -13,7 +13,7 @@ from ...networks.config import LoftUpConfig, UniversalConfig, read_config
 from ...upsampled import Upsampled
 from ...weights.hub import UnreachableError
 from ..baselines import LearnedConfig, build
-from ..config import ObjectiveConfig, TrainConfig, backbone_configs, backbone_sections
+from ..config import ObjectiveConfig, TrainConfig
 from ..data.loader import loader
 from ..data.shards import is_pattern
 from ..objective.start import calibrate_batch_norm, start_as_interpolator
@@ -35,7 +35,7 @@ def check_paths(config: TrainConfig) -> None:
             if not is_pattern(path) and not (folder := Path(path).expanduser()).is_dir():
                 what = "is a file" if folder.exists() else "is not there"
                 raise LoftUpError(f"{key} names {path}, which {what}, expected a folder; set {remedy}")
-    for section, backbone in backbone_sections(config):
+    for section, backbone in config.sections.items():
         weights = backbone.weights
         if weights is not None and not Path(weights).expanduser().is_file():
             raise LoftUpError(
@@ -48,77 +48,60 @@ def build_backbones(config: TrainConfig) -> list[Backbone]:
     """The frozen backbones, in ``eval()`` mode on the CPU; LoftUpError as :func:`loftup.load_backbone`."""
     return [
         load_backbone(
-            given.name, weights=given.weights, layer=given.layer, mean=given.mean, std=given.std, **given.options
+            each.name, weights=each.weights, layer=each.layer, mean=each.mean, std=each.std, **each.options
         ).requires_grad_(False)
-        for given in backbone_configs(config)
+        for each in config.sections.values()
     ]
 
 
 def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
-    """The upsampler with its first weights, on the CPU.
+    """The upsampler with its first weights, all of them trainable, on the CPU.
 
     Random weights follow from the global random state. Batch norms are not calibrated yet, see :func:`calibrate`.
 
     Args:
         config: of the run.
-        backbone: that it is for; without effect with ``model.values="features"``.
+        backbone: that it is for; without effect with ``model.architecture="any"``.
 
     Raises:
-        LoftUpError: ``model.pretrained`` cannot be loaded, expects another number of channels or is of the other
-            ``model.values``, or the architecture does not go with the backbone's.
+        LoftUpError: ``model.pretrained`` cannot be loaded, expects another number of channels or is of another
+            ``model.architecture``, or the section ``model`` does not go with the backbone.
     """
     model = config.model
-    if model.architecture != "loftup":
-        return rebuild({"architecture": model.architecture, "channels": backbone.channels, "backbone": backbone.name})
-    if model.pretrained is not None:
-        up = _pretrained(model.pretrained)
-        values = "features" if isinstance(up.config, UniversalConfig) else "projected"
-        if values != model.values:
-            raise LoftUpError(
-                f"model.pretrained={model.pretrained} has values={values}, the config says "
-                f"model.values={model.values}; set model.values={values}, or other weights"
-            )
-        if model.values == "projected":
-            Upsampled(backbone, up)  # refuses a pair that does not fit
-            up.config = dataclasses.replace(up.config, backbone=backbone.name)
-    elif model.values == "features":
+    if model.baseline:
+        up = rebuild({"architecture": model.architecture, "channels": backbone.channels, "backbone": backbone.name})
+    elif model.pretrained is not None:
+        up = _pretrained(model.pretrained, config, backbone)
+    elif model.universal:
+        up = LoftUp(UniversalConfig(model.heads, model.radius, model.code_width, model.encoder_width))
+    else:
+        up = _published(config, backbone)
+    return up.requires_grad_(True)
+
+
+def _published(config: TrainConfig, backbone: Backbone) -> LoftUp:
+    model = config.model
+    try:
         up = LoftUp(
-            UniversalConfig(
+            LoftUpConfig(
+                backbone.channels,
+                position_code=model.position_code,
+                lr_size=model.lr_size,
                 heads=model.heads,
-                radius=model.radius,
-                code_width=model.code_width,
-                encoder_width=model.encoder_width,
+                blocks=model.blocks,
+                backbone=backbone.name,
             )
         )
-    else:
-        try:
-            up = LoftUp(
-                LoftUpConfig(
-                    backbone.channels,
-                    position_code=model.position_code,  # type: ignore[arg-type]
-                    lr_size=model.lr_size,
-                    heads=model.heads,
-                    blocks=model.blocks,
-                    backbone=backbone.name,
-                )
-            )
-        except ValueError as error:
-            raise LoftUpError(f"the section model does not fit {backbone.name!r}: {error}; see model.heads") from error
-        if model.start == "interpolator":
-            start_as_interpolator(up, max(2, max(config.data.sizes) // backbone.patch_size))
+    except ValueError as error:
+        raise LoftUpError(f"the section model does not fit {backbone.name!r}: {error}; see model.heads") from error
+    if model.start == "interpolator":
+        start_as_interpolator(up, max(2, max(config.data.sizes) // backbone.patch_size))
     return up
 
 
-def rebuild(config: dict[str, Any]) -> LoftUp:
-    """A network from its config: LoftUp, or one that it is compared with, which has in common what training needs."""
-    if "architecture" not in config:
-        return LoftUp(read_config(config))
-    return cast(LoftUp, build(LearnedConfig.from_dict(config)))
-
-
-def _pretrained(name: str) -> LoftUp:
+def _pretrained(name: str, config: TrainConfig, backbone: Backbone) -> LoftUp:
     try:
-        return LoftUp.from_pretrained(name, dtype=torch.float32)
+        up = LoftUp.from_pretrained(name, dtype=torch.float32)
     except LoftUpError as error:
         if Path(name).expanduser().exists() or not ("/" in name or name.startswith((".", "~"))):
             raise
@@ -128,6 +111,23 @@ def _pretrained(name: str) -> LoftUp:
             f"there is no folder or file {name} (model.pretrained), and the Hub {hub} repository; train stage 1 "
             "first, or set model.pretrained=FOLDER of a finished run"
         ) from error
+    architecture = "any" if isinstance(up.config, UniversalConfig) else "loftup"
+    if architecture != config.model.architecture:
+        raise LoftUpError(
+            f"model.pretrained={name} holds architecture={architecture}, the config says "
+            f"model.architecture={config.model.architecture}; set model.architecture={architecture}, or other weights"
+        )
+    if isinstance(up.config, LoftUpConfig):
+        Upsampled(backbone, up)  # refuses a pair that does not fit
+        up.config = dataclasses.replace(up.config, backbone=backbone.name)
+    return up
+
+
+def rebuild(config: dict[str, Any]) -> LoftUp:
+    """A network from its config: LoftUp, or one that it is compared with, which has in common what training needs."""
+    if "architecture" not in config:
+        return LoftUp(read_config(config))
+    return cast(LoftUp, build(LearnedConfig.from_dict(config)))
 
 
 def calibrate(up: LoftUp, config: TrainConfig, backbone: Backbone) -> None:

@@ -13,11 +13,11 @@ import torch
 
 from ... import __version__
 from ...errors import LoftUpError
-from ...networks.config import LoftUpConfig
+from ...networks.config import Config
 from ...weights.files import CONFIG, SAFETENSORS, model_card
 from ...weights.hub import upload
 from ..baselines import card as baseline_card
-from ..config import BackboneConfig, TrainConfig, backbone_configs, to_yaml
+from ..config import BackboneConfig, TrainConfig, to_yaml
 
 __all__ = ["how_to_load", "push", "shown", "training_card", "versions"]
 
@@ -29,9 +29,7 @@ def versions() -> dict[str, str]:
     return {"loftup": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
 
-def training_card(
-    config: TrainConfig, up: LoftUpConfig, facts: Mapping[str, Any], measured: Mapping[str, float]
-) -> str:
+def training_card(config: TrainConfig, up: Config, facts: Mapping[str, Any], measured: Mapping[str, float]) -> str:
     """README.md of the weights: :func:`loftup.weights.files.model_card` and the recipe.
 
     Args:
@@ -74,7 +72,7 @@ def shown(path: str) -> str:
 def _portable(config: TrainConfig) -> TrainConfig:
     config = copy.deepcopy(config)
     for section, name in (
-        *((backbone, "weights") for backbone in backbone_configs(config)),
+        *((backbone, "weights") for backbone in config.sections.values()),
         (config.model, "pretrained"),
         (config.data, "path"),
         (config.data, "cache"),
@@ -88,10 +86,10 @@ def _portable(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _card(up: LoftUpConfig, source: str, config: TrainConfig) -> str:
+def _card(up: Config, source: str, config: TrainConfig) -> str:
     """The model card, with the run's backbone, or the first of several, in it."""
-    backbone = _backbone(backbone_configs(config)[0])
-    if config.model.architecture == "loftup":
+    backbone = _backbone(next(iter(config.sections.values())))
+    if not config.model.baseline:
         line = "from loftup import LoftUp\n"
         return model_card(up, source).replace(line, f"from loftup import LoftUp, load_backbone\n\n{backbone}")
     line = "from loftup.eval.upsamplers import create\n"
@@ -100,10 +98,10 @@ def _card(up: LoftUpConfig, source: str, config: TrainConfig) -> str:
 
 def _trained_on(config: TrainConfig) -> dict[str, str]:
     """The row that names the backbones that a universal upsampler has seen; none for a network of one backbone."""
-    if config.model.values == "projected":
+    if not config.model.universal:
         return {}
-    made = (_backbone(given).removeprefix("backbone = ").partition("  #")[0] for given in backbone_configs(config))
-    return {"backbones": ", ".join(f"`{line}`" for line in made)}
+    calls = (_backbone(each).removeprefix("backbone = ").partition("  #")[0] for each in config.sections.values())
+    return {"backbones": ", ".join(f"`{call}`" for call in calls)}
 
 
 def _backbone(given: BackboneConfig) -> str:
@@ -119,7 +117,7 @@ def _backbone(given: BackboneConfig) -> str:
 
 def how_to_load(config: TrainConfig, folder: Path) -> str:
     """The expression that loads the weights of a run's folder."""
-    if config.model.architecture == "loftup":
+    if not config.model.baseline:
         return f"LoftUp.from_pretrained({str(folder)!r})"
     return f"loftup.eval.upsamplers.create({f'{config.model.architecture}:{folder}'!r}, backbone)"
 

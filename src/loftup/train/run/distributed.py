@@ -69,7 +69,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 def synchronise_batch_norm(up: LoftUp) -> None:
     """Let the stem's batch norms take their statistics over all processes; parameters and buffers stay the same."""
-    stem = up.upsampler.first_conv
+    stem: Any = up.upsampler.first_conv
     for index, norm in enumerate(stem):
         if isinstance(norm, nn.BatchNorm2d):
             together = SynchronisedBatchNorm2d(norm.num_features, norm.eps, norm.momentum, device=norm.weight.device)

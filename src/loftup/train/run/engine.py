@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
+from ...networks.config import LoftUpConfig
 from ...networks.universal import UniversalNetwork
-from ..config import ModelConfig, TrainConfig, backbone_configs, check
+from ..config import TrainConfig, check
 from ..data.loader import loader
 from ..data.views import Batch
 from ..objective.objective import Objective
@@ -58,7 +59,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             full, or the loss is not finite any more; the text says what to do.
         Interrupted: a signal came; the text says how to go on.
     """
-    check(config)
+    config = check(config)
     processes = Processes()
     run = _Run(config, processes, resume)
     try:
@@ -90,11 +91,11 @@ class _Run:
         up = rebuild(state["loftup_config"]) if state else build_upsampler(config, first)
         up.to(processes.device).activation_checkpointing = config.checkpointing
         self.progress = Progress(**state["progress"]) if state else Progress()
-        ours = config.model.architecture == "loftup" and config.model.values == "projected"
-        random = ours and config.model.pretrained is None and config.model.start == "random"
+        published = config.model.architecture == "loftup"
+        random = published and config.model.pretrained is None and config.model.start == "random"
         if random and not state and config.model.batch_norm == "frozen":
             calibrate(up, config, first)
-        if ours and config.model.batch_norm == "batch" and processes.world > 1:
+        if published and config.model.batch_norm == "batch" and processes.world > 1:
             synchronise_batch_norm(up)
         self.objective = Objective(config, up, self.backbones)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
@@ -142,16 +143,15 @@ class _Run:
         if {name for name, term in vars(config.objective).items() if term.weight} == {"self_distillation"}:
             window = "crops"  # the student's output is computed there alone
         batch = f"{config.batch} pictures x {config.accumulate} x {self.processes.world} processes"
-        for given, backbone in zip(backbone_configs(config), self.backbones, strict=True):
-            name = backbone.name or given.name
+        for section, backbone in zip(config.sections.values(), self.backbones, strict=True):
+            name = backbone.name or section.name
             self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
-        if model.architecture != "loftup":
-            how = model.architecture
-        elif model.values == "features":
-            how = f"for any backbone, {start if model.pretrained else 'anew'}"
-        else:
-            how = f"width {self.objective.up.config.width}, {start}"
-        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, {how}")
+        kind: str = model.architecture
+        if model.universal:
+            kind = f"for any backbone, {start if model.pretrained else 'anew'}"
+        elif isinstance(network := self.objective.up.config, LoftUpConfig):
+            kind = f"width {network.width}, {start}"
+        self.processes.say(f"upsampler  {trained / 1e6:.2f} M trained parameters, {kind}")
         self.processes.say(f"pictures   {self.pictures} of {', '.join(config.data.path)}; {batch} a step, {window}")
         on = machine(self.processes.device, self.processes.world)
         self.processes.say(f"device     {self.processes.device} ({on}), {config.precision}")
@@ -371,7 +371,7 @@ class _Run:
         start = f"from {shown(model.pretrained)}" if model.pretrained else model.start
         facts = {
             "pictures": f"{self.pictures} of {', '.join(map(shown, config.data.path))}",
-            **({"start": start} if _has_start(model) else {}),
+            **({"start": start} if model.pretrained or model.architecture == "loftup" else {}),
             "steps": f"{progress.step} of {config.batch * config.accumulate * self.processes.world} pictures each",
             "device": machine(self.processes.device, self.processes.world),
             "time": f"{progress.seconds / 60:.1f} minutes, validation included",
@@ -407,8 +407,3 @@ def _compile(network: Any) -> None:
     else:
         for part in (network.ca_transformer, network.final_conv):
             part.compile()
-
-
-def _has_start(model: ModelConfig) -> bool:
-    """Whether the config decides from where the network starts."""
-    return model.architecture == "loftup" and (model.values == "projected" or model.pretrained is not None)

@@ -21,7 +21,7 @@ from ..data.generators import seeded
 from ..data.loader import open_data
 from ..data.regions import LabelMap, Picture, UnreadableError, centres
 from ..data.sources import Source, open_source
-from ..objective.distances import mask_bicubic_target
+from ..objective.mask_bicubic import mask_bicubic_target
 from ..objective.standardise import standardisation
 from .distributed import Processes
 from .probe import fit_probe, score
@@ -132,7 +132,7 @@ class Validation:
         self._cases = _Cases(source, config, backbone, _packed_masks, slice(rank, None, world))
         self._refine = (config.objective.mask_bicubic.alpha, config.objective.mask_bicubic.masks)
         self._pictures = config.validation.pictures
-        self._standardise = config.model.values == "features"
+        self._standardise = config.model.universal
         self.unreadable = self._cases.unreadable
 
     def __len__(self) -> int:
