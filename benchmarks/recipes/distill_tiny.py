@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,28 +121,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", metavar="FILE", help="weights of the student to begin with; default: random")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
 
-    files = sorted(file for folder in given.folders for file in folder.rglob("*.jpg"))
+    files = sorted(file for folder in arguments.folders for file in folder.rglob("*.jpg"))
     if not files:
-        raise SystemExit(f"no .jpg file in {', '.join(map(str, given.folders))}; give folders of pictures")
+        raise SystemExit(f"no .jpg file in {', '.join(map(str, arguments.folders))}; give folders of pictures")
     torch.manual_seed(0)
     teachers = [
         load_backbone(
-            given.teacher, weights=given.teacher_weights, layer=n, mean=given.mean, std=given.std, **given.options
+            arguments.teacher,
+            weights=arguments.teacher_weights,
+            layer=n,
+            mean=arguments.mean,
+            std=arguments.std,
+            **arguments.options,
         )
-        for n in given.layers
+        for n in arguments.layers
     ]
-    network = Distillation([teacher.channels for teacher in teachers], given.start)
+    network = Distillation([teacher.channels for teacher in teachers], arguments.start)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=given.rate, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.rate, weight_decay=0.05, betas=(0.9, 0.98))
     # They standardise by the means and variances of the step at hand.
     scales = [nn.BatchNorm1d(t.channels, affine=False, momentum=None) for t in teachers]
-    given.output.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = given.output / "checkpoint.pt", given.output / "log.csv"
-    step, spent, steps = 0, 0.0, given.steps
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = arguments.output / "checkpoint.pt", arguments.output / "log.csv"
+    step, spent, steps = 0, 0.0, arguments.steps
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         step, spent, steps = state["step"], state["spent"], state["steps"]
@@ -170,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def train_step(image: Tensor, total: int) -> float:
         share = step / total
-        rate = given.rate * min(1.0, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)) + 0.01)
-        network.student.requires_grad_(given.start is None or step >= HEADS_ALONE)
+        rate = arguments.rate * min(1.0, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)) + 0.01)
+        network.student.requires_grad_(arguments.start is None or step >= HEADS_ALONE)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.no_grad():
@@ -184,15 +190,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 if grid != expected:
                     raise SystemExit(
-                        f"{given.teacher} gives a grid of {grid} for {size} pixels, "
+                        f"{arguments.teacher} gives a grid of {grid} for {size} pixels, "
                         f"expected {expected} (stride {PATCH}); choose other --layers, or "
                         "--options '{\"output_stride\": 16}'"
                     )
-                targets.append(scale(features.flatten(2).mT.flatten(0, 1)))
+                targets.append(scale(rearrange(features, "b c h w -> (b h w) c")))
         losses = []
-        for made, target in zip(network(image), targets, strict=True):
-            made = made.flatten(0, 1)
-            losses.append(F.smooth_l1_loss(made, target) + 1 - F.cosine_similarity(made, target).mean())
+        for output, target in zip(network(image), targets, strict=True):
+            output = output.flatten(0, 1)
+            losses.append(F.smooth_l1_loss(output, target) + 1 - F.cosine_similarity(output, target).mean())
         loss = torch.stack(losses).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -202,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return loss.item()
 
     try:
-        source = Pictures(files, given.sizes, steps or 10**6, given.batch * 224**2, step)
+        source = Pictures(files, arguments.sizes, steps or 10**6, arguments.batch * 224**2, step)
         loader = iter(torch.utils.data.DataLoader(source, batch_size=None))
         losses: list[float] = []
         with tqdm(total=steps, initial=step, unit="step") as bar:
@@ -213,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 losses.append(train_step(image, steps or 10**6))
                 step, spent = step + 1, spent + time.perf_counter() - begun
                 if steps is None and step == 60:
-                    steps = bar.total = step + max(0, round((given.minutes * 60 - spent) / (spent / step)))
+                    steps = bar.total = step + max(0, round((arguments.minutes * 60 - spent) / (spent / step)))
                 bar.update()
                 if step % 20 == 0:
                     bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
@@ -227,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"stopped after step {step}, saved; the same command goes on") from None
     save()
     student = cast(Any, average.module).student.eval()
-    file = given.output / "model.safetensors"
+    file = arguments.output / "model.safetensors"
     save_file({key: value.half().contiguous() for key, value in student.state_dict().items()}, file)
     print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, float16: {file}")
 

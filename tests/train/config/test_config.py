@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+import subprocess
 import sys
 
 import pytest
@@ -258,3 +259,20 @@ def test_missing_omegaconf_is_said(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "omegaconf", None)
     with pytest.raises(LoftUpError, match=r'need omegaconf: pip install "loftup\[train\]"'):
         load_config(write(SMALLEST))
+
+
+def test_pydantic_is_for_configs_alone():
+    """Masks, and what the evaluation takes from training, do without."""
+    script = """
+import subprocess
+import sys
+sys.modules["pydantic"] = None
+from loftup import LoftUpError
+import loftup.train.baselines, loftup.train.masks.command, loftup.train.objective.multi_view, loftup.train.run.probe
+try:
+    import loftup.train.config
+except LoftUpError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == 'training configs need pydantic: pip install "loftup[train]"\n'

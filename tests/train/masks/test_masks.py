@@ -21,7 +21,7 @@ from loftup.train.data.regions import RleMasks
 from loftup.train.data.sa1b import annotate, write_sa1b
 from loftup.train.data.sources import SA1BFolder
 from loftup.train.masks.make import make_masks
-from loftup.train.masks.makers import FelzenszwalbMaker, SamMaker, felzenszwalb_masks
+from loftup.train.masks.makers import FelzenszwalbMaker, SamMaker
 
 QUICK = FelzenszwalbMaker(scales=(20, 200), min_size=10)
 
@@ -62,19 +62,19 @@ def test_the_segments_of_all_scales_are_masks_once_and_large_ones_first():
     scales = (30, 100, 300)
     labels = [felzenszwalb(np.array(scene), scale=scale, sigma=0.8, min_size=10) for scale in scales]
     expected = {(one == value).tobytes() for one in labels for value in np.unique(one)}
-    annotations = felzenszwalb_masks(scene, scales, min_size=10)
+    annotations = FelzenszwalbMaker(scales, min_size=10)(scene)
     found = full_size(annotations, 60, 80)
     assert {mask.tobytes() for mask in found} == expected
     assert len(found) == len(expected) < sum(one.max() + 1 for one in labels)
     areas = [annotation["area"] for annotation in annotations]
     assert areas == sorted(areas, reverse=True) == found.sum((1, 2)).tolist()
     assert min(areas) >= 10
-    assert annotations == felzenszwalb_masks(scene, scales, min_size=10)
+    assert annotations == FelzenszwalbMaker(scales, min_size=10)(scene)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2000)])
 def test_pictures_of_hardly_a_pixel(size):
-    assert [a["area"] for a in felzenszwalb_masks(Image.new("RGB", size), side=1)] == [size[0] * size[1]]
+    assert [a["area"] for a in FelzenszwalbMaker(side=1)(Image.new("RGB", size))] == [size[0] * size[1]]
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 5), torch.zeros(1, 4, 5, dtype=torch.uint8)])
@@ -137,7 +137,7 @@ def test_a_folder_gets_its_masks(photos):
     for index, (name, (height, width)) in enumerate({"a.jpg": (30, 40), "deep/b.png": (40, 30)}.items()):
         picture = source.read(index, torch.Generator())
         assert picture.name == name
-        expected = felzenszwalb_masks(picture.image, (20, 200), min_size=10)
+        expected = QUICK(picture.image)
         assert len(expected) == len(picture.masks) == report.counts[index] > 2
         masks = picture.masks.crop((0, 0, height, width), (height, width))
         assert np.array_equal(masks.numpy(), full_size(expected, height, width))

@@ -1,4 +1,4 @@
-"""What the learned upsamplers have in common: config, files, guidance, and windows of the output for training."""
+"""Parts that the learned upsamplers share: config, files, guidance, and windows of the output for training."""
 
 import dataclasses
 import json
@@ -56,9 +56,9 @@ class LearnedConfig:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(values) - known or not {"architecture", "channels"} <= set(values):
-            raise ValueError(f"expected the keys {', '.join(sorted(known))}, got {', '.join(sorted(values)) or 'none'}")
+        keys = {field.name for field in dataclasses.fields(cls)}
+        if set(values) - keys or not {"architecture", "channels"} <= set(values):
+            raise ValueError(f"expected the keys {', '.join(sorted(keys))}, got {', '.join(sorted(values)) or 'none'}")
         return cls(**values)
 
 
@@ -99,16 +99,7 @@ class LearnedUpsampler(nn.Module):
         *,
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Upsample features.
-
-        Args:
-            features: (B, C, h, w), straight from the backbone.
-            image: (B, 3, H, W), any scaling of every channel.
-            size: (H', W') or one side; None means the image's.
-            head: pointwise, applied to the map before it is returned.
-
-        Returns:
-            (B, C, H', W') in the dtype of ``features``, or what the head makes of it.
+        """Upsample features, as :meth:`loftup.LoftUp.forward` does.
 
         Raises:
             TypeError, ValueError: features and image do not go with each other or with the network.
@@ -124,20 +115,7 @@ class LearnedUpsampler(nn.Module):
         return dense if head is None else apply_head(head, dense)
 
     def at(self, features: Tensor, image: Tensor, points: Tensor, size: Size = None) -> Tensor:
-        """Upsampled features at single points, read bilinearly off the whole map.
-
-        Args:
-            features: (B, C, h, w), straight from the backbone.
-            image: (B, 3, H, W), any scaling of every channel.
-            points: (B, N, 2), (x, y) in pixels of the ``size`` grid, whose centres are whole numbers.
-            size: (H', W') or one side; None means the image's.
-
-        Returns:
-            (B, N, C) in the dtype of ``features``.
-
-        Raises:
-            TypeError, ValueError: as :meth:`forward`, or a point lies outside the grid.
-        """
+        """Upsampled features at single points, read bilinearly off the whole map, as :meth:`loftup.LoftUp.at` does."""
         height, width = output_size(size, image)
         check_points(points, features, height, width)
         dense: Tensor = self(features, image, (height, width))
@@ -153,16 +131,8 @@ class LearnedUpsampler(nn.Module):
     def window(self, normalised: Tensor, guidance: Tensor, box: Box | None) -> Tensor:
         """A window of the output, equal to cutting it out of the whole map, at the cost of the window.
 
-        Args:
-            normalised: (B, C, h, w), features behind the channel norm.
-            guidance: (B, 3, H, W), the whole image at output size.
-            box: (top, left, bottom, right) in pixels of the output; None means everything.
-
-        Returns:
-            (B, C, bottom - top, right - left).
-
-        Raises:
-            ValueError: the box is empty or reaches beyond the image.
+        Takes features behind the channel norm (B, C, h, w), and the whole image at output size. ValueError: the box is
+        empty or reaches beyond the image.
         """
         height, width = guidance.shape[-2:]
         top, left, bottom, right = box = box or (0, 0, height, width)
@@ -184,9 +154,9 @@ class LearnedUpsampler(nn.Module):
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        described = {**self.config.to_dict(), "library_name": "loftup", "loftup_version": __version__}
+        fields = {**self.config.to_dict(), "library_name": "loftup", "loftup_version": __version__}
         write_atomically(folder / SAFETENSORS, save(state, {"format": "pt"}))
-        write_atomically(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+        write_atomically(folder / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, folder: "str | os.PathLike[str]") -> "LearnedUpsampler":
@@ -250,7 +220,7 @@ class DoublingUpsampler(LearnedUpsampler):
         """The steps, at least one, for an output ``factor`` times as large as the grid."""
 
     def finish(self, x: Tensor) -> Tensor:
-        """What comes behind the last step, position by position."""
+        """Refine the last step's output, position by position."""
         return x
 
     def compute(self, normalised: Tensor, guidance: Tensor, box: Box) -> Tensor:

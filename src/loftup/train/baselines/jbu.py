@@ -32,11 +32,11 @@ class _NeighbourDot(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         result = torch.zeros_like(x)
-        for (part, weights), (made, _) in zip(_parts(x, gradient), _parts(result, gradient), strict=True):
-            centre, of_centre = _shifted(part, RADIUS, RADIUS), _shifted(made, RADIUS, RADIUS)
+        for (part, weights), (output, _) in zip(_parts(x, gradient), _parts(result, gradient), strict=True):
+            centre, of_centre = _shifted(part, RADIUS, RADIUS), _shifted(output, RADIUS, RADIUS)
             for index, (i, j) in enumerate(_SHIFTS):
                 of_centre.addcmul_(weights[index], _shifted(part, i, j))
-                _shifted(made, i, j).addcmul_(weights[index], centre)
+                _shifted(output, i, j).addcmul_(weights[index], centre)
         return result
 
 
@@ -47,9 +47,9 @@ class _NeighbourSum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
         result = torch.zeros_like(_shifted(x, RADIUS, RADIUS), memory_format=torch.contiguous_format)
-        for (part, its_weights), (made, _) in zip(_parts(x, weights), _parts(result, weights), strict=True):
+        for (part, its_weights), (output, _) in zip(_parts(x, weights), _parts(result, weights), strict=True):
             for index, (i, j) in enumerate(_SHIFTS):
-                made.addcmul_(its_weights[index], _shifted(part, i, j))
+                output.addcmul_(its_weights[index], _shifted(part, i, j))
         return result
 
     @staticmethod
@@ -57,9 +57,9 @@ class _NeighbourSum(torch.autograd.Function):
         x, weights = ctx.saved_tensors
         of_x, of_weights = torch.zeros_like(x), torch.zeros_like(weights)
         parts = zip(_parts(x, weights), _parts(gradient, of_weights), _parts(of_x, weights), strict=True)
-        for (part, its_weights), (its_gradient, products), (made, _) in parts:
+        for (part, its_weights), (its_gradient, products), (output, _) in parts:
             for index, (i, j) in enumerate(_SHIFTS):
-                _shifted(made, i, j).addcmul_(its_weights[index], its_gradient)
+                _shifted(output, i, j).addcmul_(its_weights[index], its_gradient)
                 products[index] += (its_gradient * _shifted(part, i, j)).sum(0)
         return of_x, of_weights
 

@@ -70,7 +70,7 @@ Distance = Literal["affinity", "l2", "cosine"]
 
 
 class Section:
-    """What pydantic is to do with a section."""
+    """Settings of pydantic for every section."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 

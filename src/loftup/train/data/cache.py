@@ -89,8 +89,8 @@ def open_caches(config: TrainConfig, backbones: Sequence[Backbone]) -> list[Feat
 
 def fingerprint(backbone: Backbone, *settings: object) -> str:
     """A digest of all that a backbone's features depend on: its weights, layer, scaling and further settings."""
-    described = (backbone.name, backbone.layer, backbone.patch_size, backbone.mean, backbone.std, *settings)
-    digest = hashlib.blake2b(repr(described).encode(), digest_size=10)
+    identity = (backbone.name, backbone.layer, backbone.patch_size, backbone.mean, backbone.std, *settings)
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=10)
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -17,12 +17,7 @@ __all__ = ["StepSampler", "backbone_list", "loader", "open_data"]
 
 
 def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source:
-    """Open folders or shards as one source of pictures.
-
-    Args:
-        path: one or several.
-        kind: as :func:`loftup.train.data.sources.open_source` takes it.
-        scales: of Felzenszwalb's masks made on the fly.
+    """Open folders or shards, one or several, as one source; ``scales`` are of Felzenszwalb's masks made on the fly.
 
     Raises:
         LoftUpError: no path is given, or see :func:`loftup.train.data.sources.open_source`.
@@ -37,14 +32,7 @@ def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source
 
 
 class StepSampler(Sampler[list[Place]]):
-    """Lists of (step, slot), one for every micro-batch of a process.
-
-    Args:
-        config: of the run.
-        first_step: to begin with; what came before a resumed run's checkpoint is left out.
-        rank: number of this process.
-        world: number of processes.
-    """
+    """Lists of (step, slot), one for every micro-batch of a process, from the first step of a (resumed) run on."""
 
     def __init__(self, config: TrainConfig, first_step: int = 0, rank: int = 0, world: int = 1) -> None:
         self.config, self.first_step, self.rank, self.world = config, first_step, rank, world

@@ -41,13 +41,13 @@ def find_files(folder: "str | os.PathLike[str]", suffixes: Iterable[str]) -> lis
 
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
-    seen = set()
+    places = set()
     for parent, folders, files in os.walk(root, followlinks=True):
         # A link to a folder above would never end.
-        if (place := os.path.realpath(parent)) in seen:
+        if (place := os.path.realpath(parent)) in places:
             folders.clear()
             continue
-        seen.add(place)
+        places.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = Path(parent).relative_to(root)
         for name in files:
@@ -57,10 +57,10 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 def find_pictures(folder: "str | os.PathLike[str]") -> list[str]:
     """Names of the pictures in a folder, as :func:`find_files` gives them; LoftUpError if there are none."""
-    found = find_files(folder, IMAGE_SUFFIXES)
-    if not found:
+    names = find_files(folder, IMAGE_SUFFIXES)
+    if not names:
         raise LoftUpError(f"no pictures in the folder {folder}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
+    return names
 
 
 def by_stem(names: Iterable[str], folder: "str | os.PathLike[str]") -> dict[str, str]:
@@ -98,9 +98,9 @@ def label_maps(names: Sequence[str], folder: "str | os.PathLike[str]") -> tuple[
                 f"{pictures[stem][0]} in {folder} has label maps of two kinds, {' and '.join(sorted(maps[stem])[:2])}; "
                 "keep one kind"
             )
-    found = {pictures[stem][0]: maps[stem] for stem in both}
-    alone = [name for group in (maps, pictures) for stem, own in group.items() if stem not in both for name in own]
-    return dict(sorted(found.items())), alone
+    pairs = {pictures[stem][0]: maps[stem] for stem in both}
+    alone = [name for group in (maps, pictures) for stem, files in group.items() if stem not in both for name in files]
+    return dict(sorted(pairs.items())), alone
 
 
 def _is_png(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What is drawn at random for a step, and where the views lie: functions of seed, step and picture alone.
+"""Random choices for a step, and the places of the views: functions of seed, step and picture alone.
 
 Nothing here depends on what was drawn before, so that a run resumes exactly, worker processes do not matter, and many
 processes see what one with the whole batch would see.
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What all pictures of a step share.
+    """Choices that all pictures of a step share.
 
     Attributes:
         backbone: number of the backbone, of several.
@@ -59,10 +59,10 @@ def make_plan(config: TrainConfig, patch_size: int | Sequence[int], step: int) -
     size = _choice(config.data.sizes, seeded(config.seed, "size", step))
     output = round(size * _choice(config.data.ratios, seeded(config.seed, "ratio", step)))
     cells = size // patch_sizes[backbone]
-    window, seen = None, None  # the latter in cells
+    window, square = None, None  # the latter in cells
     if config.window is not None and (side := max(1, round(config.window * cells / output))) < cells:
-        seen = _square(side, cells, seeded(config.seed, "window", step))
-        top, left, bottom, right = (edge * (output // cells) for edge in seen)
+        square = _square(side, cells, seeded(config.seed, "window", step))
+        top, left, bottom, right = (edge * (output // cells) for edge in square)
         window = (top, left, bottom, right)
 
     crops = []
@@ -80,7 +80,7 @@ def make_plan(config: TrainConfig, patch_size: int | Sequence[int], step: int) -
         factor = _choice(consistency.factors, generator)
         region = (0, 0, factor * cells, factor * cells)
         if consistency.crop:
-            region = _surroundings(seen, cells, factor, generator)
+            region = _surroundings(square, cells, factor, generator)
     return Plan(backbone, size, output, window, tuple(crops), factor, region)
 
 

@@ -86,9 +86,9 @@ class LabelMap:
         height, width = self.labels.shape
         rows, columns = centres(box, size, height, width)
         small = self.labels[np.ix_(rows, columns)]
-        wanted = self._values[_kept(keep, len(self))]
-        present = wanted[np.isin(wanted, small)]
-        return torch.from_numpy(small[None] == present[:, None, None])
+        values = self._values[_indices(keep, len(self))]
+        values = values[np.isin(values, small)]
+        return torch.from_numpy(small[None] == values[:, None, None])
 
 
 class RleMasks:
@@ -122,13 +122,13 @@ class RleMasks:
         rows, row_of = np.unique(rows, return_inverse=True)
         columns, column_of = np.unique(columns, return_inverse=True)
         positions = (columns[:, None] * height + rows).ravel()
-        found = []
-        for index in _kept(keep, len(self)):
+        masks = []
+        for index in _indices(keep, len(self)):
             samples = np.diff(np.searchsorted(positions, self._ends[index]), prepend=0)  # in each run
             if samples[1::2].any():
                 inside = np.repeat(np.arange(len(samples)) % 2 == 1, samples)
-                found.append(inside.reshape(len(columns), len(rows)).T[np.ix_(row_of, column_of)])
-        return torch.from_numpy(np.stack(found) if found else np.zeros((0, *size), dtype=bool))
+                masks.append(inside.reshape(len(columns), len(rows)).T[np.ix_(row_of, column_of)])
+        return torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), dtype=bool))
 
 
 def run_lengths(counts: "str | bytes | Sequence[int]") -> NDArray[np.int64]:
@@ -189,7 +189,7 @@ def centres(box: Region, size: tuple[int, int], height: int, width: int) -> tupl
     )
 
 
-def _kept(keep: Sequence[int] | None, count: int) -> Positions:
+def _indices(keep: Sequence[int] | None, count: int) -> Positions:
     indices = np.arange(count) if keep is None else np.asarray(keep, dtype=np.int64)
     if len(indices) and not (indices.min() >= 0 and indices.max() < count):
         raise IndexError(f"keep asks for mask {indices.min()}..{indices.max()}, there are {count}")

@@ -35,20 +35,20 @@ def annotate(masks: Iterable[NDArray[np.bool_]], scores: Iterable[float] | None 
         LoftUpError: pycocotools is missing (extra ``masks``).
     """
     rle = require_pycocotools()
-    found: dict[str, Annotation] = {}
+    annotations: dict[str, Annotation] = {}
     for mask, score in zip(masks, repeat(None) if scores is None else scores, strict=scores is not None):
         code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
         counts, area = code["counts"].decode("ascii"), int(rle.area(code))
-        if not area or counts in found:
+        if not area or counts in annotations:
             continue
-        found[counts] = {
+        annotations[counts] = {
             "segmentation": {"size": list(mask.shape), "counts": counts},
             "bbox": [int(value) for value in rle.toBbox(code)],
             "area": area,
             "crop_box": [0, 0, mask.shape[1], mask.shape[0]],
             **({} if score is None else {"predicted_iou": round(float(score), 6)}),
         }
-    ordered = sorted(found.values(), key=lambda annotation: -annotation["area"])
+    ordered = sorted(annotations.values(), key=lambda annotation: -annotation["area"])
     return [{**annotation, "id": index} for index, annotation in enumerate(ordered)]
 
 
@@ -100,13 +100,13 @@ def read_sa1b(name: str, image: Tensor, content: bytes, where: str) -> Picture:
     """
     height, width = image.shape[1:]
     try:
-        described = json.loads(content)
-        size = (described["image"]["height"], described["image"]["width"])
+        fields = json.loads(content)
+        size = (fields["image"]["height"], fields["image"]["width"])
         if size != (height, width):
             raise UnreadableError(
                 f"{where} is of a picture of {size[0]}x{size[1]}, {name} has {height}x{width}; make its masks anew"
             )
-        return Picture(name, image, RleMasks([a["segmentation"] for a in described["annotations"]], (height, width)))
+        return Picture(name, image, RleMasks([a["segmentation"] for a in fields["annotations"]], (height, width)))
     except UnreadableError:
         raise
     except (ValueError, KeyError, TypeError) as error:

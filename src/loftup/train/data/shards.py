@@ -89,10 +89,12 @@ def _expand(path: "str | os.PathLike[str]") -> list[Path]:
         shards = [Path(text) / name for name in find_files(text, [".tar"])]
     else:
         patterns = [text] if os.path.exists(text) else expand_urls(text)
-        found = {pattern: [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) for pattern in patterns}
-        if missing := [pattern for pattern, files in found.items() if not files]:
+        matches = {
+            pattern: [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) for pattern in patterns
+        }
+        if missing := [pattern for pattern, files in matches.items() if not files]:
             raise LoftUpError(f"no tar file {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-        shards = [Path(file) for files in found.values() for file in files]
+        shards = [Path(file) for files in matches.values() for file in files]
     if not shards:
         raise LoftUpError(f"no tar files in the folder {text}")
     return [shard.absolute() for shard in shards]
@@ -110,10 +112,10 @@ def _members(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 kind = "json" if suffix == "json" else "picture"
                 if not member.isfile() or suffix is None or (kind == "picture" and suffix.lower() not in PICTURES):
                     continue
-                mine = members.setdefault(key.removeprefix("./"), {})
-                if kind in mine:
+                entry = members.setdefault(key.removeprefix("./"), {})
+                if kind in entry:
                     raise LoftUpError(f"{shard} holds two {kind} members for {key}; expected one")
-                mine[kind] = (member.offset_data, member.size)
+                entry[kind] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise LoftUpError(
             f"cannot read {shard} as a tar file: truncated, compressed or damaged ({error}); fetch or pack it anew"

@@ -61,7 +61,23 @@ class Source(Protocol):
         """
 
 
-class SA1BFolder:
+class _Folder:
+    """Pictures of a folder, by their names relative to it."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path = path
+        self._names = np.array(names)  # one block of memory, which worker processes share as it is
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _name(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"no picture {index}, there are {len(self)}")
+        return str(self._names[index])
+
+
+class SA1BFolder(_Folder):
     """A folder, and folders below it, of pictures with ``NAME.json`` beside them in SA-1B's layout.
 
     Args:
@@ -72,21 +88,18 @@ class SA1BFolder:
     """
 
     def __init__(self, path: "str | os.PathLike[str]") -> None:
-        self.path = Path(path).expanduser()
-        pictures = find_pictures(self.path)
-        jsons = {stem_of(name) for name in find_files(self.path, [".json"])}
-        mine = by_stem([name for name in pictures if stem_of(name) in jsons], self.path)
-        if not mine:
+        folder = Path(path).expanduser()
+        pictures = find_pictures(folder)
+        jsons = {stem_of(name) for name in find_files(folder, [".json"])}
+        pairs = by_stem([name for name in pictures if stem_of(name) in jsons], folder)
+        if not pairs:
             raise LoftUpError(
-                f"none of the {len(pictures)} pictures in {self.path} has a NAME.json beside it; make masks with: "
-                f"loftup masks {self.path}"
+                f"none of the {len(pictures)} pictures in {folder} has a NAME.json beside it; make masks with: "
+                f"loftup masks {folder}"
             )
-        _say_left_out(self.path, "pictures without a json", len(pictures) - len(mine))
-        _say_left_out(self.path, "json files without a picture", len(jsons) - len(mine))
-        self._names = np.array(list(mine.values()))  # one block of memory, which worker processes share as it is
-
-    def __len__(self) -> int:
-        return len(self._names)
+        _say_left_out(folder, "pictures without a json", len(pictures) - len(pairs))
+        _say_left_out(folder, "json files without a picture", len(jsons) - len(pairs))
+        super().__init__(folder, list(pairs.values()))
 
     @property
     def names(self) -> list[str]:
@@ -95,7 +108,7 @@ class SA1BFolder:
 
     def read(self, index: int, generator: torch.Generator) -> Picture:
         """See :meth:`Source.read`."""
-        name = _at(self._names, index)
+        name = self._name(index)
         path = self.path / name
         image, annotations = read_picture(path), path.with_suffix(".json")
         try:
@@ -105,7 +118,7 @@ class SA1BFolder:
         return read_sa1b(name, image, content, str(annotations))
 
 
-class LabelFolder:
+class LabelFolder(_Folder):
     """A folder, and folders below it, of pictures with label maps: every label of a map is one mask.
 
     Beside ``NAME.jpg`` (or another suffix) lies ``NAME.png``, or ``NAME.segK.png`` for every K of several maps, of
@@ -120,22 +133,19 @@ class LabelFolder:
     """
 
     def __init__(self, path: "str | os.PathLike[str]") -> None:
-        self.path = Path(path).expanduser()
-        maps, alone = label_maps(find_files(self.path, IMAGE_SUFFIXES), self.path)
+        folder = Path(path).expanduser()
+        maps, alone = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
         if not maps:
             raise LoftUpError(
-                f"none of the {len(alone)} pictures in {self.path} has a label map NAME.png or NAME.segK.png beside it"
+                f"none of the {len(alone)} pictures in {folder} has a label map NAME.png or NAME.segK.png beside it"
             )
-        _say_left_out(self.path, "pictures without a partner (picture or label map)", len(alone))
-        self._names = np.array(list(maps))
+        _say_left_out(folder, "pictures without a partner (picture or label map)", len(alone))
+        super().__init__(folder, list(maps))
         self._maps = np.array(["\n".join(names) for names in maps.values()])  # one block of memory, too
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def read(self, index: int, generator: torch.Generator) -> Picture:
         """See :meth:`Source.read`."""
-        name, maps = _at(self._names, index), str(self._maps[index]).split("\n")
+        name, maps = self._name(index), str(self._maps[index]).split("\n")
         image = read_picture(self.path / name)
         path = self.path / maps[_pick(len(maps), generator)]
         labels = _read_labels(path)
@@ -147,7 +157,7 @@ class LabelFolder:
         return Picture(name, image, LabelMap(labels))
 
 
-class ImageFolder:
+class ImageFolder(_Folder):
     """A folder, and folders below it, of plain pictures; masks are Felzenszwalb's at a scale picked at random.
 
     They are made when they are first asked for, in a fifth of a second for a picture of 320x480; for many epochs they
@@ -176,16 +186,14 @@ class ImageFolder:
     ) -> None:
         if not scales:
             raise ValueError("no scale given")
-        self.path, self.scales = Path(path).expanduser(), list(scales)
+        folder = Path(path).expanduser()
+        super().__init__(folder, find_pictures(folder))
+        self.scales = list(scales)
         self.options: dict[str, Any] = {"sigma": sigma, "min_size": min_size, "side": side}
-        self._names = np.array(find_pictures(self.path))
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def read(self, index: int, generator: torch.Generator) -> Picture:
         """See :meth:`Source.read`."""
-        name = _at(self._names, index)
+        name = self._name(index)
         image = read_picture(self.path / name)
         scale = self.scales[_pick(len(self.scales), generator)]
         return Picture(name, image, _LazyMasks(lambda: felzenszwalb_map(image, scale, **self.options)))
@@ -262,11 +270,11 @@ def open_source(path: "str | os.PathLike[str]", kind: str = "auto", **options: A
     if kind not in ("auto", *KINDS):
         raise LoftUpError(f"unknown kind of data {kind!r}; expected auto, {', '.join(KINDS)}")
     kind = _kind(path) if kind == "auto" else kind
-    known = list(inspect.signature(KINDS[kind]).parameters)[1:]
-    if unknown := sorted(options.keys() - set(known)):
+    parameters = list(inspect.signature(KINDS[kind]).parameters)[1:]
+    if unknown := sorted(options.keys() - set(parameters)):
         raise LoftUpError(
             f"{path} is data of kind {kind!r}, which has no option {', '.join(unknown)}; "
-            f"it has {', '.join(known) or 'none'}"
+            f"it has {', '.join(parameters) or 'none'}"
         )
     return KINDS[kind](path, **options)
 
@@ -278,23 +286,23 @@ def _kind(path: "str | os.PathLike[str]") -> str:
     names = find_files(folder, (*IMAGE_SUFFIXES, ".json", ".tar"))
     pictures = [name for name in names if name.lower().endswith(tuple(IMAGE_SUFFIXES))]
     stems = set(map(stem_of, pictures))
-    found = []
+    kinds = []
     if any(name.lower().endswith(".tar") for name in names):
-        found.append("shards")
+        kinds.append("shards")
     if any(name.lower().endswith(".json") and stem_of(name) in stems for name in names):
-        found.append("sa1b")
+        kinds.append("sa1b")
     if pictures and label_maps(pictures, folder)[0]:
-        found.append("labels")
-    if len(found) > 1:
+        kinds.append("labels")
+    if len(kinds) > 1:
         raise LoftUpError(
-            f"{folder} holds data of kinds {' and '.join(found)}; say which: in Python as kind=..., for training in "
+            f"{folder} holds data of kinds {' and '.join(kinds)}; say which: in Python as kind=..., for training in "
             "data.kind or validation.kind"
         )
-    if not found and not pictures:
+    if not kinds and not pictures:
         raise LoftUpError(
             f"{folder} holds neither tar files nor pictures; looked for .tar, {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    return found[0] if found else "images"
+    return kinds[0] if kinds else "images"
 
 
 def _read_labels(path: Path) -> NDArray[Any]:
@@ -311,12 +319,6 @@ def _read_labels(path: Path) -> NDArray[Any]:
             f"{path} has mode {mode!r}; expected a label map of one channel, 8 or 16 bits, or a palette"
         )
     return labels.astype(np.uint8) if labels.dtype == bool else labels
-
-
-def _at(names: NDArray[np.str_], index: int) -> str:
-    if not 0 <= index < len(names):
-        raise IndexError(f"no picture {index}, there are {len(names)}")
-    return str(names[index])
 
 
 def _pick(count: int, generator: torch.Generator) -> int:

@@ -25,7 +25,7 @@ ATTEMPTS = 10
 
 @dataclass
 class Crop:
-    """What the teacher sees.
+    """A crop for the teacher.
 
     Attributes:
         image: (B, 3, S, S) float32 in [0, 1].
@@ -178,7 +178,7 @@ class TrainingViews(Dataset[Sample]):
                 crop_masks = cut.masks(box, output, size, distillation.masks, generator)
             crops.append((cut.image(box, output, size), crop_masks))
         takes_masks = limits or (distillation.weight and distillation.refine)
-        shown = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
+        visible = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
         large = None
         if plan.region is not None:
             patch_size = self.patch_sizes[plan.backbone]
@@ -198,11 +198,11 @@ class TrainingViews(Dataset[Sample]):
             features=cache.read(key) if cache and key else None,
             key=key,
             unreadable=unreadable,
-            empty=bool(takes_masks) and not shown,
+            empty=bool(takes_masks) and not visible,
         )
 
     def __getitems__(self, places: Sequence[Place]) -> list[Sample] | LoftUpError:
-        """What a loader asks for: samples, or why there are none as a value.
+        """Make the samples of a batch for a loader, or say why there are none, as a value.
 
         A worker's exception would reach the main process with the worker's traceback as its text.
         """

@@ -42,13 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _maker(arguments: argparse.Namespace) -> MaskMaker:
-    mine, others = (SAM, FELZENSZWALB) if arguments.sam else (FELZENSZWALB, SAM)
+    names, others = (SAM, FELZENSZWALB) if arguments.sam else (FELZENSZWALB, SAM)
     if foreign := [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]:
         raise ValueError(
             f"{', '.join(foreign)} would do nothing: "
             + ("a SAM model is asked for" if arguments.sam else "Felzenszwalb's masks are asked for; see --sam")
         )
-    options: dict[str, Any] = {name: value for name in mine if (value := getattr(arguments, name)) is not None}
+    options: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.sam:
         return SamMaker(arguments.sam, device=arguments.device, **options)
     if arguments.device != "cpu":

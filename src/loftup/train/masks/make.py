@@ -21,7 +21,7 @@ FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 @dataclass
 class MaskReport:
-    """What :func:`make_masks` did.
+    """Outcome of :func:`make_masks`.
 
     Attributes:
         counts: masks of each picture that was made, in the order of the pictures.

@@ -1,5 +1,6 @@
 """Makers of class-agnostic masks: Felzenszwalb's segments at several scales, or any SAM model of transformers."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from ..data.sa1b import Annotation, annotate
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FelzenszwalbMaker", "MaskMaker", "SamMaker", "felzenszwalb_masks"]
+__all__ = ["FelzenszwalbMaker", "MaskMaker", "SamMaker"]
 
 
 class MaskMaker(Protocol):
-    """What makes the masks of a picture."""
+    """A maker of the masks of a picture."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -33,32 +34,12 @@ class MaskMaker(Protocol):
         """Make the annotations of a PIL image in RGB, as :func:`loftup.train.data.sa1b.annotate` returns them."""
 
 
-def felzenszwalb_masks(
-    image: "Tensor | Image.Image",
-    scales: Sequence[float] = SCALES,
-    *,
-    sigma: float = 0.8,
-    min_size: int = 100,
-    side: int = 480,
-) -> list[Annotation]:
-    """Make masks of all segments at several scales, each once, large ones first; see :func:`felzenszwalb_map`.
+@dataclass(frozen=True)
+class FelzenszwalbMaker:
+    """All segments of :func:`felzenszwalb_map` at several scales, each once, large ones first; needs no download.
 
     The defaults give about as many masks a photograph as SA-1B has.
     """
-    maps = (felzenszwalb_map(image, scale, sigma=sigma, min_size=min_size, side=side) for scale in scales)
-    return annotate(mask for segments in maps for mask in _segments(segments))
-
-
-def _segments(segments: LabelMap) -> Iterator[NDArray[np.bool_]]:
-    # In the order of COCO's codes, so that none of the masks has to be transposed.
-    labels = np.asfortranarray(segments.labels)
-    for value in np.unique(labels):
-        yield labels == value
-
-
-@dataclass(frozen=True)
-class FelzenszwalbMaker:
-    """Masks by :func:`felzenszwalb_masks`, whose arguments these are; needs no download."""
 
     scales: Sequence[float] = SCALES
     sigma: float = 0.8
@@ -68,12 +49,21 @@ class FelzenszwalbMaker:
     @property
     def settings(self) -> dict[str, Any]:
         """See :class:`MaskMaker`."""
-        chosen = {"scales": [float(scale) for scale in self.scales], "sigma": self.sigma}
-        return {"maker": "felzenszwalb", **chosen, "min_size": self.min_size, "side": self.side}
+        scales = [float(scale) for scale in self.scales]
+        return {"maker": "felzenszwalb", **dataclasses.asdict(self), "scales": scales}
 
-    def __call__(self, picture: "Image.Image") -> list[Annotation]:
-        """See :class:`MaskMaker`."""
-        return felzenszwalb_masks(picture, self.scales, sigma=self.sigma, min_size=self.min_size, side=self.side)
+    def __call__(self, picture: "Tensor | Image.Image") -> list[Annotation]:
+        """See :class:`MaskMaker`; takes (3, H, W) uint8 too."""
+        options = {"sigma": self.sigma, "min_size": self.min_size, "side": self.side}
+        maps = (felzenszwalb_map(picture, scale, **options) for scale in self.scales)  # type: ignore[arg-type]
+        return annotate(mask for segments in maps for mask in _segments(segments))
+
+
+def _segments(segments: LabelMap) -> Iterator[NDArray[np.bool_]]:
+    # In the order of COCO's codes, so that none of the masks has to be transposed.
+    labels = np.asfortranarray(segments.labels)
+    for value in np.unique(labels):
+        yield labels == value
 
 
 class SamMaker:
@@ -121,8 +111,8 @@ class SamMaker:
 
     def __call__(self, picture: "Image.Image") -> list[Annotation]:
         """See :class:`MaskMaker`."""
-        made = self.pipeline(picture, points_per_batch=self.points_per_batch, **self.options)
-        return annotate((np.asarray(mask, dtype=bool) for mask in made["masks"]), made["scores"].tolist())
+        outputs = self.pipeline(picture, points_per_batch=self.points_per_batch, **self.options)
+        return annotate((np.asarray(mask, dtype=bool) for mask in outputs["masks"]), outputs["scores"].tolist())
 
 
 def _pipeline(model: str, device: str) -> Any:
@@ -131,12 +121,12 @@ def _pipeline(model: str, device: str) -> Any:
     except ImportError as error:
         raise LoftUpError('SAM masks need transformers: pip install "loftup[masks]"') from error
     try:
-        made = pipeline("mask-generation", model=model, device=device)
-        if not hasattr(made.model, "get_image_embeddings"):  # transformers only logs that it is not supported
-            raise ValueError(f"a {type(made.model).__name__} makes no masks of points")
+        generator = pipeline("mask-generation", model=model, device=device)
+        if not hasattr(generator.model, "get_image_embeddings"):  # transformers only logs that it is not supported
+            raise ValueError(f"a {type(generator.model).__name__} makes no masks of points")
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise LoftUpError(
             f"cannot load {model!r} for mask generation: {error}; expected a SAM model of transformers, by its name on "
             "the Hub such as 'facebook/sam-vit-base' or its folder"
         ) from error
-    return made
+    return generator

@@ -35,8 +35,8 @@ def affinity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         # What is left when like networks are compared is small beside the three sums, hence double.
         grams = (x @ y.mT / positions for x, y in ((a, a), (a, b), (b, b)))
-        own, cross, other = (gram.double().square().sum((1, 2)) for gram in grams)
-    return (own - 2 * cross + other).mean().to(a.dtype)
+        students, cross, teachers = (gram.double().square().sum((1, 2)) for gram in grams)
+    return (students - 2 * cross + teachers).mean().to(a.dtype)
 
 
 def distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:

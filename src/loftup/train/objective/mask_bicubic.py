@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..config import MaskBicubicConfig
@@ -50,17 +51,17 @@ def mask_refine(features: Tensor, masks: Sequence[Tensor], alpha: float = 0.8, l
     if limit < 0:
         raise ValueError(f"limit is {limit}, expected a number of masks")
     refined = []
-    for feature, mask in zip(widened(features).flatten(2).mT, masks, strict=True):  # (H*W, C)
+    for feature, mask in zip(rearrange(widened(features), "b c h w -> b (h w) c"), masks, strict=True):
         # In place, each mask at the cost of its own pixels; nothing that autograd keeps is overwritten.
         pixels = feature.clone(memory_format=torch.contiguous_format)
         members = mask[:limit].flatten(1)
         # All masks' pixels at once: on a GPU every question for a number of pixels waits.
         for inside in members.nonzero()[:, 1].split(members.sum(1).tolist()):
             if len(inside):
-                chosen = pixels[inside]
-                pixels.index_copy_(0, inside, torch.lerp(chosen, chosen.mean(0, keepdim=True), alpha))
+                vectors = pixels[inside]
+                pixels.index_copy_(0, inside, torch.lerp(vectors, vectors.mean(0, keepdim=True), alpha))
         refined.append(pixels)
-    return torch.stack(refined).mT.reshape(features.shape).to(features.dtype)
+    return rearrange(torch.stack(refined), "b (h w) c -> b c h w", h=height).to(features.dtype)
 
 
 def mask_bicubic_target(
@@ -68,17 +69,6 @@ def mask_bicubic_target(
 ) -> Tensor:
     """Target of stage 1: features upsampled bicubically and refined by masks (Eq. 1).
 
-    Args:
-        features: (B, C, h, w), normalised.
-        masks: B tensors (M, H, W) bool at ``size``.
-        size: (H, W).
-        alpha: as in :func:`mask_refine`.
-        limit: as in :func:`mask_refine`.
-
-    Returns:
-        (B, C, H, W).
-
-    Raises:
-        ValueError: as :func:`mask_refine`.
+    Takes normalised features (B, C, h, w) and the rest as :func:`mask_refine`, with masks at ``size``, (H, W).
     """
     return mask_refine(F.interpolate(features, size, mode="bicubic", align_corners=False), masks, alpha, limit)

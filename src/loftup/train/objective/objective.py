@@ -161,13 +161,13 @@ class Objective(nn.Module):
         """The map of the pictures' features, and those of other views of them, to the scale of the terms."""
         model = self.config.model
         if not model.universal:
-            return lambda seen: seen  # the channel norm does it
-        kept = draw_channels(features.shape[1], model.channel_dropout, self.config.seed, step)
-        if kept is None:
+            return lambda x: x  # the channel norm does it
+        channels = draw_channels(features.shape[1], model.channel_dropout, self.config.seed, step)
+        if channels is None:
             return standardisation(features)
-        kept = kept.to(features.device)
-        standardise = standardisation(features[:, kept])
-        return lambda seen: standardise(seen[:, kept])
+        channels = channels.to(features.device)
+        standardise = standardisation(features[:, channels])
+        return lambda x: standardise(x[:, channels])
 
     @torch.no_grad()
     def _normalise(self, features: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ linear probe goes which is trained at low resolution and used on the output, wit
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..config import SegmentsConfig
@@ -36,10 +37,10 @@ def segments(settings: SegmentsConfig, upsampled: Tensor, batch: Batch) -> Tenso
 
 
 def read_membership(features: Tensor, masks: Tensor, ridge: float = 0.3) -> Tensor:
-    """How far a linear probe of the features sees each cell of a picture in each mask.
+    """Guess by a linear probe of the features how far each cell of a picture lies in each mask.
 
     For every cell the probe is the ridge regression of the masks' shares of the other cells on their features, so that
-    what it says of a cell is a guess, with the blur and the noise that the features have, and not what it was told. It
+    its word on a cell is a guess, with the blur and the noise that the features have, and not the answer. It
     comes in closed form from the regression on all cells (leave-one-out residuals are ``e / (1 - H_ii)``).
 
     Args:
@@ -51,17 +52,16 @@ def read_membership(features: Tensor, masks: Tensor, ridge: float = 0.3) -> Tens
         (M, h, w), about 0 outside and 1 inside, in the dtype of ``features``, float32 at least; no gradients.
     """
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        x = widened(features).flatten(1).mT  # (cells, C)
+        x = rearrange(widened(features), "c h w -> (h w) c")
         h, w = features.shape[-2:]
-        share = F.adaptive_avg_pool2d(masks.to(x.dtype), (h, w))
-        known = share.flatten(1).mT
+        shares = rearrange(F.adaptive_avg_pool2d(masks.to(x.dtype), (h, w)), "m h w -> (h w) m")
         gram = x @ x.mT
         gram = gram / gram.diagonal().mean().clamp(min=1e-12)
         hat = torch.linalg.solve(gram + ridge * torch.eye(len(x), device=x.device, dtype=x.dtype), gram).mT
-        centred = known - known.mean(0)
+        centred = shares - shares.mean(0)
         leverage = hat.diagonal() + 1 / len(x)  # the mean is fitted too, and not shrunk
-        guess: Tensor = known - (centred - hat @ centred) / (1 - leverage.clamp(max=0.95))[:, None]
-        return guess.mT.reshape(-1, h, w)
+        guess: Tensor = shares - (centred - hat @ centred) / (1 - leverage.clamp(max=0.95))[:, None]
+        return rearrange(guess, "(h w) m -> m h w", h=h)
 
 
 def membership_loss(read: Tensor, masks: Tensor, sharpness: float = 6.0) -> Tensor:
@@ -80,8 +80,8 @@ def membership_loss(read: Tensor, masks: Tensor, sharpness: float = 6.0) -> Tens
         A scalar; 0 where no pixel lies in a mask.
     """
     inside = masks.to(read.dtype).flatten(1)
-    wanted = inside / inside.sum(0).clamp(min=1)
-    weights = wanted * inside.sum(1, keepdim=True).clamp(min=1).rsqrt()
+    targets = inside / inside.sum(0).clamp(min=1)
+    weights = targets * inside.sum(1, keepdim=True).clamp(min=1).rsqrt()
     if not len(read):
         return read.sum()
     loss = -(weights * (sharpness * read.flatten(1)).log_softmax(0)).sum()

@@ -63,5 +63,5 @@ def draw_channels(channels: int, share: float, seed: int, step: int) -> Tensor |
         return None
     generator = seeded(seed, "channels", step)
     left_out = share * float(torch.rand((), generator=generator, dtype=torch.float64))
-    kept = max(min(FEWEST, channels), round(channels * (1 - left_out)))
-    return torch.randperm(channels, generator=generator)[:kept].sort().values
+    count = max(min(FEWEST, channels), round(channels * (1 - left_out)))
+    return torch.randperm(channels, generator=generator)[:count].sort().values

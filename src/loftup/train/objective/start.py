@@ -99,8 +99,8 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     positions.biases.zero_()
     token_frequencies = positions.frequencies
     # The token frequency whose wave is longer than the picture and shortest among those: unambiguous and sharp.
-    chosen = int((token_frequencies < math.pi).nonzero().max())
-    frequency = float(token_frequencies[chosen])
+    octave = int((token_frequencies < math.pi).nonzero().max())
+    frequency = float(token_frequencies[octave])
 
     # Pixels reach beyond the outermost cells' centres: their coordinate, in the cells' scale, is larger.
     signals, offsets = _read_out(network, frequency * grid / (grid - 1))
@@ -127,13 +127,9 @@ def start_as_interpolator(up: LoftUp, grid: int = 20, sharpness: float = 0.42) -
     query_scale = math.sqrt(2 / width)
     key_scale = math.sqrt((channels + 2 * config.feature_frequencies) / width)
     gain = math.sqrt(contrast * math.sqrt(per_head))
-    key_rows = torch.tensor(
-        [
-            channels + 2 * chosen + value + 2 * config.feature_frequencies * part
-            for value in range(2)
-            for part in range(2)
-        ]
-    )
+    # Sine and cosine of the row, then of the column.
+    sines = channels + 2 * octave + torch.arange(2)
+    key_rows = torch.stack([sines, sines + 2 * config.feature_frequencies], 1).flatten()
     for index, block in enumerate(network.ca_transformer.layers):
         attention, feed_forward = block[0].attention, block[1]
         projection = attention.in_proj_weight
@@ -172,7 +168,7 @@ def _read_out(network: Any, frequency: float) -> tuple[Tensor, Tensor]:
     x = norm(torch.cat([FourierCode.forward(code, values), values[:, 2:]], dim=1))[0, :, :, 0].mT.double()
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     angles = frequency * values[0, :2, :, 0].double()
-    wanted = torch.stack([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()], dim=1)
+    waves = torch.stack([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()], dim=1)
     ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(x.mT @ x + ridge, x.mT @ wanted).float().mT
+    weights = torch.linalg.solve(x.mT @ x + ridge, x.mT @ waves).float().mT
     return weights[:, :-1], weights[:, -1]

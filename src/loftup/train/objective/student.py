@@ -21,10 +21,8 @@ def upsample_window(
 ) -> Tensor:
     """A window of ``up``'s output, equal to cutting it out of the whole map, at the cost of the window.
 
-    Pixels are independent behind the stem, whose two 3x3 convolutions see 2 pixels around the window; zero padding
-    stays at the image's true border. Exact where the batch norms use their running statistics: in training mode their
-    statistics are those of the window, among them the mean of the position code, which no longer tells the position
-    (see :func:`loftup.train.objective.start.freeze_batch_norm`).
+    With the published network exact where the batch norms use their running statistics, see
+    :func:`loftup.train.objective.start.freeze_batch_norm`.
 
     Args:
         up: the module; the universal one looks at the whole image.

@@ -19,7 +19,7 @@ from ...weights.hub import upload
 from ..baselines import card as baseline_card
 from ..config import BackboneConfig, TrainConfig, to_yaml
 
-__all__ = ["how_to_load", "push", "shown", "training_card", "versions"]
+__all__ = ["how_to_load", "portable", "push", "training_card", "versions"]
 
 CARD = "README.md"
 
@@ -40,9 +40,9 @@ def training_card(config: TrainConfig, up: Config, facts: Mapping[str, Any], mea
     """
     source = config.hub or f"./{Path(config.output).expanduser().resolve().name}"
     text = _card(up, source, config).rstrip()
-    validated = ", ".join(map(shown, [*config.validation.path, *filter(None, [config.validation.probe])]))
-    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
-    rows = {**facts, **_trained_on(config), "versions": made_with}
+    sources = ", ".join(map(portable, [*config.validation.path, *filter(None, [config.validation.probe])]))
+    numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
+    rows = {**facts, **_trained_on(config), "versions": numbers}
     parts = [
         text,
         "## Training",
@@ -51,7 +51,7 @@ def training_card(config: TrainConfig, up: Config, facts: Mapping[str, Any], mea
     if measured:
         each = "`ratio_0` and so on: of every backbone alone; " if len(config.backbones) > 1 else ""
         parts += [
-            f"Measured on the validation pictures ({validated}) after the last step "
+            f"Measured on the validation pictures ({sources}) after the last step "
             "(`loss`: squared distance to features interpolated "
             "bicubically and refined by masks; `bicubic`: the same without the network; `ratio`: one over the other; "
             f"{each}`miou` and so on: a linear probe, in percent):",
@@ -59,17 +59,17 @@ def training_card(config: TrainConfig, up: Config, facts: Mapping[str, Any], mea
         ]
     parts += [
         "The whole config, to train the same again with `loftup train`:",
-        f"```yaml\n{to_yaml(_portable(config))}```",
+        f"```yaml\n{to_yaml(_shareable(config))}```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def shown(path: str) -> str:
+def portable(path: str) -> str:
     """A path as others may see it: an absolute one, which holds on one machine only, by its last part."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _portable(config: TrainConfig) -> TrainConfig:
+def _shareable(config: TrainConfig) -> TrainConfig:
     config = copy.deepcopy(config)
     for section, name in (
         *((backbone, "weights") for backbone in config.sections.values()),
@@ -82,7 +82,7 @@ def _portable(config: TrainConfig) -> TrainConfig:
     ):
         value = getattr(section, name)
         if value is not None:
-            setattr(section, name, shown(value) if isinstance(value, str) else list(map(shown, value)))
+            setattr(section, name, portable(value) if isinstance(value, str) else list(map(portable, value)))
     return config
 
 
@@ -104,13 +104,13 @@ def _trained_on(config: TrainConfig) -> dict[str, str]:
     return {"backbones": ", ".join(f"`{call}`" for call in calls)}
 
 
-def _backbone(given: BackboneConfig) -> str:
+def _backbone(section: BackboneConfig) -> str:
     """The line that makes a backbone."""
-    options = {"layer": given.layer, "mean": given.mean, "std": given.std, **given.options}
-    arguments = [repr(given.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
+    options = {"layer": section.layer, "mean": section.mean, "std": section.std, **section.options}
+    arguments = [repr(section.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
     comment = ""
-    if given.weights is not None:
-        arguments.insert(1, f"weights={Path(given.weights).name!r}")
+    if section.weights is not None:
+        arguments.insert(1, f"weights={Path(section.weights).name!r}")
         comment = "  # weights: your file"
     return f"backbone = load_backbone({', '.join(arguments)}){comment}"
 
@@ -123,7 +123,7 @@ def how_to_load(config: TrainConfig, folder: Path) -> str:
 
 
 def machine(device: torch.device, processes: int) -> str:
-    """What the run ran on."""
+    """The kind of device, and the number of processes."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{processes} x {kind}" if processes > 1 else kind
 

@@ -51,7 +51,7 @@ FREE = (
 
 @dataclass
 class Progress:
-    """What a checkpoint says of a run beside weights and random states."""
+    """Numbers of a run that go on from a checkpoint, beside weights and random states."""
 
     step: int = 0
     best: float = math.inf  # of best_by, negated where more is better
@@ -73,8 +73,8 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def _step_files(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem[5:]))
+    files = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(files, key=lambda path: int(path.stem[5:]))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -126,20 +126,20 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two configs as nested dicts, ``"key: before, now"``, but for what a run may change."""
-    found = []
+    """Differences of two configs as nested dicts, ``"key: before, now"``, but for those that a run may have."""
+    changes = []
     for key in dict.fromkeys([*before, *now]):
         path, old, new = f"{prefix}{key}", before.get(key), now.get(key)
         if re.sub(r"\[\d+\]", "", path) in FREE or old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{path}.")
+            changes += differences(old, new, f"{path}.")
         elif isinstance(old, list) and isinstance(new, list) and _sections(old, new):
             for index, (one, other) in enumerate(zip(old, new, strict=True)):
-                found += differences(one, other, f"{path}[{index}].")
+                changes += differences(one, other, f"{path}[{index}].")
         else:
-            found.append(f"{path}: {old!r}, now {new!r}")
-    return found
+            changes.append(f"{path}: {old!r}, now {new!r}")
+    return changes
 
 
 def _sections(old: list[Any], new: list[Any]) -> bool:

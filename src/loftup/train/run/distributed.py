@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # each process needs the gradients of all
 
 from ...errors import LoftUpError
 from ...model import LoftUp
@@ -15,24 +16,6 @@ from ...model import LoftUp
 __all__ = ["Processes", "SynchronisedBatchNorm2d", "synchronise_batch_norm"]
 
 T = TypeVar("T")
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over the processes; each needs the gradients of all."""
-
-    @staticmethod
-    def forward(context: object, x: Tensor) -> Tensor:
-        return _all_reduced(x)
-
-    @staticmethod
-    def backward(context: object, gradient: Tensor) -> Tensor:
-        return _all_reduced(gradient)
-
-
-def _all_reduced(x: Tensor) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x)
-    return x
 
 
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
@@ -52,11 +35,11 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         with torch.autocast(x.device.type, enabled=False):
             values = x.to(torch.promote_types(x.dtype, torch.float32))
-            count = _all_reduced(values.new_tensor(x.numel() // x.shape[1]))
+            count = all_reduce(values.new_tensor(x.numel() // x.shape[1]))
             # In two passes: the mean of squares less the square of the mean would lose digits.
-            mean: Tensor = _Sum.apply(values.sum((0, 2, 3))) / count
+            mean: Tensor = all_reduce(values.sum((0, 2, 3))) / count
             centred = values - mean[:, None, None]
-            variance: Tensor = _Sum.apply(centred.square().sum((0, 2, 3))) / count
+            variance: Tensor = all_reduce(centred.square().sum((0, 2, 3))) / count
             scale = self.weight * torch.rsqrt(variance + self.eps)
             result = centred * scale[:, None, None] + self.bias[:, None, None]
         with torch.no_grad():
@@ -97,7 +80,7 @@ class Processes:
             from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError as error:
             raise LoftUpError('training needs accelerate: pip install "loftup[train]"') from error
-        self._found = dist.is_initialized()
+        self._initialised = dist.is_initialized()
         gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
         # Buffers are the same everywhere: statistics are frozen or taken together.
         options = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -174,10 +157,10 @@ class Processes:
 
     def clip(self, parameters: list[nn.Parameter], norm: float | None) -> Tensor:
         """Scale the gradients down to a norm; returns the norm that they had. None only measures."""
-        found = self._accelerator.clip_grad_norm_(parameters, math.inf if norm is None else norm)
-        return torch.as_tensor(found).detach()
+        before = self._accelerator.clip_grad_norm_(parameters, math.inf if norm is None else norm)
+        return torch.as_tensor(before).detach()
 
     def end(self) -> None:
         """Take down what this object has set up between the processes."""
-        if not self._found:
+        if not self._initialised:
             self._accelerator.end_training()

@@ -23,7 +23,7 @@ from ..data.loader import loader
 from ..data.views import Batch
 from ..objective.objective import Objective
 from .build import build_backbones, build_upsampler, calibrate, check_paths, rebuild
-from .card import CARD, how_to_load, machine, push, shown, training_card, versions
+from .card import CARD, how_to_load, machine, portable, push, training_card, versions
 from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
 from .distributed import Processes, synchronise_batch_norm
 from .folder import check_data, open_folder, write_config
@@ -225,9 +225,9 @@ class _Run:
         norm = self.processes.clip(self.parameters, config.optimizer.clip)
         names = list(sums)
         signals = [signal.SIGTERM, signal.SIGINT]
-        told = [*counts.values(), *(float(stop.number == number) for number in signals)]
-        packed = torch.cat([torch.stack([sums[name].float() for name in names]), norm.new_tensor(told)])
-        total = self.processes.total(packed).tolist()
+        numbers = norm.new_tensor([*counts.values(), *(float(stop.number == number) for number in signals)])
+        numbers = torch.cat([torch.stack([sums[name].float() for name in names]), numbers])
+        total = self.processes.total(numbers).tolist()
         mean = {name: value / self.processes.world for name, value in zip(names, total, strict=False)}
         mean["gradient"] = float(norm)
         progress.unreadable += int(total[len(names)])
@@ -295,25 +295,25 @@ class _Run:
 
     def _to_validate(self) -> bool:
         step, settings = self.progress.step, self.config.validation
-        wanted = bool(settings.path or settings.probe) and step > self.progress.validated
-        return wanted and (step % settings.every == 0 or step == self.config.steps)
+        due = bool(settings.path or settings.probe) and step > self.progress.validated
+        return due and (step % settings.every == 0 or step == self.config.steps)
 
     def _validate(self) -> bool:
         """Measure and draw; returns whether the probe's mIoU, or without a probe the loss, is the best so far."""
-        up, progress, found = self.objective.up, self.progress, dict[str, float]()
+        up, progress, scores = self.objective.up, self.progress, dict[str, float]()
         up.eval()
         if self.validations:
-            found = mean_losses([self.processes.total(each.measure(up)) for each in self.validations])
-        progress.measured = found = self.processes.from_main(lambda: self._write_validation(found))
+            scores = mean_losses([self.processes.total(each.measure(up)) for each in self.validations])
+        progress.measured = scores = self.processes.from_main(lambda: self._write_validation(scores))
         self.objective.train()
         progress.validated = progress.step
-        by, value = ("miou", -found["miou"]) if "miou" in found else ("loss", found["loss"])
+        by, value = ("miou", -scores["miou"]) if "miou" in scores else ("loss", scores["loss"])
         best = by != progress.best_by or value < progress.best
         if best:
             progress.best_by, progress.best = by, value
         return best
 
-    def _write_validation(self, found: dict[str, float]) -> dict[str, float]:
+    def _write_validation(self, scores: dict[str, float]) -> dict[str, float]:
         up, step = self.objective.up, self.progress.step
         if self.validations and self.config.validation.pictures:
             picture = self.validations[0].picture(up, self.objective.teacher)
@@ -321,11 +321,11 @@ class _Run:
                 save_picture(picture, self.folder / "pictures" / f"step_{step:06d}.png")
                 self.board.picture("features", picture, step)
         if self.probe is not None:
-            found = {**found, **self.probe.measure(up), **self.bilinear}
-        self.measurements.add({"step": step, **found})
-        self.board.add("validation", found, step)
-        self.processes.say(f"step {step}: {report(found)}")
-        return found
+            scores = {**scores, **self.probe.measure(up), **self.bilinear}
+        self.measurements.add({"step": step, **scores})
+        self.board.add("validation", scores, step)
+        self.processes.say(f"step {step}: {report(scores)}")
+        return scores
 
     def _save(self, best: bool) -> None:
         states = self.processes.gather(random_states())
@@ -368,9 +368,9 @@ class _Run:
     def _export(self) -> None:
         up, progress, config = self.objective.up, self.progress, self.config
         model = config.model
-        start = f"from {shown(model.pretrained)}" if model.pretrained else model.start
+        start = f"from {portable(model.pretrained)}" if model.pretrained else model.start
         facts = {
-            "pictures": f"{self.pictures} of {', '.join(map(shown, config.data.path))}",
+            "pictures": f"{self.pictures} of {', '.join(map(portable, config.data.path))}",
             **({"start": start} if model.pretrained or model.architecture == "loftup" else {}),
             "steps": f"{progress.step} of {config.batch * config.accumulate * self.processes.world} pictures each",
             "device": machine(self.processes.device, self.processes.world),

@@ -1,4 +1,4 @@
-"""What a run writes down: a CSV table and TensorBoard's files."""
+"""Logs of a run: a CSV table and TensorBoard's files."""
 
 import csv
 import io

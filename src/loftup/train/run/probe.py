@@ -68,8 +68,8 @@ def fit_probe(
     steps = epochs * -(-len(features) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(features), generator=generator).to(features.device).split(batch):
-            loss = F.cross_entropy(linear((features[chosen] - mean) / std), labels[chosen])
+        for part in torch.randperm(len(features), generator=generator).to(features.device).split(batch):
+            loss = F.cross_entropy(linear((features[part] - mean) / std), labels[part])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -112,9 +112,9 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], classes: int, radius: int = 3)
         if prediction.numel() and not (prediction.min() >= 0 and prediction.max() < classes):
             low, high = int(prediction.min()), int(prediction.max())
             raise ValueError(f"predictions from {low} to {high}, expected classes from 0 to {classes - 1}")
-        known = (label >= 0) & (label < classes)
-        for matrix, chosen in ((whole, known), (band, known & boundary_band(label, radius))):
-            cells = label[chosen] * classes + prediction[chosen]
+        valid = (label >= 0) & (label < classes)
+        for matrix, part in ((whole, valid), (band, valid & boundary_band(label, radius))):
+            cells = label[part] * classes + prediction[part]
             matrix += torch.bincount(cells.cpu(), minlength=classes**2).view(classes, classes)
     per_class, miou = _iou(whole)
     return Scores(

@@ -36,12 +36,12 @@ POINTS = 512  # pixels of every picture that a probe learns from
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A centre crop: image (1, 3, S, S) in [0, 1], features (1, C, h, w), masks or labels as they were kept."""
+    """A centre crop: image (1, 3, S, S) in [0, 1], features (1, C, h, w), masks or labels as ``keep`` made them."""
 
     name: str
     image: Tensor
     features: Tensor
-    kept: Tensor
+    targets: Tensor
 
 
 class _Cases:
@@ -72,13 +72,13 @@ class _Cases:
         self.size, self._keep = size, keep
         self.unreadable: list[str] = []
         count = min(config.validation.images, len(source))
-        wanted = [index * len(source) // count for index in range(count)]
-        self.cases = list(self._read(source, wanted[share], config, backbone))
+        indices = [index * len(source) // count for index in range(count)]
+        self.cases = list(self._read(source, indices[share], config, backbone))
 
-    def _read(self, source: Source, wanted: Sequence[int], config: TrainConfig, backbone: Backbone) -> Iterator[_Case]:
+    def _read(self, source: Source, indices: Sequence[int], config: TrainConfig, backbone: Backbone) -> Iterator[_Case]:
         device = next(iter(backbone.parameters())).device
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (backbone.mean, backbone.std))
-        for index in wanted:
+        for index in indices:
             try:
                 picture = source.read(index, seeded(config.seed, "validation", index))
             except UnreadableError as error:
@@ -166,7 +166,7 @@ class Validation:
 
     def _masks(self, case: _Case) -> Tensor:
         """(M, S, S) bool."""
-        masks = np.unpackbits(case.kept.numpy(), axis=-1, count=self._cases.size)
+        masks = np.unpackbits(case.targets.numpy(), axis=-1, count=self._cases.size)
         return torch.from_numpy(masks).bool().to(case.image.device)
 
     @torch.no_grad()
@@ -213,15 +213,15 @@ def mean_losses(totals: Sequence[Tensor]) -> dict[str, float]:
     With several backbones, whose standardised features have one scale, these are means over them, and ``ratio_0`` and
     so on are the backbones' own.
     """
-    own, bicubic = (torch.stack([total[index] / total[2] for total in totals]) for index in (0, 1))
-    found = {"loss": own.mean(), "bicubic": bicubic.mean(), "ratio": own.mean() / bicubic.mean()}
+    losses, bicubic = (torch.stack([total[index] / total[2] for total in totals]) for index in (0, 1))
+    means = {"loss": losses.mean(), "bicubic": bicubic.mean(), "ratio": losses.mean() / bicubic.mean()}
     if len(totals) > 1:
-        found |= {f"ratio_{index}": ratio for index, ratio in enumerate(own / bicubic)}
-    return {name: float(value) for name, value in found.items()}
+        means |= {f"ratio_{index}": ratio for index, ratio in enumerate(losses / bicubic)}
+    return {name: float(value) for name, value in means.items()}
 
 
 class LinearProbe:
-    """How well a linear layer tells classes from features: learned on half of the pictures, judged on the other.
+    """A linear layer that tells classes from features, learned on half of the pictures and judged on the other.
 
     Args:
         config: ``validation.probe`` names a folder of pictures with label maps.
@@ -238,8 +238,8 @@ class LinearProbe:
         self.unreadable = self._cases.unreadable
         cases = self._cases.cases
         labels = [self._labels(case) for case in cases]
-        chosen = [self._choose(label, index) for index, label in enumerate(labels)]
-        self._learn = [item for item in zip(cases[::2], labels[::2], chosen[::2], strict=True) if len(item[2])]
+        points = [self._choose(label, index) for index, label in enumerate(labels)]
+        self._learn = [item for item in zip(cases[::2], labels[::2], points[::2], strict=True) if len(item[2])]
         self._judge = list(zip(cases[1::2], labels[1::2], strict=True))
         if not self._learn or not self._judge:
             raise LoftUpError(
@@ -250,23 +250,23 @@ class LinearProbe:
 
     def _labels(self, case: _Case) -> Tensor:
         """(S, S) int64; -1 where the label is none of the classes."""
-        labels = case.kept.to(case.image.device)
+        labels = case.targets.to(case.image.device)
         return labels.where((labels >= 0) & (labels < self._classes), -1)
 
     def _choose(self, label: Tensor, index: int) -> Tensor:
         """(N, 2) positions (row, column) of labelled pixels."""
-        known = (label >= 0).nonzero()
-        order = torch.randperm(len(known), generator=seeded(self._seed, "probe", index))
-        return known[order[:POINTS].to(known.device)]
+        positions = (label >= 0).nonzero()
+        order = torch.randperm(len(positions), generator=seeded(self._seed, "probe", index))
+        return positions[order[:POINTS].to(positions.device)]
 
     def measure(self, up: LoftUp) -> dict[str, float]:
         """``miou``, ``accuracy`` and ``boundary_miou`` in percent of upsampled features, ``up`` in ``eval()`` mode."""
         with torch.no_grad():
-            samples = [up.at(case.features, case.image, chosen.flip(1)[None])[0] for case, _, chosen in self._learn]
+            samples = [up.at(case.features, case.image, points.flip(1)[None])[0] for case, _, points in self._learn]
         linear = self._fit(samples)
         with torch.no_grad():
-            found = [up(case.features, case.image, head=linear).argmax(1) for case, _ in self._judge]
-        return self._score(found)
+            predictions = [up(case.features, case.image, head=linear).argmax(1) for case, _ in self._judge]
+        return self._score(predictions)
 
     def bilinear(self) -> dict[str, float]:
         """The same of bilinearly interpolated features."""
@@ -275,7 +275,7 @@ class LinearProbe:
             return F.interpolate(features, (self._cases.size,) * 2, mode="bilinear", align_corners=False)
 
         linear = self._fit(
-            [dense(case.features)[0, :, chosen[:, 0], chosen[:, 1]].mT for case, _, chosen in self._learn]
+            [dense(case.features)[0, :, points[:, 0], points[:, 1]].mT for case, _, points in self._learn]
         )
         with torch.no_grad():
             # A linear layer and bilinear interpolation commute.
@@ -283,23 +283,23 @@ class LinearProbe:
             return self._score([dense(values).argmax(1) for values in logits])
 
     def _fit(self, samples: list[Tensor]) -> torch.nn.Linear:
-        labels = torch.cat([label[chosen[:, 0], chosen[:, 1]] for _, label, chosen in self._learn])
+        labels = torch.cat([label[points[:, 0], points[:, 1]] for _, label, points in self._learn])
         return fit_probe(torch.cat(samples), labels, self._classes, seed=self._seed)
 
-    def _score(self, found: list[Tensor]) -> dict[str, float]:
-        scores = score(zip(found, (label[None] for _, label in self._judge), strict=True), self._classes)
+    def _score(self, predictions: list[Tensor]) -> dict[str, float]:
+        scores = score(zip(predictions, (label[None] for _, label in self._judge), strict=True), self._classes)
         return {"miou": scores.miou, "accuracy": scores.accuracy, "boundary_miou": scores.boundary_miou}
 
 
-def report(found: Mapping[str, float]) -> str:
+def report(scores: Mapping[str, float]) -> str:
     """The numbers of :meth:`Validation.measure`, means, and of the probe, as a line of text."""
-    parts = [f"{name} {found[name]:.4g}" for name in ("loss", "bicubic", "ratio") if name in found]
-    if "miou" in found:
-        scores = [
-            f"{name} {found[key]:.1f} (bilinear {found[f'bilinear_{key}']:.1f})"
+    parts = [f"{name} {scores[name]:.4g}" for name in ("loss", "bicubic", "ratio") if name in scores]
+    if "miou" in scores:
+        probe = [
+            f"{name} {scores[key]:.1f} (bilinear {scores[f'bilinear_{key}']:.1f})"
             for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"), ("boundary mIoU", "boundary_miou"))
         ]
-        parts.append(f"probe {', '.join(scores)} percent")
+        parts.append(f"probe {', '.join(probe)} percent")
     return ", ".join(parts)
 
 
