@@ -157,7 +157,7 @@ def test_other_processes_pictures_count(config, backbone, material, tmp_path):
 
 def test_masks_are_kept_packed(config, backbone):
     case = Validation(config, backbone)._cases.cases[0]
-    assert (case.targets.dtype, case.kept.shape[1:]) == (torch.uint8, (32, 4))
+    assert (case.targets.dtype, case.targets.shape[1:]) == (torch.uint8, (32, 4))
 
 
 def test_the_report_tells_percentages_from_losses():

@@ -7,12 +7,7 @@ Plain dataclasses, which anyone may make and change; the bounds are looked at by
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from ...errors import LoftUpError
-
-try:
-    from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
-except ImportError as error:
-    raise LoftUpError('training configs need pydantic: pip install "loftup[train]"') from error
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 __all__ = [
     "BackboneConfig",
