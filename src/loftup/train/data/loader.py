@@ -96,14 +96,9 @@ def loader(
     rank: int = 0,
     world: int = 1,
 ) -> "DataLoader[Sample]":
-    """Batches of one process from a step on, each a :class:`Batch` on the CPU.
+    """Batches of one process, the ``rank``-th of ``world``, from a step on, each a :class:`Batch` on the CPU.
 
-    Args:
-        config: of the run.
-        backbone: tells the patch size, and for the cache its identity; several where the config has several.
-        first_step: to begin with.
-        rank: number of this process.
-        world: number of processes.
+    The backbone, or each where the config has several, tells the patch size, and for the cache its identity.
 
     Raises:
         LoftUpError: the data cannot be opened, or the geometry does not fit the backbone; while iterating, ten

@@ -41,13 +41,8 @@ class Motion:
 def draw_motions(seed: int, step: int, views: int, zoom: float, shift: float, flip: float) -> list[Motion]:
     """Draw the views of a step; they stay inside the image, where alone it is known what the backbone would see.
 
-    Args:
-        seed: of the run.
-        step: of the optimizer.
-        views: their number.
-        zoom: greatest magnification.
-        shift: greatest one, as a share of the side.
-        flip: probability of mirroring.
+    ``zoom`` and ``shift`` are the greatest ones, the latter as a share of the side, ``flip`` the probability of
+    mirroring.
     """
     generator = seeded(seed, "motions", step)
     motions = []

@@ -9,13 +9,13 @@ from ..data.views import Batch
 from .distances import distance
 from .maps import crop_border, pool_to
 from .mask_bicubic import mask_refine
-from .student import Output, See
+from .student import Extractor, Output
 
 __all__ = ["follow", "self_distillation"]
 
 
 def self_distillation(
-    settings: SelfDistillationConfig, teacher: LoftUp, output: Output, batch: Batch, see: See
+    settings: SelfDistillationConfig, teacher: LoftUp, output: Output, batch: Batch, see: Extractor
 ) -> Tensor:
     """The mean distance of the student's output to the teacher's over the crops."""
     losses = []

@@ -11,9 +11,9 @@ from ...networks.layers import Box
 from ..data.views import Batch
 from .maps import cut
 
-__all__ = ["Output", "See", "upsample_window"]
+__all__ = ["Extractor", "Output", "upsample_window"]
 
-See = Callable[[Tensor], Tensor]  # an image in [0, 1] to the features of the step's backbone, on the terms' scale
+Extractor = Callable[[Tensor], Tensor]  # an image in [0, 1] to the features of the step's backbone, on the terms' scale
 
 
 def upsample_window(

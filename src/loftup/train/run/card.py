@@ -32,11 +32,8 @@ def versions() -> dict[str, str]:
 def training_card(config: TrainConfig, up: Config, facts: Mapping[str, Any], measured: Mapping[str, float]) -> str:
     """README.md of the weights: :func:`loftup.weights.files.model_card` and the recipe.
 
-    Args:
-        config: of the run.
-        up: of the network.
-        facts: rows of the first table, such as the number of pictures.
-        measured: last numbers of the validation; may be empty.
+    ``facts`` are rows of the first table, such as the number of pictures, ``measured`` the last numbers of the
+    validation, if any.
     """
     source = config.hub or f"./{Path(config.output).expanduser().resolve().name}"
     text = _card(up, source, config).rstrip()

@@ -19,11 +19,7 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
     """Make a run's folder, or find the checkpoint to go on from.
 
     A folder in which a start failed, without a checkpoint, weights or a line of the log, is as good as new.
-
-    Args:
-        config: of the run.
-        pictures: of a step, in all processes.
-        resume: whether a run that is there is to go on.
+    ``pictures`` are those of a step, in all processes.
 
     Returns:
         The last checkpoint; None for a run that begins.

@@ -18,13 +18,7 @@ def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of a step: a linear warm-up, then constant or half a cosine down to ``final`` of the highest.
-
-    Args:
-        config: of the optimizer.
-        step: 0 .. steps - 1.
-        steps: of the run.
-    """
+    """The rate of step 0 .. steps - 1: a warm-up, then constant or half a cosine down to ``final`` of the highest."""
     if step < config.warmup:
         return config.rate * (step + 1) / config.warmup
     if config.schedule == "constant":

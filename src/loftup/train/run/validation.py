@@ -117,11 +117,8 @@ def _labels(picture: Picture, size: int) -> Tensor:
 class Validation:
     """The stage-1 loss and a picture of principal components, on fixed centre crops.
 
-    Args:
-        config: says which pictures, how many and how large, and how targets are refined (``mask_bicubic``).
-        backbone: on the device to compute on.
-        rank: of this process, which measures every ``world``-th picture.
-        world: number of processes.
+    The config says which pictures, how many and how large, and how targets are refined (``mask_bicubic``). The process,
+    the ``rank``-th of ``world``, measures its share of them on the backbone's device.
 
     Raises:
         LoftUpError: ``validation.size`` does not fit the backbone.
