@@ -11,7 +11,7 @@ import resource
 
 import torch
 
-from loftup.train.objectives import affinity_loss
+from loftup.train.objective.distances import affinity_loss
 
 UNIT = 1 if platform.system() == "Darwin" else 1024  # of ru_maxrss, in bytes
 

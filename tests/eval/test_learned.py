@@ -9,10 +9,9 @@ from small import mean_colours
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.eval.upsamplers import create
-from loftup.eval.upsamplers.base import LearnedConfig
-from loftup.eval.upsamplers.jbu import FeatUpJBU, _Level, _NeighbourDot, _NeighbourSum
-from loftup.eval.upsamplers.learned import ARCHITECTURES, build
-from loftup.train.window import upsample_window
+from loftup.train.baselines import ARCHITECTURES, LearnedConfig, build
+from loftup.train.baselines.jbu import FeatUpJBU, _Level, _NeighbourDot, _NeighbourSum
+from loftup.train.objective.student import upsample_window
 
 NAMES = list(ARCHITECTURES)
 

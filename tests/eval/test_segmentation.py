@@ -20,7 +20,7 @@ from loftup.eval.tasks import segmentation as module
 from loftup.eval.tasks.scores import class_details, percentages
 from loftup.eval.tasks.segmentation import METRICS, Probing, SegmentationConfig, _draw, segmentation
 from loftup.eval.upsamplers.simple import Interpolation, LowResolution
-from loftup.train.probe import Confusion, boundary_band, score
+from loftup.train.run.probe import Confusion, boundary_band, score
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 BACKBONE = mean_colours(cell=4)

@@ -7,8 +7,9 @@ from torch import nn
 
 from loftup import Backbone, LoftUpConfig
 from loftup.train.config import TrainConfig
-from loftup.train.data import Batch, Crop
-from loftup.train.terms import Objective
+from loftup.train.data.views import Batch, Crop
+from loftup.train.objective.multi_view import draw_motions
+from loftup.train.objective.objective import Objective
 
 PATCH, CHANNELS, SIZE = 4, 8, 24
 
@@ -67,6 +68,12 @@ def whole(term, batch):
     """The student's whole output in the mode of use."""
     with torch.no_grad():
         return term.up.upsampler(normalised(term, batch.image), batch.guidance)
+
+
+def motions(made, step):
+    """The views of the multi-view term in a step."""
+    term = made.objective.multi_view
+    return draw_motions(made.seed, step, term.views, term.zoom, term.shift, term.flip)
 
 
 def cut(x, box):

@@ -4,19 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..eval.tasks import TASKS
 from .options import add_backbone_options, key_value, positive
 
 __all__ = ["add_parser"]
-
-TASKS = {
-    "segmentation": "semantic segmentation with a linear probe",
-    "depth": "monocular depth",
-    "normals": "surface normals",
-    "video": "video object segmentation by label propagation",
-    "open_vocabulary": "segmentation by texts, with a CLIP and the features as its proxy",
-    "interactive": "selecting an object by a click",
-    "efficiency": "parameters, time and memory; needs no dataset",
-}
 
 
 def add_parser(commands: Any) -> None:
@@ -24,9 +15,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="compare upsamplers on segmentation, depth, tracking and more")
     parser.set_defaults(run=_run)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, text in TASKS.items():
-        task = tasks.add_parser(name, help=text)
-        if name != "efficiency":
+    for name, entry in TASKS.items():
+        task = tasks.add_parser(name, help=entry.help)
+        if entry.data:
             task.add_argument(
                 "--dataset", required=True, metavar="NAME:PATH", help="see loftup eval list; or synthetic"
             )

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..train.masks_command import run
+    from ..train.masks.command import run
     from .models import check_device
 
     if arguments.sam:

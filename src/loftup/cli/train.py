@@ -18,6 +18,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..train.command import run
+    from ..train.run.command import run
 
     return run(arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
-from ...train.probe import confusion_matrix, intersection_over_union
+from ...train.run.probe import confusion_matrix, intersection_over_union
 
 __all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "object_statistics"]
 

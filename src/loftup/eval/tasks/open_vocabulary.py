@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...backbones import Backbone
-from ...train.probe import Confusion
+from ...train.run.probe import Confusion
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit

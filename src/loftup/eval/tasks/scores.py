@@ -2,7 +2,7 @@
 
 import torch
 
-from ...train.probe import Scores
+from ...train.run.probe import Scores
 from ..result import Metric
 
 __all__ = ["METRICS", "class_details", "percentages"]

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
-from ...train.probe import Confusion, fit_probe
+from ...train.run.probe import Confusion, fit_probe
 from ..colour import label_picture, palette
 from ..datasets.base import Dataset, SegmentationSample
 from ..features import at_pixels
@@ -39,7 +39,7 @@ class SegmentationConfig(GridConfig):
 
     Args:
         training: "dense" trains on every pixel (Adam); "samples" on pixels drawn from every picture (AdamW,
-            standardised features, :func:`loftup.train.probe.fit_probe`), in one pass over the pictures for all seeds.
+            standardised features, :mod:`loftup.train.run.probe`), in one pass over the pictures for all seeds.
         epochs: of "dense".
         batch: pictures a step, of "dense".
         rate: learning rate of "dense".

@@ -14,8 +14,7 @@ from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...inputs import resize_guidance
 from ...networks.layers import MinMaxScale, grid_coordinates
-from ...train.config import MultiViewConfig
-from ...train.multiview import AttentionDownsampler, Motion, draw_motions
+from ...train.objective.multi_view import AttentionDownsampler, Motion, draw_motions
 from ..features import extract
 from ..progress import bar
 from .registry import Upsampler, register
@@ -104,8 +103,8 @@ class ImplicitUpsampler:
     def _views(self, image: Tensor) -> list[tuple[Motion, Tensor]]:
         """Motions and the backbone's features of the moved images; the image itself comes first."""
         count = min(VIEWS_KEPT, 4 * self.steps)
-        settings = MultiViewConfig(weight=1.0, views=count, zoom=1.8, shift=0.25, flip=0.5)
-        motions = [Motion(1.0, (0.0, 0.0), False), *draw_motions(settings, self.seed, 0)]
+        views = draw_motions(self.seed, 0, views=count, zoom=1.8, shift=0.25, flip=0.5)
+        motions = [Motion(1.0, (0.0, 0.0), False), *views]
         return [(motion, extract(self.backbone, motion(image))) for motion in bar(motions, "look at views")]
 
 

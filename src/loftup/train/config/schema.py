@@ -1,0 +1,284 @@
+# ruff: noqa: RUF009  (_values makes a dataclass field)
+"""The sections of a training config; every field with its default and its bounds.
+
+Plain dataclasses, which anyone may make and change; the bounds are looked at by :func:`loftup.train.config.check`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+__all__ = [
+    "BackboneConfig",
+    "DataConfig",
+    "Distance",
+    "HighResolutionConfig",
+    "MaskBicubicConfig",
+    "ModelConfig",
+    "MultiViewConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "SegmentsConfig",
+    "SelfDistillationConfig",
+    "TermConfig",
+    "TotalVariationConfig",
+    "TrainConfig",
+    "ValidationConfig",
+]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+def _ascending(values: list[float]) -> list[float]:
+    if len(values) != 2 or values[0] > values[1]:
+        raise ValueError("two numbers [least, greatest]")
+    return values
+
+
+def _values(*values: Any) -> Any:
+    """A list as default."""
+    return field(default_factory=lambda: list(values))
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Whole = Annotated[Integer, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_number)]
+NotNegative = Annotated[Real, Field(ge=0)]
+Positive = Annotated[Real, Field(gt=0)]
+AtLeast1 = Annotated[Real, Field(ge=1)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+ShareBelow1 = Annotated[Real, Field(ge=0, lt=1)]
+PositiveShare = Annotated[Real, Field(gt=0, le=1)]
+Triple = Annotated[list[Real], Field(min_length=3, max_length=3)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+Positives = Annotated[list[Positive], Field(min_length=1)]
+# A single path may stand alone.
+Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Kind = Literal["auto", "sa1b", "shards", "labels", "images"]
+Distance = Literal["affinity", "l2", "cosine"]
+
+
+class Section:
+    """Settings of pydantic for every section."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+@dataclass
+class TermConfig(Section):
+    """A term of the objective; its ``weight`` is 0 where it is not wanted."""
+
+    weight: NotNegative = 0.0
+
+
+@dataclass
+class BackboneConfig(Section):
+    """The frozen backbone, as :func:`loftup.load_backbone` takes it."""
+
+    name: str = "dinov2_vits14"
+    weights: str | None = None  # a file
+    layer: Integer | None = None  # a stage or block; None takes the last
+    mean: Triple | None = None  # of the images that it expects; None takes the model's own
+    std: Triple | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # for the library that the model is from
+
+
+@dataclass
+class ModelConfig(Section):
+    """The upsampler and its first weights."""
+
+    # "loftup" is the published network, for one backbone; "any" the universal one, see loftup.networks.universal. The
+    # others are those that LoftUp is compared with, see loftup.train.baselines: they start near interpolation, and
+    # nothing below is for them.
+    architecture: Literal["loftup", "any", "featup_jbu", "lift", "resize_conv", "liif"] = "loftup"
+    pretrained: str | None = None  # weights to go on from, as LoftUp.from_pretrained takes them; None starts anew
+    heads: Count = 4  # of the attention
+
+    # For "loftup" alone; "any" starts as joint bilateral upsampling and has no such parts.
+    start: Literal["interpolator", "random"] = "random"  # without pretrained; see loftup.train.objective.start
+    position_code: Literal["sine", "learnable"] = "sine"  # with pretrained that of the weights
+    lr_size: Count = 16  # side of the learnable table
+    blocks: Count = 2  # of cross-attention
+    # "frozen": running statistics, calibrated on whole images before a random start.
+    batch_norm: Literal["frozen", "batch"] = "batch"
+
+    # For "any" alone.
+    radius: Count = 2  # cells that a pixel sees on each side of its own
+    code_width: Count = 8  # channels of each head's guidance code
+    encoder_width: Annotated[Integer, Field(ge=2)] = 32  # channels inside the network that makes these codes
+    # Greatest share of the features' channels left out in a step, which makes backbones with fewer channels of one; at
+    # least 8 stay.
+    channel_dropout: ShareBelow1 = 0.0
+
+    @property
+    def universal(self) -> bool:
+        """Whether the upsampler is for any backbone."""
+        return self.architecture == "any"
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is one that LoftUp is compared with."""
+        return self.architecture not in ("loftup", "any")
+
+
+@dataclass
+class DataConfig(Section):
+    """Pictures, masks and the views made of them."""
+
+    path: Paths = _values()  # folders or shards, one or several
+    kind: Kind = "auto"  # "images": masks by Felzenszwalb on the fly
+    felzenszwalb: Positives = _values(300.0, 600.0, 1200.0)  # scales of these masks
+    sizes: Counts = _values(224)  # sides S of the backbone's square input in pixels, one drawn for every step
+    ratios: Positives = _values(1.0)  # output size over input size, one drawn for every step
+    # Smallest and largest side of the random square crop, as a share of the picture's short side.
+    scale: Annotated[list[PositiveShare], AfterValidator(_ascending)] = _values(0.6, 1.0)
+    flip: Share = 0.5  # probability of mirroring
+    views: Whole = 0  # 0: a new crop every time; K > 0: K fixed crops of every picture, whose features can be cached
+    # Folder for features on disk; needs views. It saves the backbone's pass over the student's images alone, not over
+    # crops and enlarged images, and holds `views` entries of a picture for each of sizes.
+    cache: str | None = None
+    workers: Whole = 2  # loader processes
+
+
+@dataclass
+class MaskBicubicConfig(TermConfig):
+    """Stage 1 (Eq. 1 and 2): squared distance to bicubic features refined by masks."""
+
+    alpha: Share = 0.8  # of a mask's mean in its pixels
+    masks: Count = 150  # at most so many
+
+
+@dataclass
+class SelfDistillationConfig(TermConfig):
+    """Stage 2 (Eq. 3): a teacher, the moving average of the student, sees crops of the enlarged image."""
+
+    distance: Distance = "affinity"
+    crops: Count = 2  # of every image
+    zoom: Annotated[list[AtLeast1], AfterValidator(_ascending)] = _values(2.0, 4.0)  # least and greatest t
+    refine: bool = True  # the teacher's output by masks
+    alpha: Share = 0.8  # of that
+    masks: Count = 150  # at most so many
+    border: Annotated[Real, Field(ge=0, lt=0.5)] = 0.1  # share of the crop cut off at each side
+    decay: Share = 0.99  # of the moving average
+    every: Count = 10  # steps between its updates
+
+
+@dataclass
+class HighResolutionConfig(TermConfig):
+    """The backbone's features of the image enlarged k times, as target on their own grid (LiFT: k = 2)."""
+
+    distance: Distance = "l2"
+    factors: Counts = _values(2, 3, 4)  # values of k, one drawn for every step
+    crop: bool = False  # enlarge the window's surroundings alone, at the backbone's input size
+
+
+@dataclass
+class SegmentsConfig(TermConfig):
+    """A probe of every picture's masks, read at low resolution and judged on the output's pixels; for "any" alone."""
+
+    ridge: Positive = 0.3  # of the probe, as a share of the mean squared length of a cell's features
+    masks: Count = 32  # at most so many of a picture, drawn at random
+
+
+@dataclass
+class MultiViewConfig(TermConfig):
+    """FeatUp's consistency: downsampled dense features of a moved view equal the backbone's features of that view."""
+
+    views: Count = 2  # random affine views a step
+    zoom: AtLeast1 = 1.6  # greatest magnification
+    shift: Share = 0.2  # greatest one, as a share of the side
+    flip: Share = 0.5  # probability of mirroring
+
+
+@dataclass
+class TotalVariationConfig(TermConfig):
+    """Mean absolute difference of neighbouring output pixels."""
+
+
+@dataclass
+class ObjectiveConfig(Section):
+    """Weighted sum of the terms whose weight is not 0."""
+
+    mask_bicubic: MaskBicubicConfig = field(default_factory=MaskBicubicConfig)
+    self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    high_resolution: HighResolutionConfig = field(default_factory=HighResolutionConfig)
+    segments: SegmentsConfig = field(default_factory=SegmentsConfig)
+    multi_view: MultiViewConfig = field(default_factory=MultiViewConfig)
+    total_variation: TotalVariationConfig = field(default_factory=TotalVariationConfig)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term."""
+        return {name: term.weight for name, term in vars(self).items()}
+
+
+@dataclass
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    rate: Positive = 1e-4  # the highest
+    schedule: Literal["cosine", "constant"] = "constant"  # after the warm-up
+    warmup: Whole = 0  # steps of linear warm-up
+    final: Share = 0.02  # last rate of the cosine as a share of the highest
+    weight_decay: NotNegative = 0.01  # and the two rates of its moving averages
+    betas: Annotated[list[ShareBelow1], Field(min_length=2, max_length=2)] = _values(0.9, 0.999)
+    clip: Positive | None = 1.0  # greatest norm of the gradient; None leaves it
+
+
+@dataclass
+class ValidationConfig(Section):
+    """Measurements and drawings on validation pictures.
+
+    checkpoints/best.pt is the student of the lowest loss of stage 1 on them; where there is a probe, of its highest
+    mIoU.
+    """
+
+    path: Paths = _values()  # folder or shards; empty validates nothing
+    kind: Kind = "auto"
+    images: Count = 50  # at most so many, evenly spread
+    size: Count = 224  # side of the centre crop in pixels
+    every: Count = 500  # steps between validations
+    pictures: Whole = 4  # in the PCA grid
+    probe: str | None = None  # folder of NAME.jpg and NAME.png label maps to train a quick linear probe on, to judge by
+    probe_classes: Whole = 0  # labels 0 .. n-1 count, others do not
+
+
+@dataclass
+class TrainConfig(Section):
+    """A training run."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    # In place of the single one, for model.architecture=any: one is drawn for every step, and the probe of the
+    # validation takes the first.
+    backbones: list[BackboneConfig] = _values()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    output: str = "runs/loftup"  # folder of the run: checkpoints, logs, pictures, and at the end the weights
+    steps: Count = 1000  # of the optimizer
+    batch: Count = 8  # images a step in each process and micro-batch
+    accumulate: Count = 1  # micro-batches a step
+    # Side of the random window of output pixels that the loss sees, rounded to feature cells; None for all. It is for
+    # the terms on the whole output: self-distillation computes its crops alone, whatever the window.
+    window: Count | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"  # the latter by autocast
+    compile: bool = False  # the network, by torch.compile; of "any" the part that looks at images
+    checkpointing: bool = False  # compute activations twice to save memory
+    seed: Integer = 0  # of everything random
+    save_every: Count = 500  # steps between checkpoints
+    keep: Count = 2  # checkpoints, beside the best
+    log_every: Count = 10  # steps between lines of the log
+    hub: str | None = None  # repository to push the weights to at the end
+
+    @property
+    def sections(self) -> dict[str, BackboneConfig]:
+        """All backbones by the names that messages call them: "backbones[0]" and so on, or the single "backbone"."""
+        return {f"backbones[{index}]": each for index, each in enumerate(self.backbones)} or {"backbone": self.backbone}

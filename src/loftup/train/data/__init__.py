@@ -1,0 +1,1 @@
+"""Pictures with class-agnostic masks, and the batches of random views made of them."""

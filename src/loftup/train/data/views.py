@@ -1,0 +1,299 @@
+"""Batches to train on: random views of pictures with masks, the same however many workers and processes make them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...errors import LoftUpError
+from ...networks.layers import Box
+from ..config import TrainConfig
+from .cache import FeatureCache
+from .generators import seeded
+from .plan import Plan, View, check_geometry, draw_view, make_plan
+from .regions import Region
+from .sources import Masks, Picture, Source, UnreadableError
+
+__all__ = ["Batch", "Crop", "Place", "Sample", "TrainingViews", "collate"]
+
+Place = tuple[int, int]  # step and slot
+ATTEMPTS = 10
+
+
+@dataclass
+class Crop:
+    """A crop for the teacher.
+
+    Attributes:
+        image: (B, 3, S, S) float32 in [0, 1].
+        masks: B tensors (M, S, S) bool.
+        box: where it lies in the student's output, in pixels.
+    """
+
+    image: Tensor
+    masks: list[Tensor]
+    box: Box
+
+
+@dataclass
+class Batch:
+    """Views of B pictures, as far as the objective's terms need them.
+
+    Attributes:
+        step: of the optimizer.
+        names: of the pictures.
+        image: (B, 3, S, S) float32 in [0, 1], the student's.
+        guidance: (B, 3, O, O) float32 in [0, 1], the same view at the output's size.
+        masks: B tensors (M, O, O) bool; M is 0 where the objective takes no masks.
+        backbone: number of the one that is to see them, of several.
+        window: output pixels that the loss sees; None means all.
+        crops: the teacher's.
+        factor: k of the high-resolution consistency, 0 without it.
+        large: (B, 3, kS, kS), the view enlarged k times; or (B, 3, S, S), a part of it.
+        region: what ``large`` shows, in k-ths of feature cells.
+        features: the backbone's of ``image``, (C, h, w) each, where the cache has them; empty without a cache.
+        keys: of the pictures in the cache; empty without one.
+        unreadable: why pictures had to be replaced by others.
+        empty: pictures of which no view shows a mask, although the objective takes masks.
+    """
+
+    step: int
+    names: list[str]
+    image: Tensor
+    guidance: Tensor
+    masks: list[Tensor]
+    backbone: int = 0
+    window: Box | None = None
+    crops: list[Crop] = field(default_factory=list)
+    factor: int = 0
+    large: Tensor | None = None
+    region: Box | None = None
+    features: list[Tensor | None] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    empty: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Number of pictures that had to be replaced."""
+        return len(self.unreadable)
+
+    def to(self, device: "torch.device | str") -> "Batch":
+        """The batch on a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        image = move(self.image)
+        return replace(
+            self,
+            image=image,
+            guidance=image if self.guidance is self.image else move(self.guidance),
+            masks=list(map(move, self.masks)),
+            crops=[replace(c, image=move(c.image), masks=list(map(move, c.masks))) for c in self.crops],
+            large=None if self.large is None else move(self.large),
+            features=[None if f is None else move(f) for f in self.features],
+        )
+
+
+@dataclass
+class Sample:
+    """One picture's part of a :class:`Batch`; tensors have no batch dimension."""
+
+    step: int
+    plan: Plan
+    name: str
+    image: Tensor
+    guidance: Tensor
+    masks: Tensor
+    crops: list[tuple[Tensor, Tensor]]
+    large: Tensor | None
+    features: Tensor | None
+    key: str | None
+    unreadable: list[str]
+    empty: bool
+
+
+class TrainingViews(Dataset[Sample]):
+    """Samples by step and slot, the number of the picture in the step's global batch.
+
+    Args:
+        source: of pictures with masks.
+        config: of the run.
+        patch_size: of the backbone, or of each of several.
+        world: number of processes.
+        caches: of the backbones' features, one for each; empty for none.
+
+    Raises:
+        LoftUpError: sizes, ratios and window do not fit the patches, see
+            :func:`loftup.train.data.plan.check_geometry`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: TrainConfig,
+        patch_size: int | Sequence[int],
+        world: int = 1,
+        caches: Sequence[FeatureCache] = (),
+    ) -> None:
+        check_geometry(config, patch_size)
+        self.source = source
+        self.config = config
+        self.patch_sizes = [patch_size] if isinstance(patch_size, int) else list(patch_size)
+        self.caches = caches
+        self._batch = config.batch * config.accumulate * world
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch and its permutation of the pictures
+
+    def __getitem__(self, place: Place) -> Sample:
+        """Make the sample of (step, slot).
+
+        Raises:
+            LoftUpError: ten pictures in a row cannot be read.
+        """
+        step, slot = place
+        generator = seeded(self.config.seed, "slot", step, slot)
+        plan = make_plan(self.config, self.patch_sizes, step)
+        index, picture, unreadable = self._read(step, slot, generator)
+        height, width = picture.image.shape[1:]
+        view = draw_view(self.config, height, width, self._view_generator(index, generator))
+        objective = self.config.objective
+        distillation = objective.self_distillation
+        cut = _Cropper(picture, view)
+
+        whole, size, output = (0, 0, plan.output, plan.output), plan.size, plan.output
+        image = cut.image(whole, output, size)
+        guidance = image if output == size else cut.image(whole, output, output)
+        masks = torch.zeros(0, output, output, dtype=torch.bool)
+        limits = [term.masks for term in (objective.mask_bicubic, objective.segments) if term.weight]
+        if limits:
+            masks = cut.masks(whole, output, output, max(limits), generator)
+        crops = []
+        for box in plan.crops:
+            crop_masks = torch.zeros(0, size, size, dtype=torch.bool)
+            if distillation.refine:
+                crop_masks = cut.masks(box, output, size, distillation.masks, generator)
+            crops.append((cut.image(box, output, size), crop_masks))
+        takes_masks = limits or (distillation.weight and distillation.refine)
+        visible = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
+        large = None
+        if plan.region is not None:
+            patch_size = self.patch_sizes[plan.backbone]
+            cells = plan.factor * size // patch_size
+            large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * patch_size)
+        cache = self.caches[plan.backbone] if self.caches else None
+        key = cache.key(image) if cache else None
+        return Sample(
+            step=step,
+            plan=plan,
+            name=picture.name,
+            image=image,
+            guidance=guidance,
+            masks=masks,
+            crops=crops,
+            large=large,
+            features=cache.read(key) if cache and key else None,
+            key=key,
+            unreadable=unreadable,
+            empty=bool(takes_masks) and not visible,
+        )
+
+    def __getitems__(self, places: Sequence[Place]) -> list[Sample] | LoftUpError:
+        """Make the samples of a batch for a loader, or say why there are none, as a value.
+
+        A worker's exception would reach the main process with the worker's traceback as its text.
+        """
+        try:
+            return [self[place] for place in places]
+        except LoftUpError as error:
+            return error
+
+    def _read(self, step: int, slot: int, generator: torch.Generator) -> tuple[int, Picture, list[str]]:
+        epoch, position = divmod(step * self._batch + slot, len(self.source))
+        if self._order[0] != epoch:
+            permutation = torch.randperm(len(self.source), generator=seeded(self.config.seed, "epoch", epoch))
+            self._order = (epoch, permutation)
+        index = int(self._order[1][position])
+        reasons: list[str] = []
+        while len(reasons) < ATTEMPTS:
+            try:
+                return index, self.source.read(index, generator), reasons
+            except UnreadableError as error:
+                reasons.append(str(error))
+                index = int(torch.randint(len(self.source), (), generator=generator))
+        raise LoftUpError(f"{ATTEMPTS} pictures in a row cannot be read; the last: {reasons[-1]}. Check data.path")
+
+    def _view_generator(self, index: int, generator: torch.Generator) -> torch.Generator:
+        if not self.config.data.views:
+            return generator
+        number = int(torch.randint(self.config.data.views, (), generator=generator))
+        return seeded(self.config.seed, "view", index, number)
+
+
+class _Cropper:
+    """Cuts parts of a view out of a picture at any size, each from the picture itself."""
+
+    def __init__(self, picture: Picture, view: View) -> None:
+        from PIL import Image
+
+        self.picture = Image.fromarray(picture.image.permute(1, 2, 0).contiguous().numpy())
+        self.all_masks: Masks = picture.masks
+        self.view = view
+
+    def image(self, box: Region, whole: int, size: int) -> Tensor:
+        """The box of the view, whose side is ``whole``, as (3, size, size) float32 in [0, 1]; antialiased."""
+        from PIL import Image
+
+        top, left, bottom, right = self._region(box, whole)
+        resized = self.picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        image = torch.from_numpy(np.array(resized)).movedim(-1, 0).float() / 255
+        return image.flip(-1) if self.view.mirrored else image
+
+    def masks(self, box: Region, whole: int, size: int, limit: int, generator: torch.Generator) -> Tensor:
+        """The masks in that box as (M, size, size) bool; of more than ``limit`` a random choice, in their order."""
+        masks = self.all_masks.crop(self._region(box, whole), (size, size))
+        if len(masks) > limit:
+            masks = masks[torch.randperm(len(masks), generator=generator)[:limit].sort().values]
+        return masks.flip(-1) if self.view.mirrored else masks
+
+    def _region(self, box: Region, whole: int) -> Region:
+        top, left, bottom, right = self.view.region(box, whole)
+        # Rounding may lead a hair's breadth out of the picture.
+        return max(top, 0.0), max(left, 0.0), min(bottom, self.picture.height), min(right, self.picture.width)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put the samples of one step together."""
+    first = samples[0]
+    crops = [
+        Crop(
+            image=torch.stack([sample.crops[index][0] for sample in samples]),
+            masks=[sample.crops[index][1] for sample in samples],
+            box=box,
+        )
+        for index, box in enumerate(first.plan.crops)
+    ]
+    image = torch.stack([sample.image for sample in samples])
+    same = first.plan.output == first.plan.size
+    large = [sample.large for sample in samples if sample.large is not None]
+    keys = [sample.key for sample in samples if sample.key is not None]
+    return Batch(
+        step=first.step,
+        names=[sample.name for sample in samples],
+        image=image,
+        guidance=image if same else torch.stack([sample.guidance for sample in samples]),
+        masks=[sample.masks for sample in samples],
+        backbone=first.plan.backbone,
+        window=first.plan.window,
+        crops=crops,
+        factor=first.plan.factor,
+        large=torch.stack(large) if large else None,
+        region=first.plan.region,
+        features=[sample.features for sample in samples] if keys else [],
+        keys=keys,
+        unreadable=[reason for sample in samples for reason in sample.unreadable],
+        empty=sum(sample.empty for sample in samples),
+    )

@@ -1,0 +1,1 @@
+"""Making class-agnostic masks for folders of pictures."""

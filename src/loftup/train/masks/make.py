@@ -1,0 +1,128 @@
+"""Masks for a folder of pictures, written beside them in SA-1B's layout."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...errors import LoftUpError
+from ...pictures import open_picture
+from ..data.picture_files import by_stem, find_pictures, label_maps
+from ..data.sa1b import write_file, write_sa1b
+from .makers import MaskMaker
+
+__all__ = ["MaskReport", "check_outside", "make_masks"]
+
+# What a picture and the machine can cause; a wrong argument (TypeError) ends the run.
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+
+
+@dataclass
+class MaskReport:
+    """Outcome of :func:`make_masks`.
+
+    Attributes:
+        counts: masks of each picture that was made, in the order of the pictures.
+        finished: pictures that were finished already.
+        failed: pictures that could not be read or segmented, with the reason.
+    """
+
+    counts: list[int] = field(default_factory=list)
+    finished: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def make_masks(
+    images: "str | os.PathLike[str]",
+    maker: MaskMaker,
+    output: "str | os.PathLike[str] | None" = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MaskReport:
+    """Make masks for all pictures of a folder and write them in SA-1B's layout; a run that was cut off is resumed.
+
+    Args:
+        images: folder of pictures, and of folders of them.
+        maker: of the masks.
+        output: folder that the pictures are copied to, beside their masks; None leaves them where they are.
+        overwrite: make masks anew that are there already.
+        progress: show a bar.
+
+    Returns:
+        What was done. A picture that cannot be read is counted there and leaves the others alone.
+
+    Raises:
+        LoftUpError: no pictures; some have label maps; two would share a json; a json is there already that was
+            made with other settings, of another picture of the name or by another program.
+        ValueError: ``output`` is inside ``images``.
+        OSError: a file cannot be written; it is named, and nothing half-written remains.
+    """
+    from tqdm import tqdm
+
+    folder = Path(images).expanduser()
+    target = folder if output is None else Path(output).expanduser()
+    check_outside(folder, target)
+    names = find_pictures(folder)
+    if labelled := label_maps(names, folder)[0]:
+        name, (first, *_) = next(iter(labelled.items()))
+        raise LoftUpError(
+            f"{len(labelled)} pictures in {folder} have label maps, such as {first} beside {name}: training takes "
+            "those as masks, with data.kind=labels, and no others are needed. To make masks all the same, or if these "
+            "are no label maps, take the .png files out"
+        )
+    pictures = by_stem(names, folder)
+    settings = {stem: _settings(maker.settings, folder / name) for stem, name in pictures.items()}
+    waiting = {
+        stem: name
+        for stem, name in pictures.items()
+        if overwrite or not _finished(target / f"{stem}.json", target / name, settings[stem])
+    }
+    report = MaskReport(finished=len(pictures) - len(waiting))
+    for stem, name in tqdm(waiting.items(), unit="image", desc="masks", disable=None if progress else True):
+        try:
+            picture = open_picture(folder / name)
+            annotations = maker(picture)
+        except FAILURES as error:
+            report.failed[name] = " ".join(str(error).split()) or type(error).__name__
+            continue
+        path = target / f"{stem}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if target != folder:
+            write_file(target / name, (folder / name).read_bytes())
+        info = {"made_by": f"loftup {__version__}", "settings": settings[stem]}
+        write_sa1b(path, annotations, picture.width, picture.height, Path(name).name, info)
+        report.counts.append(len(annotations))
+    return report
+
+
+def check_outside(folder: Path, target: Path) -> None:
+    """Raise ValueError if what is written to ``target`` would be read as pictures of ``folder`` the next time."""
+    if folder.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} is inside {folder}, whose pictures include those below it; choose another folder")
+
+
+def _settings(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
+    # The size in bytes tells another picture of the name, and unlike the time stays when a data set is moved.
+    return {**settings, "picture_bytes": picture.stat().st_size}
+
+
+def _finished(path: Path, picture: Path, settings: dict[str, Any]) -> bool:
+    """Whether masks and picture are there and made with these settings; LoftUpError if with others."""
+    if not path.exists():
+        return False
+    remedy = "overwrite it (--overwrite) or write to another folder"
+    try:
+        made_with = dict(json.loads(path.read_bytes())["info"]["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoftUpError(f"{path} was not made by loftup masks; {remedy}") from error
+    other = [
+        f"{key} {made_with.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted({*settings, *made_with})
+        if made_with.get(key) != settings.get(key)
+    ]
+    if other:
+        raise LoftUpError(f"{path} was made with other settings ({'; '.join(other)}); {remedy}")
+    return picture.exists()

@@ -1,0 +1,1 @@
+"""The objective of a training step: its terms, and their weighted sum."""

@@ -1,0 +1,1 @@
+"""A training run from its start to the weights: steps, checkpoints, validation, logs."""

@@ -1,0 +1,96 @@
+"""The folder of a run: new, to be resumed, or to be refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ...errors import LoftUpError
+from ...files import write_atomically
+from ...weights.names import SAFETENSORS
+from ..config import TrainConfig, to_yaml
+from .checkpoint import differences, latest_checkpoint, load_checkpoint
+
+__all__ = ["CONFIG", "check_data", "open_folder", "write_config"]
+
+CONFIG = "train.yaml"
+
+
+def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, Any] | None:
+    """Make a run's folder, or find the checkpoint to go on from.
+
+    A folder in which a start failed, without a checkpoint, weights or a line of the log, is as good as new.
+    ``pictures`` are those of a step, in all processes.
+
+    Returns:
+        The last checkpoint; None for a run that begins.
+
+    Raises:
+        LoftUpError: the folder holds a run and ``resume`` is not set, or that run had another config; a push is asked
+            for without a token; or the folder cannot be written.
+    """
+    folder = Path(config.output).expanduser()
+    path = latest_checkpoint(folder / "checkpoints")
+    if not resume and (held := path.name if path else _held(folder)):
+        raise LoftUpError(
+            f"{folder} holds a run already ({held}); go on with it by --resume, or take another folder: output=..."
+        )
+    if config.hub:
+        import huggingface_hub
+
+        if huggingface_hub.get_token() is None:
+            raise LoftUpError(
+                f"pushing to {config.hub!r} needs a Hub token: log in with `hf auth login` before training"
+            )
+    state = load_checkpoint(path) if path else None
+    if state is not None:
+        _check_same(config, pictures, state, str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return state
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the config into the folder of a run that can start; LoftUpError if that fails."""
+    folder = Path(config.output).expanduser()
+    try:
+        write_atomically(folder / CONFIG, to_yaml(config).encode())
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def check_data(config: TrainConfig, state: dict[str, Any], count: int) -> None:
+    """Raise LoftUpError unless there are as many training pictures as when the checkpoint was made."""
+    if (before := state["training_pictures"]) != count:
+        raise LoftUpError(
+            f"{', '.join(config.data.path)} (data.path) has {count} pictures, the run in {config.output} had {before}, "
+            "which decide about the order of the data; resume with the same pictures, or start a new run in another "
+            "folder, from its weights with model.pretrained=CHECKPOINT"
+        )
+
+
+def _held(folder: Path) -> str:
+    """The file that tells of a run without checkpoints, "" if there is none."""
+    table = folder / "log.csv"
+    if table.is_file() and table.read_bytes().count(b"\n") > 1:
+        return table.name
+    return SAFETENSORS if (folder / SAFETENSORS).exists() else ""
+
+
+def _unwritable(folder: Path, error: OSError) -> LoftUpError:
+    return LoftUpError(f"cannot write to the folder {folder}: {error}; set another with output=...")
+
+
+def _check_same(config: TrainConfig, pictures: int, state: dict[str, Any], path: str) -> None:
+    changed = differences(state["config"], dataclasses.asdict(config))
+    if state["pictures"] != pictures:
+        changed.append(f"pictures a step (batch x accumulate x processes): {state['pictures']}, now {pictures}")
+    if changed:
+        raise LoftUpError(
+            f"{path} was made with another config: {'; '.join(changed)}. Resume with the values of "
+            f"{Path(config.output) / CONFIG}, or start a new run in another folder, from these weights with "
+            f"model.pretrained={path}"
+        )
+    if state["step"] > config.steps:
+        raise LoftUpError(f"{path} has had {state['step']} steps, more than steps={config.steps}")
