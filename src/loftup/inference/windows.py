@@ -12,7 +12,7 @@ innermost axis, and offsets and fading, which rows and columns have each for the
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..inputs import resize_guidance
 from ..networks.layers import Box
 from ..networks.universal import SHORTEST_MEAN, Settings, UniversalNetwork, make_axis
-from .canvas import Canvas, budget, sample
+from .canvas import Canvas, budget, plain_arithmetic, sample
 from .codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
 from .fold import is_plain
 
@@ -297,11 +297,8 @@ class Windows:
         self.network = network if wide else copy.deepcopy(network).to(network.dtype)
 
     def arithmetic(self) -> AbstractContextManager[object]:
-        """The context to compute in: no gradients, and no autocast, for the network has its dtype already."""
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(self.device.type, enabled=False))
-        return stack
+        """The context to compute in: the network has its dtype already."""
+        return plain_arithmetic(self.device)
 
     def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
         """Paint the upsampled features.
