@@ -114,6 +114,13 @@ def first_line(command: list[str]) -> str | None:
     return lines[0].strip() if lines else None
 
 
+def write(folder: Path, failures: dict[str, str]) -> dict[str, Any]:
+    """Write environment.json and return what it says."""
+    about = environment(failures)
+    (folder / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
+    return about
+
+
 def main() -> None:
     """Install and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,8 +128,9 @@ def main() -> None:
     parser.add_argument("--no-install", action="store_true", help="leave missing packages missing")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    about = environment({} if given.no_install else install_missing())
-    (given.folder / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
+    about = write(given.folder, {})  # before pip, which may take longer than it is given
+    if not given.no_install:
+        about = write(given.folder, install_missing())
     missing = [name for name, number in about["packages"].items() if number is None]
     print(f"{about['gpu'] or 'no GPU'}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
     print(f"missing: {', '.join(missing) or 'nothing'}")

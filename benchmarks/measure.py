@@ -1,6 +1,7 @@
 """How the benchmarks measure: contenders in turns, memory above inputs and result, rows on disk at once."""
 
 import csv
+import functools
 import gc
 import os
 import platform
@@ -88,6 +89,7 @@ def processor() -> str:
     return next(names, platform.processor())
 
 
+@functools.cache
 def commit() -> str:
     """Commit of the checkout; the variable COMMIT stands in where it is none."""
     command = ["git", "-C", os.fspath(Path(__file__).parent), "describe", "--always", "--dirty"]
