@@ -1,6 +1,6 @@
 """Upsample the features of one photograph and save a picture of them.
 
-Run as ``python examples/upsample_photo.py photo.jpg``; without an argument a drawn scene is used. Fetches DINOv2-S/14
+Run as ``python examples/upsample_photo.py photo.jpg``; without an argument the one in the package is used. Fetches DINOv2-S/14
 and its LoftUp weights from the Hub at first use.
 """
 
@@ -9,13 +9,13 @@ import sys
 import torch
 
 from loftup import LoftUp, load_backbone
-from loftup.cli import drawn_scene
+from loftup.cli.demo import PHOTO
 from loftup.viz import compare
 
 backbone = load_backbone("dinov2_vits14").eval()
 up = LoftUp.from_pretrained("dinov2_vits14")
 
-image = backbone.preprocess(sys.argv[1] if len(sys.argv) > 1 else drawn_scene(), size=(336, 448))  # (1, 3, 336, 448)
+image = backbone.preprocess(sys.argv[1] if len(sys.argv) > 1 else PHOTO, size=(336, 448))  # (1, 3, 336, 448)
 with torch.inference_mode():
     features = backbone(image)  # (1, 384, 24, 32)
     dense = up(features, image)  # (1, 384, 336, 448)

@@ -1,11 +1,12 @@
 """The network: published outputs, an independent float64 implementation, properties, dtypes, errors."""
 
 import json
+import warnings
 
 import plain
 import pytest
 import torch
-from material import LEARNABLE, SINE, inputs, randomised, shared
+from material import LEARNABLE, SINE, inputs, randomised, shared, universal
 from safetensors.torch import load_file
 
 from loftup import LoftUp, LoftUpConfig
@@ -285,3 +286,66 @@ def test_the_backbone_is_named_in_the_error_of_a_wrong_channel_count():
 
 def test_repr_names_the_essentials():
     assert "channels=24, width=44, backbone=''" in repr(LoftUp(24))
+
+
+# Inference tensors, frozen weights, half-precision images
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+def test_a_probe_learns_outside_on_features_made_in_inference_mode(make):
+    up = make()
+    features, image = inputs()
+    probe = torch.nn.Conv2d(24, 3, 1)
+    with torch.inference_mode():
+        dense = up(features, image)
+        points = up.at(features, image, torch.zeros(1, 2, 2))
+        logits = up(features, image, head=probe)
+        inside = torch.randn(1, 24, 5, 7)  # features of another library, made inside
+    for result in (dense, points, logits):
+        assert not result.is_inference()
+    probe(dense).sum().backward()
+    assert probe.weight.grad is not None
+    trainable = make().requires_grad_(True)
+    trainable(inside, image).sum().backward()
+    up.requires_grad_(False)(inside, image, head=probe).sum().backward()
+
+
+def test_frozen_weights_stream_without_a_context(tmp_path, monkeypatch):
+    randomised(SINE).save_pretrained(tmp_path)
+    up = LoftUp.from_pretrained(tmp_path)
+    features, image = inputs()
+    assert not up(features, image, memory=2**23).requires_grad  # memory= is for the stream alone
+    features.requires_grad_(True)
+    up(features, image).sum().backward()
+    assert features.grad is not None
+    assert all(parameter.grad is None for parameter in up.parameters())
+    assert LoftUp.from_pretrained(tmp_path, trainable=True)(features, image).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_image_is_not_taken_in_silence(dtype):
+    up = randomised(SINE)
+    features, image = inputs()
+    with torch.no_grad():
+        with pytest.warns(
+            UserWarning, match=f"the image is {str(dtype)[6:]}, whose rounding shows .* in float32"
+        ) as caught:
+            up(features, image.to(dtype))
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            half = up.to(dtype)(features.to(dtype), image)  # guidance in float32, the rest in half precision
+    assert half.dtype == dtype
+
+
+def test_the_guidance_keeps_its_precision_whatever_the_rest_has():
+    """A bfloat16 network on a float32 image differs by its own rounding, not by the image's."""
+    up = randomised(SINE)
+    features, image = inputs(size=(40, 50))
+    with torch.no_grad():
+        exact = up(features, image)
+        sharp = up.to(torch.bfloat16)(features, image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rounded = up(features, image.bfloat16())
+    assert (sharp - exact).abs().mean() < 0.5 * (rounded - exact).abs().mean()

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .errors import LoftUpError
+from .version import __version__
 
 if TYPE_CHECKING:
     from .backbones import Backbone, load_backbone, wrap
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from .upsampled import Upsampled
     from .weights.catalogue import list_pretrained
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Backbone",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
 from .inference.canvas import Canvas, Head, apply_head
@@ -178,8 +179,10 @@ class LoftUp(nn.Module):
         """Do nothing: inference follows every change of the weights by itself. Kept for older code."""
 
     def _whole_at_once(self, features: Tensor, image: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() or any(m.training for m in self.modules()):
+        if self.training or torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return True
+        if any(module.training for module in self.modules() if isinstance(module, _BatchNorm)):
+            return True  # statistics of a band are not those of the image
         wanted = features.requires_grad or image.requires_grad or any(p.requires_grad for p in self.parameters())
         return torch.is_grad_enabled() and wanted
 

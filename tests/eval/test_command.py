@@ -14,11 +14,11 @@ from small import mean_colours
 from loftup import LoftUpError
 from loftup.cli import main
 from loftup.eval import run as module
+from loftup.eval.catalogue import TASKS, Task
 from loftup.eval.datasets.base import KINDS
 from loftup.eval.result import Metric, Result
 from loftup.eval.run import Comparison
 from loftup.eval.table import comma_separated, markdown, read_results
-from loftup.eval.tasks import TASKS, Task
 
 SMALL = ["--set", "size=[32,32]", "--set", "training=samples", "--set", "points=50", "--set", "pictures=1"]
 
@@ -41,7 +41,7 @@ def call(*arguments):
 
 def test_the_table_of_tasks_loads_nothing_heavy_and_names_what_is_there():
     heavy = "torch", "numpy", "PIL", "timm"
-    code = f"import sys, loftup.eval.tasks; assert not set({heavy}) & set(sys.modules), sorted(sys.modules)"
+    code = f"import sys, loftup.eval.catalogue; assert not set({heavy}) & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     for name, task in TASKS.items():
         function, config, metrics = task.load()

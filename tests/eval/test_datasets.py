@@ -6,11 +6,11 @@ import torch
 from material import shared
 
 from loftup import LoftUpError
+from loftup.eval.catalogue import TASKS
 from loftup.eval.datasets import names, open_dataset, register, registry
 from loftup.eval.datasets.geometry import normals_from_depth
 from loftup.eval.datasets.prepare import fit
 from loftup.eval.datasets.synthetic import FOCAL, render
-from loftup.eval.tasks import TASKS
 
 
 def test_names_and_specs():

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from small import mean_colours, ramp
 
 from loftup import LoftUpError
-from loftup.eval.features import at_pixels, with_head
 from loftup.eval.upsamplers import create, names, register, registry
+from loftup.eval.upsamplers.access import at_pixels, with_head
 from loftup.eval.upsamplers.bilateral import JointBilateral
 
 

@@ -15,13 +15,11 @@ if not CUDA and "triton" not in sys.modules:
 
 def _why_no_interpreter() -> str | None:
     try:
-        import loftup.ops.triton as kernels
+        from loftup.ops.triton_common import INTERPRETED
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     return (
-        None
-        if kernels.INTERPRETED
-        else "triton was imported before tests/ops/conftest.py could turn its interpreter on"
+        None if INTERPRETED.value else "triton was imported before tests/ops/conftest.py could turn its interpreter on"
     )
 
 

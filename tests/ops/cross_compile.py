@@ -65,7 +65,7 @@ def main(widths: list[int], dtype: torch.dtype) -> None:
         return compiled
 
     JITFunction.run = compile_only
-    from loftup.ops import triton as kernels
+    from flat import attention_block, feed_forward, guidance, head_norm
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -73,13 +73,12 @@ def main(widths: list[int], dtype: torch.dtype) -> None:
     for d in widths:
         model, hidden = 4 * d, 4 * d - 20
         x, k, vector = zeros(1, 512, model), zeros(1, 250, 4, d).transpose(1, 2), zeros(model)
-        kernels.cross_attention(x.view(1, 512, 4, d).transpose(1, 2), k, k, 0.1)
         square = zeros(model, model)
-        kernels.attention_block(x, vector, vector, square, vector, k, k, square, vector, 1e-5, 0.1)
-        kernels.feed_forward(x, vector, vector, zeros(hidden, model), zeros(hidden), zeros(model, hidden), vector, 1e-5)
-        kernels.head_norm(zeros(1, 512, hidden), zeros(hidden), zeros(hidden), zeros(1, hidden, 16, 32), 1e-6)
+        attention_block(x, vector, vector, square, vector, k, k, square, vector)
+        feed_forward(x, vector, vector, zeros(hidden, model), zeros(hidden), zeros(model, hidden), vector)
+        head_norm(zeros(1, 512, hidden), zeros(hidden), zeros(hidden), zeros(1, hidden, 16, 32))
     floats = [torch.zeros(shape) for shape in ((1, 3, 16, 32), (16,), (32,), (20,), (2, 5, 20))]
-    kernels.guidance(*floats, zeros(203), zeros(203), 1e-5, dtype, 203)
+    guidance(*floats, zeros(203), zeros(203), dtype=dtype)
 
 
 if __name__ == "__main__":

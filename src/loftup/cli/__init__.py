@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from ..version import __version__
 from . import demo, eval, features, listing, masks, train
 from .errors import FAILURES, one_line
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..eval.tasks import TASKS
+from ..eval.catalogue import TASKS
 from .options import add_backbone_options, key_value, positive
 
 __all__ = ["add_parser"]

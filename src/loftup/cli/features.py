@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..files import stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
+from ..version import __version__
 from ..weights.catalogue import TINY, TINY_BACKBONE
 from ..weights.names import in_package, resolve
 from .errors import FAILURES, one_line

@@ -67,7 +67,7 @@ def _table(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from . import datasets, upsamplers
-    from .tasks import TASKS
+    from .catalogue import TASKS
 
     by_task = {name: datasets.names(name) for name, task in TASKS.items() if task.data}
     if arguments.json:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
+from .catalogue import TASKS
 from .datasets.base import Dataset
 from .datasets.synthetic import CLASSES, MOST_OBJECTS
-from .tasks import TASKS
 from .upsamplers.registry import Upsampler
 
 __all__ = ["Oracle"]

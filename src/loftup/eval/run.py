@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import __version__
 from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..files import write_atomically
+from ..version import __version__
+from .catalogue import TASKS
 from .datasets import open_dataset
 from .datasets.base import Dataset
 from .figure import figure
 from .table import markdown
-from .tasks import TASKS
 from .upsamplers import Upsampler, create
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Comparison:
     """A task, a dataset and a backbone, on which upsamplers are compared one after another.
 
     Args:
-        task: a name of :data:`loftup.eval.tasks.TASKS`.
+        task: a name of :data:`loftup.eval.catalogue.TASKS`.
         dataset: as :func:`loftup.eval.datasets.open_dataset` takes it; None for a task without one.
         backbone: in ``eval()`` mode; None for the oracle of the synthetic scenes.
         description: of the backbone, for the results; part of what a stopped run must agree in.

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from ..errors import LoftUpError
+from .catalogue import TASKS
 from .result import Metric
-from .tasks import TASKS
 
 __all__ = ["comma_separated", "markdown", "read_results"]
 

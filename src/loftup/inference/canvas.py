@@ -1,7 +1,7 @@
 """Where results go: ``out=``, ``head=``, points, memory budgets. Every stream writes through it."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..networks.layers import Box
 from .fold import is_plain
 
-__all__ = ["Canvas", "Head", "apply_head", "budget", "sample"]
+__all__ = ["Canvas", "Head", "apply_head", "budget", "plain_arithmetic", "sample"]
 
 Head = Callable[[Tensor], Tensor]
 MEMORY = {"cuda": 384 * 2**20}
@@ -19,6 +19,13 @@ MEMORY_ELSEWHERE = 96 * 2**20
 def budget(memory: int | None, device: torch.device) -> int:
     """The bytes of working memory: those asked for, or the default of a device."""
     return MEMORY.get(device.type, MEMORY_ELSEWHERE) if memory is None else memory
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """The context to compute in where the dtype is settled: no gradients, no autocast."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class Canvas:

@@ -4,7 +4,8 @@ An engine turns guidance into queries (``stem``) and queries into features (``wr
 :mod:`loftup.inference.bands` decides which pixels when.
 """
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from ..networks.layers import Box, axis_coordinates, grow, trim
 from ..ops.attention import cross_attention
-from ..ops.reference import fourier_code
-from .fold import FoldedNetwork, Pair
+from ..ops.reference import Pair, fourier_code
+from .canvas import plain_arithmetic
+from .fold import FoldedNetwork
 
-__all__ = ["FoldedEngine", "KeyValue", "normalise"]
+__all__ = ["FoldedEngine", "KeyValue", "StemReader", "normalise"]
 
 KeyValue = tuple[Tensor, Tensor]  # (heads, T, d) each
 
@@ -39,7 +41,7 @@ class FoldedEngine:
         self.dtype = dtype
         self.stem_dtype = stem_dtype or dtype
         self.heads, self.width, self.channels, self.halo = weights.heads, weights.width, weights.channels, weights.halo
-        self.frequencies, self.phases = weights.frequencies, weights.phases
+        self.guidance = weights.code
         self.code_norm = _to(weights.code_norm, torch.promote_types(dtype, torch.float32))
         self.conv1, self.conv2 = _to(weights.conv1, self.stem_dtype), _to(weights.conv2, self.stem_dtype)
         self.blocks = [
@@ -51,11 +53,8 @@ class FoldedEngine:
         self.head_norm = _to(weights.head_norm, dtype)
 
     def arithmetic(self) -> AbstractContextManager[object]:
-        """The context to compute in: no gradients, and no autocast, for the engine has its dtype already."""
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(self.frequencies.device.type, enabled=False))
-        return stack
+        """The context to compute in: the engine has its dtype already."""
+        return plain_arithmetic(self.guidance[0].device)
 
     def rows(self, width: int, budget: int) -> int:
         """How many rows of a strip ``width`` pixels wide fit a budget of working memory in bytes; 0 if none does."""
@@ -82,7 +81,15 @@ class FoldedEngine:
             right: last column, excluded.
             band: at most so many rows will be read at once.
         """
-        return StemReader(self, scaled, left, right)
+        return StemReader(self.queries, scaled, left, right)
+
+    def queries(self, scaled: Tensor, box: Box) -> Tensor:
+        """The stem's output for a box of (3, H, W): (n * m, D)."""
+        around, margins = grow(box, self.halo, *scaled.shape[1:])
+        # A convolution pads with zeros; at a side that is not the image's border, what they touched is cut off.
+        x, margins = trim(self.first_layer(scaled, around), margins, 1)
+        x, _ = trim(F.conv2d(x, *self.conv2, padding=1).relu_(), margins, 0)
+        return rearrange(x, "1 d h w -> (h w) d").to(self.dtype)
 
     def at(self, scaled: Tensor, memory: list[KeyValue], pixels: Tensor) -> Tensor:
         """Features (n, C) at pixels, flat indices row * W + column (n,), from what the stem sees around each."""
@@ -108,7 +115,7 @@ class FoldedEngine:
 
     def code(self, values: Tensor) -> Tensor:
         """Normalised guidance code of values (..., 5), in the stem's dtype."""
-        code = fourier_code(values, self.frequencies, self.phases).to(self.code_norm[0].dtype)
+        code = fourier_code(values, self.guidance).to(self.code_norm[0].dtype)
         return F.layer_norm(code, code.shape[-1:], *self.code_norm).to(self.stem_dtype)
 
     def linear(self, x: Tensor, weights: Pair) -> Tensor:
@@ -149,19 +156,15 @@ class FoldedEngine:
 class StemReader:
     """Rows of the stem's output, from the top; each band computes its halo anew."""
 
-    def __init__(self, engine: FoldedEngine, scaled: Tensor, left: int, right: int) -> None:
-        self.engine, self.scaled, self.left, self.right = engine, scaled, left, right
+    def __init__(self, queries: Callable[[Tensor, Box], Tensor], scaled: Tensor, left: int, right: int) -> None:
+        self.queries, self.scaled, self.left, self.right = queries, scaled, left, right
         self.next_row = 0
 
     def read(self, count: int) -> Tensor:
         """The next ``count`` rows, (count * columns, D)."""
-        engine, top = self.engine, self.next_row
+        top = self.next_row
         self.next_row += count
-        box, margins = grow((top, self.left, self.next_row, self.right), engine.halo, *self.scaled.shape[1:])
-        # A convolution pads with zeros; at a side that is not the image's border, what they touched is cut off.
-        x, margins = trim(engine.first_layer(self.scaled, box), margins, 1)
-        x, _ = trim(F.conv2d(x, *engine.conv2, padding=1).relu_(), margins, 0)
-        return rearrange(x, "1 d h w -> (h w) d").to(engine.dtype)
+        return self.queries(self.scaled, (top, self.left, self.next_row, self.right))
 
 
 def _to(pair: Pair, dtype: torch.dtype) -> Pair:

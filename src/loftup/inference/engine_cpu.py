@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..networks.layers import axis_coordinates
 from ..ops.cpu import attend, linear, padded_width
+from ..ops.reference import Pair
 from ..ops.winograd import TILE, Winograd, Workspace
 from .engine import FoldedEngine, KeyValue
-from .fold import FoldedNetwork, Pair
+from .fold import FoldedNetwork
 
 __all__ = ["CpuEngine"]
 
@@ -36,8 +37,9 @@ class CpuEngine(FoldedEngine):
         for block in self.blocks:
             block["query"] = self._pad_heads(block["query"][0]), self._pad_heads(block["query"][1])
             block["out"] = self._pad_heads(block["out"][0].mT).mT.contiguous(), block["out"][1]
+        self.frequencies, phases = weights.code
         count = self.frequencies.numel()
-        self.value_phases = self.phases.reshape(2, count, 5).transpose(1, 2).contiguous()  # (2, 5, F), by value
+        self.phases = phases.reshape(2, count, 5).transpose(1, 2).contiguous()  # (2, 5, F), by value
         order = _by_axis(count)
         self.stem_norm = self.code_norm[0][order], self.code_norm[1][order]
         self.layer1 = Winograd(weights.conv1[0][:, order], weights.conv1[1])
@@ -121,7 +123,7 @@ class WinogradStem:
 
     def _axis_code(self, axis: Tensor, value: int) -> Tensor:
         angles = axis[:, None] * self.engine.frequencies
-        phases = self.engine.value_phases[:, value]
+        phases = self.engine.phases[:, value]
         return torch.cat([(angles + phases[0]).sin(), (angles + phases[1]).cos()], dim=1)
 
     def _code_rows(self, start: int, rows: int) -> None:
@@ -132,7 +134,7 @@ class WinogradStem:
         count = self.engine.frequencies.numel()
         raw[..., : 2 * count] = self.row_code[top : top + inside, None]
         angles = colours[..., None] * self.engine.frequencies  # (rows, W, 3, F)
-        sine, cosine = self.engine.value_phases[:, 2:]
+        sine, cosine = self.engine.phases[:, 2:]
         split = raw[..., 4 * count : 10 * count].unflatten(-1, (2, 3, count))
         torch.sin(angles + sine, out=split[..., 0, :, :])
         torch.cos(angles + cosine, out=split[..., 1, :, :])

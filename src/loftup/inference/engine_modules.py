@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..networks.layers import Stem, reach
+from ..networks.layers import Box, Stem, reach
 from ..networks.loftup import LoftUpNetwork
+from .engine import StemReader
 from .fold import is_plain
 
 __all__ = ["ModuleEngine", "fits_bands"]
@@ -47,9 +48,13 @@ class ModuleEngine:
         """The tokens (1, T, D): the modules project them."""
         return tokens
 
-    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "ModuleStemReader":
+    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> StemReader:
         """Start reading the stem's output for a strip of columns from the top."""
-        return ModuleStemReader(self, scaled, left, right)
+        return StemReader(self.queries, scaled, left, right)
+
+    def queries(self, scaled: Tensor, box: Box) -> Tensor:
+        """The stem's output for a box of (3, H, W): (n * m, D)."""
+        return self.network.stem(scaled[None], box)[0]
 
     def write(self, queries: Tensor, memory: Tensor, out: Tensor) -> None:
         """Blocks and head: stem output (n * m, D) to a box (C, n, m) of the result."""
@@ -64,21 +69,7 @@ class ModuleEngine:
             here = pixels // width == row
             columns = pixels[here] % width
             first, last = int(columns.min()), int(columns.max())
-            queries = self.network.stem(scaled[None], (row, first, row + 1, last + 1))[0]
+            queries = self.queries(scaled, (row, first, row + 1, last + 1))
             x = self.network.ca_transformer(queries[None, columns - first], memory)
             features[here] = self.network.head(x, 1, len(columns))[0, :, 0].mT.to(features.dtype)
         return features
-
-
-class ModuleStemReader:
-    """Rows of the stem's output, from the top."""
-
-    def __init__(self, engine: ModuleEngine, scaled: Tensor, left: int, right: int) -> None:
-        self.engine, self.scaled, self.left, self.right = engine, scaled, left, right
-        self.next_row = 0
-
-    def read(self, count: int) -> Tensor:
-        """The next ``count`` rows, (count * columns, D)."""
-        top = self.next_row
-        self.next_row += count
-        return self.engine.network.stem(self.scaled[None], (top, self.left, self.next_row, self.right))[0]

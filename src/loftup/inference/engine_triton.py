@@ -30,8 +30,8 @@ class TritonEngine(FoldedEngine):
 
     def __init__(self, weights: FoldedNetwork, dtype: torch.dtype) -> None:
         super().__init__(weights, dtype)
-        ones = torch.ones(self.width, dtype=dtype, device=weights.phases.device)
-        self.no_affine = ones, torch.zeros_like(ones)  # it is in the linear layers already
+        ones = torch.ones(self.width, dtype=dtype, device=weights.code[0].device)
+        self.plain_norm = ones, torch.zeros_like(ones)  # the affine part is in the linear layers already
         # Tensor cores want channels in multiples of 8: zeros behind the code's 203.
         self.code_channels = -(-self.code_norm[0].numel() // 8) * 8
         padded = F.pad(self.conv1[0], (0, 0, 0, 0, 0, self.code_channels - self.code_norm[0].numel()))
@@ -42,17 +42,8 @@ class TritonEngine(FoldedEngine):
         top, left, bottom, right = box
         rows = axis_coordinates(scaled.shape[1], scaled.device)[top:bottom]
         columns = axis_coordinates(scaled.shape[2], scaled.device)[left:right]
-        code = guidance(
-            scaled[None, :, top:bottom, left:right],
-            rows,
-            columns,
-            self.frequencies,
-            self.phases,
-            *self.code_norm,
-            1e-5,
-            self.dtype,
-            self.code_channels,
-        )
+        part = scaled[None, :, top:bottom, left:right]
+        code = guidance(part, rows, columns, self.guidance, self.code_norm, 1e-5, self.dtype, self.code_channels)
         image = rearrange(code, "1 (h w) c -> 1 c h w", w=right - left)  # channels last in memory
         return F.conv2d(image, *self.padded_conv1, padding=1).relu_()
 
@@ -60,9 +51,8 @@ class TritonEngine(FoldedEngine):
         """See :meth:`FoldedEngine.refine`."""
         x = x[None]
         for block, (keys, values) in zip(self.blocks, memory, strict=True):
-            projections = (*self.no_affine, *block["query"], keys[None], values[None], *block["out"])
-            x = attention_block(x, *projections, 1e-5, 1.0)
-            x = feed_forward(x, *self.no_affine, *block["up"], *block["down"], 1e-5)
+            x = attention_block(x, self.plain_norm, block["query"], keys[None], values[None], block["out"], 1e-5, 1.0)
+            x = feed_forward(x, self.plain_norm, block["up"], block["down"], 1e-5)
         return x[0]
 
     def write(self, queries: Tensor, memory: list[KeyValue], out: Tensor) -> None:
@@ -71,4 +61,4 @@ class TritonEngine(FoldedEngine):
             super().write(queries, memory, out)
             return
         projected = self.project(self.refine(queries, memory))
-        head_norm(projected[None], *self.head_norm, out[None], 1e-6)
+        head_norm(projected[None], self.head_norm, out[None], 1e-6)

@@ -17,10 +17,9 @@ from torch.nn.modules import module as torch_modules
 
 from ..networks.config import LoftUpConfig
 from ..networks.loftup import LoftUpNetwork
+from ..ops.reference import Code, Pair
 
-__all__ = ["FoldedBlock", "FoldedNetwork", "Pair", "cached", "fold", "is_plain", "why_not_folded"]
-
-Pair = tuple[Tensor, Tensor]  # weight and bias
+__all__ = ["FoldedBlock", "FoldedNetwork", "cached", "fold", "is_plain", "why_not_folded"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class FoldedNetwork:
 
     heads: int
     halo: int  # of the stem, in pixels
-    frequencies: Tensor  # (F,) float32, as the guidance code uses them
-    phases: Tensor  # (2, 5, F) float32 as the checkpoint has them, to be read flat as (2, F, 5)
+    code: Code  # of the guidance, float32
     code_norm: Pair  # over the 10 F + 3 channels of the code
     conv1: Pair  # (D, 10 F + 3, 3, 3), with its batch norm
     conv2: Pair  # (D, D, 3, 3), with its batch norm
@@ -107,8 +105,7 @@ def fold(network: LoftUpNetwork) -> FoldedNetwork:
     return FoldedNetwork(
         heads=network.config.heads,
         halo=stem.halo,
-        frequencies=code.frequencies,
-        phases=code.biases.float(),
+        code=(code.frequencies, code.biases.float()),
         code_norm=_affine(stem.norm.norm),
         conv1=_with_batch_norm(stem.conv1, stem.batch_norm1),
         conv2=_with_batch_norm(stem.conv2, stem.batch_norm2),

@@ -6,34 +6,29 @@ for the keys of all cells, then for the pixels. In between they are kept if they
 not. Memory is the result, a copy of the guidance, its codes at half resolution, some six times the features and the
 budget.
 
-The arithmetic is that of :meth:`loftup.networks.universal.UniversalNetwork.weights`, laid out for speed: pixels are the
-innermost axis, and offsets and fading, which rows and columns have each for themselves, are added as one sum.
+Attention itself is :meth:`loftup.networks.universal.UniversalNetwork.attend`.
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..inputs import resize_guidance
 from ..networks.layers import Box
-from ..networks.universal import SHORTEST_MEAN, Settings, UniversalNetwork, make_axis
-from .canvas import Canvas, budget, sample
+from ..networks.universal import Settings, UniversalNetwork, make_axis
+from .canvas import Canvas, budget, plain_arithmetic, sample
 from .codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
-from .fold import is_plain
 
 __all__ = ["Windows"]
 
 LONGEST, SHORTEST = 32, 4  # sides of a block of pixels
 IN_CACHE = 24 * 2**20  # bytes that one step works on, on a CPU
-
-
-# Attention
 
 
 @dataclass(frozen=True)
@@ -62,63 +57,6 @@ class Grid:
         around = (steps[:, None] * self.width + steps).flatten()
         places = (rows * self.width + columns).flatten()[:, None] + around
         return table.index_select(0, places.flatten()).view(*places.shape, -1)
-
-
-class Attention:
-    """The attention of a network, its small weights prepared."""
-
-    def __init__(self, net: UniversalNetwork) -> None:
-        self.net = net
-        self.plain_gate = type(net.gate) is nn.Linear and is_plain(net.gate)
-        self.steps = torch.arange(-net.radius, net.radius + 1, device=net.log_width.device, dtype=net.log_width.dtype)
-
-    def bias(self, offsets: Tensor, settings: Settings) -> Tensor:
-        """What one axis adds to the scores of one picture: (n, P) offsets to (1 + heads, n, side, P)."""
-        steps = self.steps[:, None]
-        near = 2 * offsets[:, None] * steps - steps.square()
-        return settings.sharpness[0, :, None, None, None] * near + self.net._fade(offsets, self.steps).mT
-
-    def __call__(
-        self, queries: Tensor, keys: Tensor, gram: Tensor, down: Tensor, across: Tensor, settings: Settings
-    ) -> Tensor:
-        """Attention weights of pixels on the cells of their windows.
-
-        Args:
-            queries: (n * m, P * Q, D), codes of the pixels of a rectangle of n by m blocks.
-            keys: (n * m, K, D + heads), of the blocks' windows.
-            gram: (n * m, K, K), products of the windows' directions.
-            down: (1 + heads, n, 1, side, 1, P, 1), see :meth:`bias`.
-            across: (1 + heads, 1 or n, m, 1, side, 1, Q), likewise.
-            settings: of the one picture.
-
-        Returns:
-            (n * m, K, P * Q), not negative, with sum 1 over K.
-        """
-        net, depth = self.net, self.net.depth
-        constants = keys[..., queries.shape[-1] :]
-        pixels = queries.mT
-
-        def scores(head: int) -> Tensor:
-            part = slice(head * depth, (head + 1) * depth)
-            shape = (down.shape[1], across.shape[2], down.shape[3], across.shape[4], 1, 1)
-            constant = (constants[..., head].reshape(shape) + down[head] + across[head]).view(*keys.shape[:2], -1)
-            return constant.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
-
-        first = scores(0).softmax(1)
-        agreement = gram @ first
-        agreement *= (agreement * first).sum(1, keepdim=True).clamp_(min=SHORTEST_MEAN).rsqrt_()
-        if self.plain_gate:
-            shares = (net.gate.weight @ pixels).add_((net.gate.bias + settings.shares[0])[:, None]).softmax(1)
-        else:
-            shares = (net.gate(queries) + settings.shares[0]).mT.softmax(1)
-        total = torch.zeros_like(first)
-        for head, strength in enumerate(settings.strength[0].tolist()):
-            attention = scores(1 + head).add_(agreement, alpha=strength).softmax(1)
-            total.addcmul_(attention, shares[:, head, None])
-        return total
-
-
-# One image
 
 
 @dataclass(frozen=True)
@@ -159,7 +97,7 @@ class Job:
     """One image's codes and grid, ready for attention.
 
     Args:
-        attention: of the network.
+        net: the network, in the dtype to compute in.
         features: (1, C, h, w).
         guidance: (1, 3, H, W) at output size.
         values: (1, E, h, w), what is averaged: the features, or a linear head's values for them.
@@ -172,16 +110,15 @@ class Job:
 
     def __init__(
         self,
-        attention: Attention,
+        net: UniversalNetwork,
         features: Tensor,
         guidance: Tensor,
         values: Tensor,
         budget: int,
         keep: bool = True,
     ) -> None:
-        net = attention.net
         dtype = net.log_width.dtype
-        self.attention, self.net = attention, net
+        self.net = net
         self.limit = budget // 2
         if features.device.type == "cpu":
             self.limit = min(self.limit, IN_CACHE)
@@ -196,7 +133,7 @@ class Job:
             down, across = (cut_blocks(axis, longest, dtype) for axis in axes)
             pixels = down.pixels.shape[1] * across.pixels.shape[1]
             tables = window * (channels + values.shape[1] + depth + window)
-            self.attended = item * (pixels * ((net.heads + 4) * window + depth + values.shape[1]) + tables)
+            self.attended = item * (pixels * ((net.heads + 5) * window + depth + values.shape[1]) + tables)
             self.encoded = item * pixels * (4 * depth + 2 * net.encoder.fine.out_channels)
             if max(self.attended, self.encoded) <= budget // 2:
                 break
@@ -246,42 +183,26 @@ class Job:
 
     def at(self, y: Tensor, x: Tensor) -> Tensor:
         """The output (n, C) at pixels, rows ``y`` and columns ``x``, (n,) int64."""
-        grid, bias = self.grid, self.attention.bias
         (rows, down), (columns, across) = (
             (axis.places[pixels] // axis.pixels.shape[1], axis.offsets.flatten()[axis.places[pixels]])
             for axis, pixels in zip(self.axes, (y, x), strict=True)
         )
-        dtype = grid.keys.dtype
-        directions = grid.windows(grid.directions, rows, columns)
-        weights = self.attention(
-            self.codes.at(y, x)[:, None],
-            grid.windows(grid.keys, rows, columns),
-            directions @ directions.mT,
-            bias(down.to(dtype)[:, None], grid.settings)[:, :, None, :, None, :, None],
-            bias(across.to(dtype)[:, None], grid.settings)[:, :, None, None, :, None, :],
-            grid.settings,
-        )
-        return (grid.windows(grid.values, rows, columns).mT @ weights)[..., 0]
+        offsets = down.to(self.grid.keys.dtype)[:, None], across.to(self.grid.keys.dtype)[:, None, None]
+        return self._average(self.codes.at(y, x)[:, None], rows, columns, *offsets)[..., 0]
 
     def _attend(self, x: Tensor, down: Blocks, across: Blocks) -> Piece:
-        grid, bias = self.grid, self.attention.bias
         rows, columns = down.cells[:, None], across.cells
-        directions = grid.windows(grid.directions, rows, columns)
-        weights = self.attention(
-            x.flatten(0, 1),
-            grid.windows(grid.keys, rows, columns),
-            directions @ directions.mT,
-            bias(down.offsets, grid.settings)[:, :, None, :, None, :, None],
-            bias(across.offsets, grid.settings)[:, None, :, None, :, None, :],
-            grid.settings,
-        )
-        values = grid.windows(grid.values, rows, columns).mT @ weights
-        return Piece(
-            values.view(len(down), len(across), -1, down.pixels.shape[1], across.pixels.shape[1]), down, across
-        )
+        values = self._average(x.flatten(0, 1), rows, columns, down.offsets, across.offsets[None])
+        shape = (len(down), len(across), -1, down.pixels.shape[1], across.pixels.shape[1])
+        return Piece(values.view(shape), down, across)
 
-
-# Whole results
+    def _average(self, codes: Tensor, rows: Tensor, columns: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        """Attention of pixels to the windows around their cells: (n * m, E, P * Q)."""
+        grid = self.grid
+        keys, directions, values = (
+            grid.windows(table, rows, columns) for table in (grid.keys, grid.directions, grid.values)
+        )
+        return values.mT @ self.net.attend(codes, keys, directions, down, across, grid.settings)
 
 
 class Windows:
@@ -297,11 +218,8 @@ class Windows:
         self.network = network if wide else copy.deepcopy(network).to(network.dtype)
 
     def arithmetic(self) -> AbstractContextManager[object]:
-        """The context to compute in: no gradients, and no autocast, for the network has its dtype already."""
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(self.device.type, enabled=False))
-        return stack
+        """The context to compute in: the network has its dtype already."""
+        return plain_arithmetic(self.device)
 
     def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
         """Paint the upsampled features.
@@ -317,13 +235,11 @@ class Windows:
         """
         limit = budget(memory, image.device)
         values = canvas.values()
-        with self.arithmetic():
-            attention = Attention(self.network)
         for index in range(len(image)):
             own = slice(index, index + 1)
             with self.arithmetic():
                 guidance = resize_guidance(image[own], canvas.size)
-                job = Job(attention, features[own], guidance, values[own], limit)
+                job = Job(self.network, features[own], guidance, values[own], limit)
                 pieces = job.pieces()
             while True:
                 with self.arithmetic():
@@ -336,11 +252,10 @@ class Windows:
         """Write features at points (B, N, 2) of the grid of a size into ``out`` (B, N, C), N > 0."""
         width = size[1]
         with self.arithmetic():
-            attention = Attention(self.network)
             for index in range(len(image)):
                 own = slice(index, index + 1)
                 guidance, values = resize_guidance(image[own], size), features[own]
-                job = Job(attention, values, guidance, values, budget(None, image.device), keep=False)
+                job = Job(self.network, values, guidance, values, budget(None, image.device), keep=False)
                 at = job.at
                 out[index] = sample(points[index], size, job.points_at_once, lambda p, at=at: at(p // width, p % width))  # type: ignore[misc]
                 del job, at

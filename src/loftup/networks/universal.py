@@ -152,10 +152,6 @@ class Settings:
     strength: Tensor
     shares: Tensor
 
-    def repeat(self, times: int) -> "Settings":
-        """Each picture's settings so many times in a row."""
-        return Settings(*(x.repeat_interleave(times, 0) for x in (self.sharpness, self.strength, self.shares)))
-
 
 class UniversalNetwork(nn.Module):
     """The network behind ``LoftUp.from_pretrained("any")``; see the module's text."""
@@ -231,55 +227,59 @@ class UniversalNetwork(nn.Module):
         part = grid[:, top : bottom + side - 1, left : right + side - 1]
         return part.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
-    def weights(
-        self, queries: Tensor, down: Tensor, across: Tensor, keys: Tensor, directions: Tensor, settings: Settings
+    def attend(
+        self, queries: Tensor, keys: Tensor, directions: Tensor, down: Tensor, across: Tensor, settings: Settings
     ) -> Tensor:
         """Attention weights of pixels on the cells of their windows.
 
+        Pixels are the innermost axis. Offsets and fading, which rows and columns have each for themselves, are added as
+        one sum.
+
         Args:
-            queries: (n, P, D), codes of the P pixels of n cells.
-            down: (n, P), offsets from the cell's centre in cells.
-            across: (n, P), likewise.
-            keys: (n, K, D + heads), the window's.
-            directions: (n, K, C), the window's.
-            settings: of the n cells' pictures.
+            queries: (B * n * m, P * Q, D), codes of the P by Q pixels of n by m cells.
+            keys: (B * n * m, K, D + heads), of the cells' windows.
+            directions: (B * n * m, K, C), of the cells' windows.
+            down: (n, P), offsets of the pixels' rows from their cell's centre in cells.
+            across: (1, m, Q), of the pixels' columns; or (n, m, Q), where every row of cells has its own.
+            settings: of the B pictures.
 
         Returns:
-            (n, P, K), not negative, with sum 1.
+            (B * n * m, K, P * Q), not negative, with sum 1 over K.
         """
-        r, depth = self.radius, self.depth
-        steps = torch.arange(-r, r + 1, device=queries.device, dtype=queries.dtype)
-        far_down, far_across = steps.repeat_interleave(len(steps)), steps.repeat(len(steps))  # (K,)
-        fade = self._fade(down, steps)[..., :, None] + self._fade(across, steps)[..., None, :]
-        fade = fade.flatten(-2)
-        place = torch.stack([down, across], -1)  # (n, P, 2)
-        cells = torch.stack([far_down, far_across], -1).expand(keys.shape[0], -1, -1)
-        constants = keys[..., queries.shape[-1] :]
-        gram = directions @ directions.mT  # (n, K, K)
+        depth, side, batch = self.depth, 2 * self.radius + 1, settings.strength.shape[0]
+        (n, p), (_, m, q) = down.shape, across.shape
+        rows = self._axis_scores(down, settings).view(batch, -1, n, 1, side, 1, p, 1)
+        columns = self._axis_scores(across, settings).view(batch, -1, across.shape[0], m, 1, side, 1, q)
+        constants = keys[..., queries.shape[-1] :].reshape(batch, n, m, side, side, 1, 1, -1)
+        pixels = queries.mT
+        shares, strength = (x.repeat_interleave(n * m, 0) for x in (settings.shares, settings.strength))
 
         def scores(head: int) -> Tensor:
             part = slice(head * depth, (head + 1) * depth)
-            sharpness = settings.sharpness[:, head, None]
-            asked = torch.cat([2 * queries[..., part], 2 * sharpness[..., None] * place], -1)
-            given = torch.cat([keys[..., part], cells], -1)
-            constant = constants[..., head] - sharpness * (far_down.square() + far_across.square())
-            return torch.baddbmm(constant[:, None], asked, given.mT) + fade
+            constant = constants[..., head] + rows[:, head] + columns[:, head]
+            return constant.view(*keys.shape[:2], p * q).baddbmm_(keys[..., part], pixels[:, part], alpha=2)
 
-        first = scores(0).softmax(-1)
-        agreement = first @ gram
-        length = (agreement * first).sum(-1, keepdim=True).clamp(min=SHORTEST_MEAN).sqrt()
-        agreement = agreement / length
-        shares = (self.gate(queries) + settings.shares[:, None]).softmax(-1)
+        first = scores(0).softmax(1)
+        agreement = (directions @ directions.mT) @ first
+        agreement = agreement * (agreement * first).sum(1, keepdim=True).clamp(min=SHORTEST_MEAN).rsqrt()
+        shares = (self.gate(queries).mT + shares[..., None]).softmax(1)
         total = torch.zeros_like(first)
         for head in range(self.heads):
-            attention = torch.softmax(scores(1 + head) + settings.strength[:, head, None, None] * agreement, -1)
-            total = total + shares[..., head, None] * attention
+            attention = scores(1 + head).addcmul_(agreement, strength[:, head, None, None]).softmax(1)
+            total.addcmul_(attention, shares[:, head, None])
         return total
 
-    def _fade(self, offsets: Tensor, steps: Tensor) -> Tensor:
-        """Logarithm of a bell that reaches 0 where a cell leaves the window: (n, P) and (2r + 1,) to (n, P, 2r + 1)."""
-        share = (offsets[..., None] - steps) / (self.radius + 0.5)
-        return 2 * (1 - share.square()).clamp(min=SHARPEST).log()
+    def _axis_scores(self, offsets: Tensor, settings: Settings) -> Tensor:
+        """What one axis adds to the scores: (..., n, P) offsets to (B, 1 + heads, ..., n, side, P).
+
+        A bell around the pixel, and the logarithm of one that reaches 0 where a cell leaves the window.
+        """
+        steps = torch.arange(-self.radius, self.radius + 1, device=offsets.device, dtype=offsets.dtype)[:, None]
+        offsets = offsets.unsqueeze(-2)
+        near = 2 * offsets * steps - steps.square()
+        share = (offsets - steps) / (self.radius + 0.5)
+        fade = 2 * (1 - share.square()).clamp(min=SHARPEST).log()
+        return settings.sharpness.view(*settings.sharpness.shape, *[1] * near.ndim) * near + fade
 
     @property
     def dtype(self) -> torch.dtype:
@@ -339,7 +339,6 @@ class UniversalNetwork(nn.Module):
         first_column, last_column = (cell_of(edge, width, w) for edge in (left, right - 1))
         down, across = (first_row, last_row + 1), (first_column, last_column + 1)
         x = run(checkpointing, self.cells, codes, prepared, rows, columns, down, across)
-        x = rearrange(x, "b n m p q c -> b c (n p) (m q)")
         x = x.index_select(2, rows.places[top:bottom] - first_row * most[0])
         return x.index_select(3, columns.places[left:right] - first_column * most[1])
 
@@ -352,25 +351,19 @@ class UniversalNetwork(nn.Module):
         down: tuple[int, int],
         across: tuple[int, int],
     ) -> Tensor:
-        """Output of all pixels of a range of cells: (B, n, m, P, Q, C)."""
-        own_rows, own_columns = cut_axis(rows, *down), cut_axis(columns, *across)
-        queries = gather_cells(codes, own_rows, own_columns)
+        """Output of all pixels of a range of cells: (B, C, n * P, m * Q)."""
+        rows, columns = cut_axis(rows, *down), cut_axis(columns, *across)
+        queries = gather_cells(codes, rows, columns)  # (B, n, m, P, Q, D)
         batch, n, m, p, q, _ = queries.shape
-        places_down = own_rows.offsets[:, None, :, None].expand(n, m, p, q).expand(batch, -1, -1, -1, -1)
-        places_across = own_columns.offsets[None, :, None, :].expand(n, m, p, q).expand(batch, -1, -1, -1, -1)
         keys, directions, values = (
             self.window(grid, *down, *across).flatten(0, 2)
             for grid in (prepared.keys, prepared.directions, prepared.values)
         )
-        weights = self.weights(
-            queries.reshape(batch * n * m, p * q, -1),
-            places_down.reshape(-1, p * q).to(queries.dtype),
-            places_across.reshape(-1, p * q).to(queries.dtype),
-            keys,
-            directions,
-            prepared.settings.repeat(n * m),
-        )
-        return (weights @ values).view(batch, n, m, p, q, values.shape[-1])
+        offsets_down, offsets_across = (axis.offsets.to(queries.dtype) for axis in (rows, columns))
+        queries = queries.reshape(batch * n * m, p * q, -1)
+        weights = self.attend(queries, keys, directions, offsets_down, offsets_across[None], prepared.settings)
+        x = (values.mT @ weights).view(batch, n, m, -1, p, q)
+        return rearrange(x, "b n m c p q -> b c (n p) (m q)")
 
 
 def _autocorrelation(directions: Tensor, step: int) -> Tensor:

@@ -1,13 +1,26 @@
-"""The kernels' operations written out in plain PyTorch, everything materialised: what they are tested against.
+"""The Triton kernels' operations in plain PyTorch, everything materialised: what the kernels are tested against.
 
-Any device and any float dtype, float64 for the truth in the tests. Nothing here is meant to be fast or lean.
+Any device and any float dtype, float64 for the truth in the tests. Nothing here is meant to be fast or lean. Weights
+and biases come in pairs, laid out as in ``nn.Linear`` and ``nn.LayerNorm``.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+__all__ = [
+    "Code",
+    "Pair",
+    "attention_block",
+    "cross_attention",
+    "feed_forward",
+    "fourier_code",
+    "guidance",
+    "head_norm",
+]
+
+Pair = tuple[Tensor, Tensor]  # weight and bias
+Code = tuple[Tensor, Tensor]  # frequencies (F,) and phases (2, 5, F)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -22,77 +35,49 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         (B, heads, N, d) in the dtype of ``q``.
     """
-    scores = (q @ k.transpose(-2, -1)).to(_at_least_float32(q.dtype)) * scale
+    scores = (q @ k.mT).to(_at_least_float32(q.dtype)) * scale
     return scores.softmax(dim=-1).to(q.dtype) @ v
 
 
 def attention_block(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-    scale: float,
+    x: Tensor, norm: Pair, query: Pair, k: Tensor, v: Tensor, out: Pair, eps: float, scale: float
 ) -> Tensor:
-    """Attention half of a block (paper, section 1.6): x + out_proj(attention(LN(x) Wq + bq, k, v)).
+    """Attention half of a block (paper, section 1.6): x + out(attention(query(LN(x)), k, v)).
 
     Args:
         x: (B, N, D), the residual stream.
-        norm_weight: (D,), with ``norm_bias`` (D,) the LayerNorm's.
-        norm_bias: (D,).
-        q_weight: (heads * d, D), laid out as in ``nn.Linear``.
-        q_bias: (heads * d,).
-        k: (B, heads, T, d), projected.
+        norm: (D,) each.
+        query: (heads * d, D) and (heads * d,).
+        k: (B, heads, T, d), T > 0, projected.
         v: (B, heads, T, d), projected.
-        out_weight: (D, heads * d).
-        out_bias: (D,).
+        out: (D, heads * d) and (D,).
         eps: of the LayerNorm.
         scale: a factor on the scores.
 
     Returns:
-        (B, N, D) in the dtype of ``x``.
+        (B, N, D) in the dtype of ``x``, which is left as it was.
     """
-    heads = k.shape[1]
-    q = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), q_weight, q_bias)
-    attended = cross_attention(q.view(*q.shape[:2], heads, k.shape[3]).transpose(1, 2), k, v, scale)
-    return x + F.linear(attended.transpose(1, 2).flatten(-2), out_weight, out_bias)
+    q = F.linear(F.layer_norm(x, x.shape[-1:], *norm, eps), *query).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
+    return x + F.linear(cross_attention(q, k, v, scale).transpose(1, 2).flatten(-2), *out)
 
 
-def feed_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    eps: float,
-) -> Tensor:
-    """Feed-forward half of a block (paper, section 1.6): x + W2 gelu(W1 LN(x) + b1) + b2, the exact GELU.
+def feed_forward(x: Tensor, norm: Pair, up: Pair, down: Pair, eps: float) -> Tensor:
+    """Feed-forward half of a block (paper, section 1.6): x + down(gelu(up(LN(x)))), the exact GELU.
 
     Args:
         x: (B, N, D), the residual stream.
-        norm_weight: (D,).
-        norm_bias: (D,).
-        weight_1: (C, D).
-        bias_1: (C,).
-        weight_2: (D, C).
-        bias_2: (D,).
+        norm: (D,) each.
+        up: (C, D) and (C,).
+        down: (D, C) and (D,).
         eps: of the LayerNorm.
 
     Returns:
-        (B, N, D) in the dtype of ``x``.
+        (B, N, D) in the dtype of ``x``, which is left as it was.
     """
-    hidden = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight_1, bias_1)
-    return x + F.linear(F.gelu(hidden), weight_2, bias_2)
+    return x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *norm, eps), *up)), *down)
 
 
-def fourier_code(values: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
+def fourier_code(values: Tensor, code: Code) -> Tensor:
     """Fourier code of (row, column, r, g, b) with the colours appended (paper, section 1.3).
 
     Product and sum are rounded one after the other in the dtype of ``values``. The published weights were trained with
@@ -100,28 +85,19 @@ def fourier_code(values: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
 
     Args:
         values: (..., 5).
-        frequencies: (F,).
-        phases: (2, 5, F) in memory, for sine and cosine; each is read flat, as if it were (F, 5): the checkpoints' way.
+        code: phases are read flat, as if they were (2, F, 5): the checkpoints' way.
 
     Returns:
         (..., 10 F + 3): sines, cosines (frequency outer, value inner), colours.
     """
+    frequencies, phases = code
     angles = (frequencies[:, None] * values[..., None, :]).flatten(-2)  # (..., 5 F)
     sine, cosine = phases.reshape(2, -1)
     return torch.cat([(angles + sine).sin(), (angles + cosine).cos(), values[..., 2:]], dim=-1)
 
 
 def guidance(
-    image: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    frequencies: Tensor,
-    phases: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    channels: int,
+    image: Tensor, rows: Tensor, columns: Tensor, code: Code, norm: Pair, eps: float, dtype: torch.dtype, channels: int
 ) -> Tensor:
     """LayerNorm of the Fourier code of a band of the image: what the stem's first convolution reads.
 
@@ -129,10 +105,8 @@ def guidance(
         image: (B, 3, H, W), float32 or float64, already scaled to [-0.5, 0.5].
         rows: (H,), the rows' coordinates: a slice of the whole axis.
         columns: (W,), the columns'.
-        frequencies: (F,).
-        phases: (2, 5, F).
-        weight: (10 F + 3,).
-        bias: (10 F + 3,).
+        code: of the guidance, float32 or float64.
+        norm: (10 F + 3,) each.
         eps: of the LayerNorm.
         dtype: of the result.
         channels: at least 10 F + 3; zeros fill the rest.
@@ -141,24 +115,24 @@ def guidance(
         (B, H * W, channels) in ``dtype``.
     """
     coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).expand(len(image), -1, -1, -1)
-    code = fourier_code(torch.cat([coordinates, image.movedim(1, -1)], -1), frequencies, phases).flatten(1, 2)
-    normed = F.layer_norm(code, code.shape[-1:], weight.to(code.dtype), bias.to(code.dtype), eps)
-    return F.pad(normed, (0, channels - normed.shape[-1])).to(dtype)
+    x = fourier_code(torch.cat([coordinates, image.movedim(1, -1)], -1), code).flatten(1, 2)
+    weight, bias = (affine.to(x.dtype) for affine in norm)
+    return F.pad(F.layer_norm(x, x.shape[-1:], weight, bias, eps), (0, channels - x.shape[-1])).to(dtype)
 
 
-def head_norm(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float) -> None:
+def head_norm(features: Tensor, norm: Pair, out: Tensor, eps: float) -> None:
     """LayerNorm over the channels of each pixel, written into a band of channel-first features.
 
     Args:
         features: (B, H * W, C).
-        weight: (C,).
-        bias: (C,).
+        norm: (C,) each.
         out: (B, C, H, W), any strides and any float dtype; overwritten.
         eps: of the LayerNorm.
     """
-    working = _at_least_float32(features.dtype)
-    normed = F.layer_norm(features.to(working), features.shape[-1:], weight.to(working), bias.to(working), eps)
-    out.copy_(normed.transpose(1, 2).reshape(out.shape))
+    dtype = _at_least_float32(features.dtype)
+    weight, bias = (affine.to(dtype) for affine in norm)
+    normal = F.layer_norm(features.to(dtype), features.shape[-1:], weight, bias, eps)
+    out.copy_(normal.transpose(1, 2).reshape(out.shape))
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

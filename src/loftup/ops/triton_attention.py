@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import Pair
 from .triton_common import LOG2_E, alignment, dot, dot_precision, round_to, shared_memory
 from .triton_linear import linear, row_statistics
 
@@ -232,20 +233,10 @@ def _pack(k: Tensor, v: Tensor, block_t: int, width: int) -> tuple[Tensor, Tenso
     return packed[0], packed[1]
 
 
-@torch.library.custom_op("loftup::attention_block", mutates_args=())
 def attention_block(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-    scale: float,
+    x: Tensor, norm: Pair, query: Pair, k: Tensor, v: Tensor, out: Pair, eps: float, scale: float
 ) -> Tensor:
+    """As :func:`loftup.ops.reference.attention_block`."""
     batch, pixels, model = x.shape
     heads, tokens, d = k.shape[1:]
     if x.numel() == 0:
@@ -255,31 +246,14 @@ def attention_block(
     mean, rstd = row_statistics(x, eps)
     # Rows of a multiple of 16 elements: the output projection then reads them 16 bytes at a time.
     attended = torch.empty((batch, pixels, -(-heads * d // 16) * 16), dtype=x.dtype, device=x.device)[..., : heads * d]
-    q_weight = q_weight if q_weight.stride(1) == 1 else q_weight.contiguous()
+    q_weight = query[0] if query[0].stride(1) == 1 else query[0].contiguous()
     tiles = triton.cdiv(pixels, blocks["BLOCK_M"])
     align_x, align_w = alignment(x.stride(1)), alignment(q_weight.stride(0))
     _attention_block_kernel[(tiles * heads * batch,)](
-        x, mean, rstd, norm_weight.contiguous(), norm_bias.contiguous(), q_weight, q_bias.contiguous(),
+        x, mean, rstd, norm[0].contiguous(), norm[1].contiguous(), q_weight, query[1].contiguous(),
         k_packed, v_packed, attended, x.stride(0), x.stride(1) // align_x, x.stride(2), q_weight.stride(0) // align_w,
         attended.stride(0), attended.stride(1), pixels, tokens, k_packed.shape[1], heads, tiles, scale * LOG2_E,
         MODEL=model, D=d, BLOCK_K=16 if x.dtype == torch.float32 else 32, RAGGED=tokens % blocks["BLOCK_T"] != 0,
         ALIGN_X=align_x, ALIGN_W=align_w, PRECISION=dot_precision(x.dtype), **blocks,
     )  # fmt: skip
-    return linear(attended, out_weight, out_bias, residual=x)
-
-
-@attention_block.register_fake
-def _(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    eps: float,
-    scale: float,
-) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return linear(attended, *out, residual=x)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import Pair
 from .triton_common import alignment, dot, dot_precision, round_to, shared_memory
 
 
@@ -156,33 +157,9 @@ def _choose_blocks(dtype: torch.dtype, shared: int) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_F": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
 
 
-@torch.library.custom_op("loftup::feed_forward", mutates_args=())
-def feed_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    eps: float,
-) -> Tensor:
+def feed_forward(x: Tensor, norm: Pair, up: Pair, down: Pair, eps: float) -> Tensor:
+    """As :func:`loftup.ops.reference.feed_forward`."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = row_statistics(x, eps)
-    hidden = linear(x, weight_1, bias_1, norm=(mean, rstd, norm_weight, norm_bias), gelu=True)
-    return linear(hidden, weight_2, bias_2, residual=x)
-
-
-@feed_forward.register_fake
-def _(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    eps: float,
-) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    hidden = linear(x, *up, norm=(*row_statistics(x, eps), *norm), gelu=True)
+    return linear(hidden, *down, residual=x)

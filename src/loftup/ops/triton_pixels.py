@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from .reference import Code, Pair
 from .triton_common import INTERPRETED, alignment, round_to
 
 
@@ -123,19 +124,11 @@ def _head_norm_kernel(
     tl.store(p_o, round_to(b_x, p_out.dtype.element_ty), mask=m_tile)
 
 
-@torch.library.custom_op("loftup::guidance", mutates_args=())
 def guidance(
-    image: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    frequencies: Tensor,
-    phases: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    channels: int,
+    image: Tensor, rows: Tensor, columns: Tensor, code: Code, norm: Pair, eps: float, dtype: torch.dtype, channels: int
 ) -> Tensor:
+    """As :func:`loftup.ops.reference.guidance`."""
+    frequencies, phases = code
     batch, _, height, width = image.shape
     pixels, half = height * width, 5 * frequencies.shape[0]
     out = torch.empty((batch, pixels, channels), dtype=dtype, device=image.device)
@@ -146,31 +139,15 @@ def guidance(
     # the highest frequencies by up to 0.001. The library's own fused operations are explicit and stay.
     _guidance_kernel[(tiles * batch,)](
         image, rows.contiguous(), columns.contiguous(), frequencies.contiguous(), phases.contiguous(),
-        weight.contiguous(), bias.contiguous(), out, *image.stride(), width, pixels, tiles, eps,
+        norm[0].contiguous(), norm[1].contiguous(), out, *image.stride(), width, pixels, tiles, eps,
         HALF=half, CHANNELS=channels, BLOCK_M=16, BLOCK_C=triton.next_power_of_2(half),
         BLOCK_REST=triton.next_power_of_2(channels - 2 * half), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-@guidance.register_fake
-def _(
-    image: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    frequencies: Tensor,
-    phases: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
-    return torch.empty((image.shape[0], image.shape[2] * image.shape[3], channels), dtype=dtype, device=image.device)
-
-
-@torch.library.custom_op("loftup::head_norm", mutates_args=("out",))
-def head_norm(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float) -> None:
+def head_norm(features: Tensor, norm: Pair, out: Tensor, eps: float) -> None:
+    """As :func:`loftup.ops.reference.head_norm`."""
     batch, pixels, channels = features.shape
     if features.numel() == 0:
         return
@@ -183,12 +160,7 @@ def head_norm(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: 
     tiles = triton.cdiv(pixels, block_m)
     align = alignment(features.stride(1))
     _head_norm_kernel[(tiles * batch,)](
-        features, weight.contiguous(), bias.contiguous(), out, features.stride(0), features.stride(1) // align,
+        features, norm[0].contiguous(), norm[1].contiguous(), out, features.stride(0), features.stride(1) // align,
         features.stride(2), *out.stride(), width, pixels, tiles, eps,
         C=channels, BLOCK_M=block_m, BLOCK_C=block_c, ALIGN=align, FLAT=flat, num_warps=8,
     )  # fmt: skip
-
-
-@head_norm.register_fake
-def _(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float) -> None:
-    return None

@@ -67,90 +67,33 @@ class Checkpoint:
         return FOLDER / {ANY: "any", TINY: "tiny_loftup"}[self.name]
 
 
-def _packaged(name: str, channels: int | None, patch_size: int | None) -> Checkpoint:
-    # Its backbone goes by the same name.
-    return Checkpoint(
-        name,
-        repo=None,
-        channels=channels,
-        patch_size=patch_size,
-        timm=None,
-        backbones=(name,),
-        file="model.safetensors",
-        mean=None,
-        std=None,
-        source=None,
-        in_package=True,
-    )
-
-
-_CHECKPOINTS = (
-    Checkpoint(
-        name="dinov2_vits14",
-        repo="haiwen/loftup-dinov2s",
-        channels=384,
-        patch_size=14,
-        timm="vit_small_patch14_dinov2.lvd142m",
-        backbones=("vit_small_patch14_dinov2", "facebook/dinov2-small"),
-    ),
-    Checkpoint(
-        name="dinov2_vits14_reg",
-        repo="haiwen/loftup-dinov2s_reg",
-        channels=384,
-        patch_size=14,
-        timm="vit_small_patch14_reg4_dinov2.lvd142m",
-        backbones=("vit_small_patch14_reg4_dinov2", "facebook/dinov2-with-registers-small"),
-    ),
-    Checkpoint(
-        name="dinov2_vitb14",
-        repo="haiwen/loftup-dinov2b",
-        channels=768,
-        patch_size=14,
-        timm="vit_base_patch14_dinov2.lvd142m",
-        backbones=("vit_base_patch14_dinov2", "facebook/dinov2-base"),
-    ),
-    Checkpoint(
-        name="dinov2_vitb14_reg",
-        repo="haiwen/loftup-dinov2b_reg",
-        channels=768,
-        patch_size=14,
-        timm="vit_base_patch14_reg4_dinov2.lvd142m",
-        backbones=("vit_base_patch14_reg4_dinov2", "facebook/dinov2-with-registers-base"),
-    ),
-    Checkpoint(
-        name="clip_vitb16",
-        repo="haiwen/loftup-clip",
-        channels=512,
-        patch_size=16,
-        timm="vit_base_patch16_clip_quickgelu_224.openai",
-        backbones=(
-            "vit_base_patch16_clip_224.openai",
-            "ViT-B/16",
-            "ViT-B-16/openai",
-            "ViT-B-16-quickgelu/openai",
-            "openai/clip-vit-base-patch16",
-        ),
-    ),
-    Checkpoint(
-        name="siglip_vitb16",
-        repo="haiwen/loftup-siglip",
-        channels=768,
-        patch_size=16,
-        timm="vit_base_patch16_siglip_224.webli",
-        backbones=("ViT-B-16-SigLIP", "ViT-B-16-SigLIP/webli", "google/siglip-base-patch16-224"),
-    ),
-    Checkpoint(
-        name="siglip2_vitb16",
-        repo="haiwen/loftup-siglip2",
-        channels=768,
-        patch_size=16,
-        timm="vit_base_patch16_siglip_224.v2_webli",
-        backbones=("ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2/webli", "google/siglip2-base-patch16-224"),
-    ),
+# fmt: off
+_PUBLISHED = (
+    Checkpoint("dinov2_vits14", "haiwen/loftup-dinov2s", 384, 14, "vit_small_patch14_dinov2.lvd142m",
+               ("vit_small_patch14_dinov2", "facebook/dinov2-small")),
+    Checkpoint("dinov2_vits14_reg", "haiwen/loftup-dinov2s_reg", 384, 14, "vit_small_patch14_reg4_dinov2.lvd142m",
+               ("vit_small_patch14_reg4_dinov2", "facebook/dinov2-with-registers-small")),
+    Checkpoint("dinov2_vitb14", "haiwen/loftup-dinov2b", 768, 14, "vit_base_patch14_dinov2.lvd142m",
+               ("vit_base_patch14_dinov2", "facebook/dinov2-base")),
+    Checkpoint("dinov2_vitb14_reg", "haiwen/loftup-dinov2b_reg", 768, 14, "vit_base_patch14_reg4_dinov2.lvd142m",
+               ("vit_base_patch14_reg4_dinov2", "facebook/dinov2-with-registers-base")),
+    Checkpoint("clip_vitb16", "haiwen/loftup-clip", 512, 16, "vit_base_patch16_clip_quickgelu_224.openai",
+               ("vit_base_patch16_clip_224.openai", "ViT-B/16", "ViT-B-16/openai", "ViT-B-16-quickgelu/openai",
+                "openai/clip-vit-base-patch16")),
+    Checkpoint("siglip_vitb16", "haiwen/loftup-siglip", 768, 16, "vit_base_patch16_siglip_224.webli",
+               ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP/webli", "google/siglip-base-patch16-224")),
+    Checkpoint("siglip2_vitb16", "haiwen/loftup-siglip2", 768, 16, "vit_base_patch16_siglip_224.v2_webli",
+               ("ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2/webli", "google/siglip2-base-patch16-224")),
 )
+# Their backbones go by the same names.
+_IN_PACKAGE = tuple(
+    Checkpoint(name, None, channels, patch_size, None, (name,), "model.safetensors", None, None, "MIT", None, True)
+    for name, channels, patch_size in ((ANY, None, None), (TINY, 192, 16))
+)
+# fmt: on
 
-PUBLISHED = {checkpoint.name: checkpoint for checkpoint in _CHECKPOINTS}
-IN_PACKAGE = {ANY: _packaged(ANY, None, None), TINY: _packaged(TINY, 192, 16)}
+PUBLISHED = {checkpoint.name: checkpoint for checkpoint in _PUBLISHED}
+IN_PACKAGE = {checkpoint.name: checkpoint for checkpoint in _IN_PACKAGE}
 CATALOGUE = PUBLISHED | IN_PACKAGE
 
 _BY_NAME = {
@@ -178,4 +121,4 @@ def list_pretrained() -> list[Checkpoint]:
     >>> [checkpoint.name for checkpoint in list_pretrained()][:2]
     ['dinov2_vits14', 'dinov2_vits14_reg']
     """
-    return list(_CHECKPOINTS)
+    return list(_PUBLISHED)

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..errors import LoftUpError
 from ..files import write_atomically
 from ..networks.config import Config, UniversalConfig, read_config
+from ..version import __version__
 from .catalogue import PUBLISHED
 from .hub import Repository, upload
 from .names import CONFIG, PICKLE, SAFETENSORS, WeightsName

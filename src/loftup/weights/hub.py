@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import LoftUpError
+from ..version import __version__
 
 __all__ = ["Repository", "UnreachableError", "upload"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoftUpError
-from ..tasks import TASKS
+from ..catalogue import TASKS
 from .base import KINDS, Dataset
 
 __all__ = ["names", "open_dataset", "register"]
@@ -54,7 +54,7 @@ def open_dataset(spec: str, task: str) -> Dataset[Any]:
 
     Args:
         spec: name and folder of the dataset; see :func:`names` and each reader for the files expected in it.
-        task: a name of :data:`loftup.eval.tasks.TASKS`.
+        task: a name of :data:`loftup.eval.catalogue.TASKS`.
 
     Raises:
         LoftUpError: there is no such dataset for the task, or a file or folder of it is missing; it names the file.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tasks import TASKS
+from ..catalogue import TASKS
 from .base import Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample
 
 __all__ = ["CLASSES", "COLOURS", "FOCAL", "MOST_OBJECTS", "Rendered", "SyntheticVideo", "render", "synthetic"]
@@ -240,7 +240,7 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     """Rendered scenes for a task: 6 kinds of shapes on a ground before a wall, up to 4 in a picture.
 
     Args:
-        task: a name of :data:`loftup.eval.tasks.TASKS`; one on sequences gets ``val // 4`` of 10 frames.
+        task: a name of :data:`loftup.eval.catalogue.TASKS`; one on sequences gets ``val // 4`` of 10 frames.
         train: scenes to learn from.
         val: scenes to judge by, others.
         size: pixels of a side.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ...backbones import Backbone
 from ..colour import map_picture, picture
 from ..datasets.base import Dataset, GeometrySample
-from ..features import at_pixels
 from ..progress import bar
 from ..result import Metric, Result
+from ..upsamplers.access import at_pixels
 from ..upsamplers.registry import Upsampler
 from .dpt import DptHead
 from .geometry_scores import (

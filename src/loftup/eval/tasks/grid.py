@@ -12,7 +12,8 @@ from ...backbones import Backbone
 from ..colour import picture
 from ..datasets.base import Dataset
 from ..datasets.prepare import fit
-from ..features import extract, with_head
+from ..features import extract
+from ..upsamplers.access import with_head
 from ..upsamplers.registry import Upsampler
 
 if TYPE_CHECKING:

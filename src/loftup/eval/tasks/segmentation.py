@@ -13,9 +13,9 @@ from ...backbones import Backbone
 from ...train.run.probe import Confusion, fit_probe
 from ..colour import label_picture, palette
 from ..datasets.base import Dataset, SegmentationSample
-from ..features import at_pixels
 from ..progress import bar
 from ..result import Metric, Result
+from ..upsamplers.access import at_pixels
 from ..upsamplers.registry import Upsampler
 from .grid import GridConfig, GridTask
 from .loops import minimise, walk

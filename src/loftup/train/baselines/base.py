@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ... import __version__
 from ...errors import LoftUpError
 from ...files import write_atomically
 from ...inference.canvas import apply_head
 from ...inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from ...networks.layers import Box, ChannelNorm, MinMaxScale
+from ...version import __version__
 from ...weights.names import CONFIG, SAFETENSORS
 
 __all__ = ["Doubling", "DoublingUpsampler", "LearnedConfig", "LearnedUpsampler"]

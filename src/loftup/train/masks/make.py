@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
 from ...errors import LoftUpError
 from ...pictures import open_picture
+from ...version import __version__
 from ..data.picture_files import by_stem, find_pictures, label_maps
 from ..data.sa1b import write_file, write_sa1b
 from .makers import MaskMaker

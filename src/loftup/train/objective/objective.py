@@ -42,7 +42,7 @@ class Objective(nn.Module):
 
     Args:
         config: of the run, whose values :func:`loftup.train.config.check` has accepted; terms of weight 0 cost nothing.
-        up: the student, float32; its channel norm is not trained, because the targets live in the space it makes.
+        up: the student, float32; made trainable here, all but its channel norm: the targets live in the space it makes.
         backbone: in evaluation mode, on the student's device; several where the config has several.
 
     Attributes:
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         self.config = config
         self.caches = open_caches(config, self.backbones)
         self.up = up
-        up.channelnorm.requires_grad_(False)
+        up.requires_grad_(True).channelnorm.requires_grad_(False)
         self.teacher: LoftUp | None = None
         if config.objective.self_distillation.weight:
             self.teacher = copy.deepcopy(up).requires_grad_(False)

@@ -47,15 +47,13 @@ def check_paths(config: TrainConfig) -> None:
 def build_backbones(config: TrainConfig) -> list[Backbone]:
     """The frozen backbones, in ``eval()`` mode on the CPU; LoftUpError as :func:`loftup.load_backbone`."""
     return [
-        load_backbone(
-            each.name, weights=each.weights, layer=each.layer, mean=each.mean, std=each.std, **each.options
-        ).requires_grad_(False)
+        load_backbone(each.name, weights=each.weights, layer=each.layer, mean=each.mean, std=each.std, **each.options)
         for each in config.sections.values()
     ]
 
 
 def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
-    """The upsampler with its first weights, all of them trainable, on the CPU.
+    """The upsampler with its first weights, on the CPU; :class:`Objective` makes them trainable.
 
     Random weights follow from the global random state. Batch norms are not calibrated yet, see :func:`calibrate`.
 
@@ -76,7 +74,7 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
         up = LoftUp(UniversalConfig(model.heads, model.radius, model.code_width, model.encoder_width))
     else:
         up = _published(config, backbone)
-    return up.requires_grad_(True)
+    return up
 
 
 def _published(config: TrainConfig, backbone: Backbone) -> LoftUp:

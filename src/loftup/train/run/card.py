@@ -11,9 +11,9 @@ from typing import Any, cast
 import timm
 import torch
 
-from ... import __version__
 from ...errors import LoftUpError
 from ...networks.config import Config
+from ...version import __version__
 from ...weights.files import model_card
 from ...weights.hub import upload
 from ...weights.names import CONFIG, SAFETENSORS

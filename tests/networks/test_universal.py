@@ -1,9 +1,11 @@
-"""The network with values="features": convexity, symmetries, dtypes, gradients, config, arguments."""
+"""The universal network: convexity, symmetries, dtypes, gradients, config, arguments."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from material import inputs, universal
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, UniversalConfig, Upsampled, load_backbone
@@ -354,3 +356,49 @@ def test_the_card_does_not_name_a_number_of_channels(hub):
     assert "(any C) to any resolution" in card
     assert "# (B, C, h, w) and (B, 3, H, W) to (B, C, H, W)" in card
     assert LoftUp.from_pretrained("me/any").config.channels is None
+
+
+# Attention, pixel by pixel
+
+
+def attention_of_one_pixel(net, code, keys, directions, down, across, settings):
+    """The weights of one pixel on the cells of its window, written out; all in float64."""
+    steps = range(-net.radius, net.radius + 1)
+    cells = [(i, j) for i in steps for j in steps]
+    fade = torch.stack([
+        sum(2 * (1 - ((place - step) / (net.radius + 0.5)) ** 2).clamp(min=1e-6).log() for place, step in pair)
+        for pair in ([(down, i), (across, j)] for i, j in cells)
+    ])  # fmt: skip
+
+    def scores(head):
+        part = slice(head * net.depth, (head + 1) * net.depth)
+        distance = torch.stack([(i - down) ** 2 + (j - across) ** 2 for i, j in cells])
+        ours = 2 * keys[:, part] @ code[part] + keys[:, len(code) + head]
+        return ours - settings.sharpness[0, head] * (distance - down**2 - across**2) + fade
+
+    first = scores(0).softmax(0)
+    mean = first @ directions
+    agreement = directions @ mean / mean.square().sum().clamp(min=1e-2).sqrt()
+    shares = (net.gate.weight @ code + net.gate.bias + settings.shares[0]).softmax(0)
+    heads = [(scores(1 + k) + settings.strength[0, k] * agreement).softmax(0) for k in range(net.heads)]
+    return sum(share * weights for share, weights in zip(shares, heads, strict=True))
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_attention_is_what_the_text_says(radius):
+    torch.manual_seed(0)
+    net = universal(radius=radius, heads=2, code_width=3).upsampler.double()
+    n, m, p, q, window = 2, 3, 4, 2, (2 * radius + 1) ** 2
+    queries = torch.randn(n * m, p * q, 9, dtype=torch.float64)
+    keys = torch.randn(n * m, window, 9 + 3, dtype=torch.float64)
+    directions = F.normalize(torch.randn(n * m, window, 5, dtype=torch.float64), dim=-1)
+    down, across = torch.rand(n, p, dtype=torch.float64) - 0.5, torch.rand(1, m, q, dtype=torch.float64) - 0.5
+    settings = net.settings(F.normalize(torch.randn(1, 6, 7, 5, dtype=torch.float64), dim=-1))
+    with torch.no_grad():
+        weights = net.attend(queries, keys, directions, down, across, settings)
+        for row, column, y, x in itertools.product(range(n), range(m), range(p), range(q)):
+            cell, pixel = row * m + column, y * q + x
+            expected = attention_of_one_pixel(
+                net, queries[cell, pixel], keys[cell], directions[cell], down[row, y], across[0, column, x], settings
+            )
+            torch.testing.assert_close(weights[cell, :, pixel], expected)

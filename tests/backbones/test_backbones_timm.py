@@ -219,3 +219,49 @@ def test_every_published_backbone_is_known_to_timm(name):
         backbone = wrap(timm.create_model(checkpoint.timm))
     assert (backbone.channels, backbone.patch_size) == (checkpoint.channels, checkpoint.patch_size)
     assert identify(backbone) == checkpoint.timm
+
+
+def test_a_frozen_extractor_evaluates_and_gives_the_mode_back():
+    model = timm.create_model("mobilenetv2_035", pretrained=False)
+    assert model.training
+    model.bn1.eval()  # a mode of its own
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    backbone = wrap(model, layer=3)
+    image = torch.rand(2, 3, 64, 96)
+    together, alone = backbone(image), backbone(image[:1])
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    model.eval()
+    torch.testing.assert_close(backbone(image), together)
+
+
+def test_a_trainable_model_keeps_its_mode():
+    model = timm.create_model("mobilenetv2_035", pretrained=False)
+    backbone = wrap(model, layer=3, trainable=True)
+    before = model.bn1.running_mean.clone()
+    backbone(torch.rand(2, 3, 64, 96)).sum().backward()
+    assert not torch.equal(model.bn1.running_mean, before)
+    assert model.conv_stem.weight.grad is not None
+    with pytest.raises(LoftUpError, match="trainable=False; for others wrap its .model"):
+        wrap(wrap(model, layer=3), trainable=True)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_loaded_backbones_are_frozen_unless_asked_otherwise(trainable):
+    backbone = load_backbone("resnet18", weights=False, trainable=trainable)
+    assert not backbone.training
+    assert all(parameter.requires_grad == trainable for parameter in backbone.parameters())
+    image = torch.rand(1, 3, 32, 32, requires_grad=True)
+    backbone(image).sum().backward()
+    assert image.grad is not None
+
+
+def test_features_made_in_inference_mode_are_ordinary_tensors():
+    with torch.inference_mode():
+        backbone = load_backbone("resnet18", weights=False)
+        features = backbone(torch.rand(1, 3, 32, 32))
+    assert not features.is_inference()
+    assert not any(parameter.is_inference() for parameter in backbone.parameters())
+    torch.nn.Conv2d(512, 2, 1)(features).sum().backward()

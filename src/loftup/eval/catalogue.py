@@ -1,0 +1,64 @@
+"""The tasks that upsampled features are judged by, in one table; a task is imported when it is asked for.
+
+Every task is a function (backbone, upsampler, dataset, config) -> :class:`loftup.eval.result.Result`: the backbone is
+frozen and in ``eval()`` mode, the upsampler takes its features, the dataset is of the kind that the table says, and the
+config holds the protocol, None for the paper's. Importing the table loads no torch, so that the command line can show
+its help at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .result import Metric, Result
+
+__all__ = ["TASKS", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of TASKS.
+
+    Args:
+        name: of the task, and of the function (backbone, upsampler, dataset, config) that does it.
+        help: one line for the command.
+        module: of :mod:`loftup.eval.tasks`, which holds the function.
+        config: class of the protocol's settings, in that module.
+        data: kind of the samples, of :data:`loftup.eval.datasets.base.KINDS`; empty for a task without a dataset,
+            whose function takes none.
+        metrics: table of the numbers by name, in that module.
+    """
+
+    name: str
+    help: str
+    module: str
+    config: str
+    data: str = ""
+    metrics: str = "METRICS"
+
+    def load(self) -> "tuple[Callable[..., Result], Any, dict[str, Metric]]":
+        """The function, the class of its config and its metrics."""
+        module = import_module(f".tasks.{self.module}", __package__)
+        return getattr(module, self.name), getattr(module, self.config), getattr(module, self.metrics)
+
+
+_ENTRIES = (
+    Task(
+        "segmentation", "semantic segmentation with a linear probe", "segmentation", "SegmentationConfig", data="labels"
+    ),
+    Task("depth", "monocular depth", "geometry", "GeometryConfig", data="geometry", metrics="DEPTH_METRICS"),
+    Task("normals", "surface normals", "geometry", "GeometryConfig", data="geometry", metrics="NORMALS_METRICS"),
+    Task("video", "video object segmentation by label propagation", "video", "VideoConfig", data="sequences"),
+    Task(
+        "open_vocabulary",
+        "segmentation by texts, with a CLIP and the features as its proxy",
+        "open_vocabulary",
+        "OpenVocabularyConfig",
+        data="labels",
+    ),
+    Task("interactive", "selecting an object by a click", "interactive", "InteractiveConfig", data="objects"),
+    Task("efficiency", "parameters, time and memory; needs no dataset", "efficiency", "EfficiencyConfig"),
+)
+TASKS = {task.name: task for task in _ENTRIES}

@@ -1,0 +1,1 @@
+"""How a frozen network is computed without full-size intermediates; :mod:`.choose` decides."""
