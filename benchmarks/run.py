@@ -2,7 +2,8 @@
 
     python benchmarks/run.py [--device cpu|cuda] [--quick] [--cases NAME...] [-o results.csv]
 
-All contenders of a case run in one process, in turn, round after round; the CSV gives the 20th, 50th and 80th
+All contenders of a case run in one process, in turn, round after round. On the CPU, backend "cpu_direct" is "cpu"
+without Winograd, and "torch" is plain PyTorch on folded weights, in bands; the CSV gives the 20th, 50th and 80th
 percentile of the rounds. Before anything is timed every contender runs once; where the published way takes part, the
 results are compared with its, and a difference ends the run. Memory is measured in a process of its own for each
 contender: the peak above inputs, weights and prepared weights, without the result; on the CPU from the kernel's
@@ -10,95 +11,35 @@ high-water mark (Linux).
 """
 
 import argparse
-import csv
 import ctypes
+import functools
 import gc
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from cases import CASES, Case
-from published import Bilinear, Published
-from torch import Tensor, nn
-
-import loftup
-from loftup import LoftUp
-
-Run = Callable[[Tensor, Tensor], Tensor]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def make(case: Case, device: str) -> tuple[LoftUp, Tensor, Tensor]:
-    """Random weights away from their defaults, features and image."""
-    torch.manual_seed(0)
-    up = LoftUp(case.channels).eval().requires_grad_(False)
-    for module in up.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.3, 1.2)
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            module.weight.data.normal_(1, 0.2)
-            module.bias.data.normal_(0, 0.2)
-    features = torch.randn(case.batch, case.channels, case.grid, case.grid)
-    image = torch.rand(case.batch, 3, case.size, case.size)
-    return up.to(device), features.to(device), image.to(device)
+from contenders import DTYPES, Run, contender, make_inputs, make_loftup
+from measure import Table, cuda_memory, describe, in_turns, percentiles, synchronise
+from torch import Tensor
 
 
 def contender_names(case: Case, device: str) -> list[str]:
     """Contenders of a case: published ways, then ours as ``loftup:backend:dtype``, then bilinear."""
-    backends = ["cpu"] if device == "cpu" else ["torch", "triton"]
-    dtypes = ["float32", "bfloat16"]
-    ours = [f"loftup:{backend}:{dtype}" for backend in backends for dtype in dtypes]
+    backends = ["cpu", "cpu_direct", "torch"] if device == "cpu" else ["torch", "triton"]
+    if case.points:
+        backends = [name for name in backends if name != "cpu_direct"]  # Winograd has no part in points
+    ours = [f"loftup:{backend}:{dtype}" for backend in backends for dtype in ("float32", "bfloat16")]
     if case.ours_only or case.head or case.points:
         return ours
     published = ["published:float32", "published_sdpa:float32"]
     if device == "cuda":
         published.append("published_autocast:bfloat16")
     return [*published, *ours, "bilinear:float32"]
-
-
-def contender(name: str, up: LoftUp, case: Case) -> Run:
-    """A function of features and image that is called once for each measurement."""
-    kind, *rest = name.split(":")
-    dtype = DTYPES[rest[-1]]
-    if kind == "bilinear":
-        return Bilinear()
-    if kind.startswith("published"):
-        published = Published(up, sdpa=kind == "published_sdpa").to(up.device)
-        if kind != "published_autocast":
-            return published
-
-        def autocast(features: Tensor, image: Tensor) -> Tensor:
-            with torch.autocast(image.device.type, dtype):
-                return published(features, image)
-
-        return autocast
-    ours = LoftUp(up.config).eval().requires_grad_(False).to(up.device)
-    ours.load_state_dict(up.state_dict())
-    ours.to(dtype)
-    head = nn.Conv2d(case.channels, case.head, 1).to(up.device, dtype) if case.head else None
-
-    def run(features: Tensor, image: Tensor) -> Tensor:
-        if case.points:
-            points = torch.rand(case.batch, case.points, 2, device=image.device) * (image.shape[-1] - 1)
-            return ours.at(features.to(dtype), image, points.round(), backend=rest[0])
-        return ours(features.to(dtype), image, head=head, backend=rest[0])
-
-    return run
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -136,20 +77,12 @@ def warm_up(case: Case, runs: dict[str, Run], features: Tensor, image: Tensor) -
 
 def measure_time(case: Case, device: str, rounds: int) -> dict[str, list[float]]:
     """Seconds a call of every contender, in turn, round after round."""
-    up, features, image = make(case, device)
-    names = contender_names(case, device)
+    up, (features, image) = make_loftup(case.channels, device), make_inputs(case, device)
     with torch.inference_mode():
-        runs = {name: contender(name, up, case) for name in names}
+        runs = {name: contender(name, up, case) for name in contender_names(case, device)}
         warm_up(case, runs, features, image)
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(rounds):
-            for name in names:
-                synchronise(device)
-                start = time.perf_counter()
-                runs[name](features, image)
-                synchronise(device)
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+        calls = {name: functools.partial(run, features, image) for name, run in runs.items()}
+        return in_turns(calls, device, rounds)
 
 
 def status(field: str) -> int:
@@ -162,44 +95,18 @@ def status(field: str) -> int:
 
 def measure_memory(case: Case, name: str, device: str) -> dict[str, int]:
     """Peak bytes above what was there before the call, less the result; on the CPU also of the whole process."""
-    up, features, image = make(case, device)
+    up, (features, image) = make_loftup(case.channels, device), make_inputs(case, device)
     with torch.inference_mode():
         run = contender(name, up, case)
         run(features, image[:, :, :8, :8])  # libraries and prepared weights are not working memory
         if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            result = run(features, image)
-            size = result.numel() * result.element_size()
-            return {"working": torch.cuda.max_memory_allocated() - before - size, "process": 0}
+            return {"working": cuda_memory(lambda: run(features, image))[1], "process": 0}
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays in the heap would hide what the call takes
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
         result = run(features, image)
-        size = result.numel() * result.element_size()
-        return {"working": status("VmHWM") - before - size, "process": status("VmHWM")}
-
-
-def describe(device: str) -> dict[str, str]:
-    """Machine, versions, commit."""
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        model = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-        )
-        machine = f"{model}, {torch.get_num_threads()} threads"
-    here = os.fspath(Path(__file__).parent)
-    command = ["git", "-C", here, "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {
-        "machine": machine,
-        "torch": torch.__version__,
-        "loftup": loftup.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+        return {"working": status("VmHWM") - before - result.nbytes, "process": status("VmHWM")}
 
 
 def main() -> None:
@@ -224,18 +131,16 @@ def main() -> None:
         chosen = [case for case in chosen if case.quick]
     results = Path(__file__).parent / "results" / f"{arguments.device}.csv"
     output = arguments.output or (results if len(chosen) == len(CASES) else Path("benchmark.csv"))
-    output.parent.mkdir(parents=True, exist_ok=True)
     about = describe(arguments.device)
-    rows: list[dict[str, Any]] = []
+    table: Table | None = None
     for case in chosen:
-        rates = {name: matmul_rate(arguments.device, dtype) for name, dtype in DTYPES.items()}
+        rates = {name: matmul_rate(arguments.device, DTYPES[name]) for name in ("float32", "bfloat16")}
         rounds = arguments.rounds or (
             50 if arguments.device == "cuda" else 3 if case.gflop > 1000 or arguments.quick else 7
         )
         for name, seconds in measure_time(case, arguments.device, rounds).items():
             memory = memory_in_own_process(case, name, arguments.device)
-            middle = statistics.median(seconds)
-            spread = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else [middle] * 4
+            low, middle, high = percentiles(seconds)
             computed = not case.points and not name.startswith("bilinear")
             rate = case.gflop / middle if computed else 0.0
             row = {
@@ -243,9 +148,9 @@ def main() -> None:
                 "contender": name,
                 "device": arguments.device,
                 "rounds": rounds,
-                "p20_s": f"{spread[0]:.5f}",
+                "p20_s": f"{low:.5f}",
                 "p50_s": f"{middle:.5f}",
-                "p80_s": f"{spread[3]:.5f}",
+                "p80_s": f"{high:.5f}",
                 "gflop": f"{case.gflop:.0f}" if computed else "",
                 "gflop_per_s": f"{rate:.0f}" if computed else "",
                 "of_matmul": f"{rate / rates[name.rpartition(':')[2]]:.2f}" if computed else "",
@@ -253,11 +158,8 @@ def main() -> None:
                 "process_mib": f"{memory['process'] / 2**20:.0f}" if memory["process"] else "",
                 **about,
             }
-            rows.append(row)
-            with open(output, "w", newline="") as stream:  # after every row: a run of an hour may be cut off
-                writer = csv.DictWriter(stream, list(row))
-                writer.writeheader()
-                writer.writerows(rows)
+            table = table or Table(output, list(row))
+            table.add(row)
             print(
                 f"{case.name:28} {name:24} {middle:9.4f} s {row['gflop_per_s']:>6} GFLOP/s {row['working_mib']:>6} MiB"
             )
