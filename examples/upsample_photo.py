@@ -1,6 +1,6 @@
 """Upsample the features of one photograph and save a picture of them.
 
-Run as ``python examples/upsample_photo.py photo.jpg``; without an argument the one in the package is used. Fetches DINOv2-S/14
+Run as ``python examples/upsample_photo.py photo.jpg``; the default is the photograph in the package. Fetches DINOv2-S/14
 and its LoftUp weights from the Hub at first use.
 """
 
