@@ -1,7 +1,7 @@
 """Upsample the features of one photograph and save a picture of them.
 
-Run as ``python examples/upsample_photo.py photo.jpg``; the default is the photograph in the package. Fetches DINOv2-S/14
-and its LoftUp weights from the Hub at first use.
+Run as ``python examples/upsample_photo.py photo.jpg``; the default is the photograph in the package. Fetches
+DINOv2-S/14 and its LoftUp weights from the Hub at first use.
 """
 
 import sys
