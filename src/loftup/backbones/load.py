@@ -145,11 +145,7 @@ class _Written(TorchFunctionMode):
         self.tensors: dict[int, Tensor] = {}  # by id; held, so that no id comes up twice
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.copy_:
             self.tensors[id(args[0])] = args[0]

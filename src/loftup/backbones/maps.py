@@ -97,12 +97,7 @@ class TimmStages:
 
     def _stage(self, image: Tensor) -> Tensor:
         (stage,) = self.model.forward_intermediates(
-            image,
-            indices=[self.stage],
-            norm=self.norm,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
+            image, indices=[self.stage], norm=self.norm, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
         return stage  # type: ignore[no-any-return]
 

@@ -370,10 +370,7 @@ def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     """Mean cosine (B,) of cells a few steps apart along either axis, of (B, h, w, C); 1 where no two are."""
     pairs = [
         (a * b).sum(-1).flatten(1)
-        for a, b in (
-            (directions[:, step:], directions[:, :-step]),
-            (directions[:, :, step:], directions[:, :, :-step]),
-        )
+        for a, b in ((directions[:, step:], directions[:, :-step]), (directions[:, :, step:], directions[:, :, :-step]))
     ]
     means = [x.mean(1) for x in pairs if x.shape[1]]
     return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))

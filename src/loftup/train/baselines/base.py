@@ -92,12 +92,7 @@ class LearnedUpsampler(nn.Module):
         return self.channelnorm.norm.weight.device
 
     def forward(
-        self,
-        features: Tensor,
-        image: Tensor,
-        size: Size = None,
-        *,
-        head: Callable[[Tensor], Tensor] | None = None,
+        self, features: Tensor, image: Tensor, size: Size = None, *, head: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """Upsample features, as :meth:`loftup.LoftUp.forward` does.
 

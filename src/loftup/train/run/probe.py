@@ -8,15 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Confusion",
-    "Scores",
-    "boundary_band",
-    "confusion_matrix",
-    "fit_probe",
-    "intersection_over_union",
-    "score",
-]
+__all__ = ["Confusion", "Scores", "boundary_band", "confusion_matrix", "fit_probe", "intersection_over_union", "score"]
 
 
 @dataclass(frozen=True)
