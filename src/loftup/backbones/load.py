@@ -44,8 +44,7 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         return name, None
     if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
         return checkpoint.timm, checkpoint
-    known = [*known_names(), *pretrained, *timm.list_models()]
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*known_names(), *pretrained, *timm.list_models()], n=4, cutoff=0.5)
     meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
     raise LoftUpError(
         f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
@@ -66,7 +65,7 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         overlay = {"state_dict": _read_weights(Path(weights).expanduser()), "source": ""}
     else:
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
-    given = f"{name!r} with the options {options}" if options else repr(name)
+    described = f"{name!r} with the options {options}" if options else repr(name)
     try:
         with _Written() as written:
             try:
@@ -79,17 +78,16 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
     except Exception as error:  # the Hub's client, its transport and timm each have exceptions of their own
         refused = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
         if refused or weights is False:
-            raise LoftUpError(f"timm cannot build {given}: {_shorten(error)}") from error
-        if overlay:
-            keys = sorted(overlay["state_dict"], key=lambda key: key.count("."))
-            raise LoftUpError(
-                f"{weights} does not hold weights for {given}: {_shorten(error)}. Keys of the file: "
-                f"{_shorten(', '.join(keys), 200)}"
-            ) from error
-        raise LoftUpError(
-            f"could not load timm's weights for {given} from the Hub ({_shorten(error)}). Without the Hub, give a "
-            "local file, load_backbone(name, weights=path), or weights=False for random ones"
-        ) from error
+            message = f"timm cannot build {described}: {_shorten(error)}"
+        elif overlay:
+            keys = _shorten(", ".join(sorted(overlay["state_dict"], key=lambda key: key.count("."))), 200)
+            message = f"{weights} does not hold weights for {described}: {_shorten(error)}. Keys of the file: {keys}"
+        else:
+            message = (
+                f"could not load timm's weights for {described} from the Hub ({_shorten(error)}). Without the Hub, "
+                "give a local file, load_backbone(name, weights=path), or weights=False for random ones"
+            )
+        raise LoftUpError(message) from error
     # timm keeps the configuration, and with it a second copy of all weights.
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     # Where the number of classes differs, timm loads loosely and leaves random what it does not find.
@@ -102,17 +100,14 @@ def _create(name: str, options: dict[str, Any], *, pretrained: bool, overlay: di
     import timm
 
     for flexible in FLEXIBLE:
-        settings = {**flexible, **options}
+        settings = {"pretrained_cfg_overlay": overlay or None, **flexible, **options}
         try:
-            model: nn.Module = timm.create_model(
-                name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **settings
-            )
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
+            return model
         except TypeError as error:
             # Most models know neither option; what the user asked for has to be known.
             if "unexpected keyword argument" not in str(error) or not set(flexible) - set(options):
                 raise
-        else:
-            return model
     raise AssertionError("the last choice has no options of its own")
 
 
@@ -124,14 +119,13 @@ def _read_weights(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own
-        hint = (
-            "; if it is a TorchScript archive, as OpenAI's CLIP files are, save its weights alone: "
-            "torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt')"
-        )
-        raise LoftUpError(
-            f"cannot read {path}: {_shorten(error)}. Expected safetensors, or a pickle of tensors only"
-            + (hint if "TorchScript" in str(error) else "")
-        ) from error
+        message = f"cannot read {path}: {_shorten(error)}. Expected safetensors, or a pickle of tensors only"
+        if "TorchScript" in str(error):
+            message += (
+                "; if it is a TorchScript archive, as OpenAI's CLIP files are, save its weights alone: "
+                "torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt')"
+            )
+        raise LoftUpError(message) from error
     if not isinstance(state, dict) or not state:
         raise LoftUpError(f"{path} holds a {type(state).__name__}, expected a non-empty dict of tensors")
     return state
@@ -153,10 +147,8 @@ class _Written(TorchFunctionMode):
 
     def others(self, model: nn.Module) -> list[str]:
         """The keys of a model that were not written."""
-        state = model.state_dict(keep_vars=True)
-        return [
-            key for key, value in state.items() if id(value) not in self.tensors and "num_batches_tracked" not in key
-        ]
+        unwritten = (key for key, value in model.state_dict(keep_vars=True).items() if id(value) not in self.tensors)
+        return [key for key in unwritten if "num_batches_tracked" not in key]
 
 
 def _differs_in_classifier(name: str, message: str) -> bool:
@@ -168,7 +160,7 @@ def _differs_in_classifier(name: str, message: str) -> bool:
 
 
 def _classifiers(name: str) -> tuple[str, ...]:
-    """What the keys of a timm model's classifiers start with."""
+    """Beginnings of the keys of a timm model's classifiers."""
     import timm
 
     config = timm.get_pretrained_cfg(name)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LoftUpError
+from ..weights.catalogue import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
     "ANTIALIASED",
@@ -23,6 +25,7 @@ __all__ = [
     "WITH_OFFSET",
     "Layout",
     "PlainViT",
+    "Scaling",
     "Source",
     "Triple",
     "part",
@@ -31,19 +34,20 @@ __all__ = [
 ]
 
 Triple = tuple[float, float, float]
-IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Scaling = tuple[Triple, Triple]  # mean and std of images in [0, 1]
+IMAGENET: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass
 class Source:
-    """What a family knows about a model that it recognised.
+    """The features of a model that a family recognised.
 
     Args:
         features: image (B, 3, H, W), H and W multiples of ``patch_size``, to features (B, C, h, w).
         channels: C.
         patch_size: stride of the feature grid in pixels.
         layers: how many layers there are to choose from.
-        layer: index of the chosen one, None for the family's own features.
+        layer: index of the chosen one.
         name: the model's name where it can be known.
         scaling: mean and std of the images that the model was trained on.
         standard: these are the features that upsamplers published for ``name`` were trained on.
@@ -53,9 +57,9 @@ class Source:
     channels: int
     patch_size: int
     layers: int
-    layer: int | None
+    layer: int
     name: str = ""
-    scaling: tuple[Triple, Triple] = IMAGENET
+    scaling: Scaling = IMAGENET
     standard: bool = True
 
 
@@ -104,8 +108,6 @@ ANTIALIASED = Resampling(antialias=True, offset=0.0)
 
 def part(model: Any, path: str) -> Any:
     """The attribute at a dotted path; None where the path is empty or leads nowhere."""
-    if not path:
-        return None
     for name in path.split("."):
         model = getattr(model, name, None)
     return model
@@ -141,15 +143,13 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     """
     if old == new:
         return table
-    cells = table.to(torch.promote_types(table.dtype, torch.float32)).reshape(1, *old, -1).permute(0, 3, 1, 2)
-    if how.offset:
-        # The scale factor itself enters the sampling positions, so that this is not the same as giving the size.
-        scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
-        cells = F.interpolate(cells, scale_factor=scale, mode="bicubic", antialias=how.antialias)
-    else:
-        cells = F.interpolate(cells, size=new, mode="bicubic", antialias=how.antialias)
+    cells = rearrange(table.to(torch.promote_types(table.dtype, torch.float32)), "1 (m n) d -> 1 d m n", m=old[0])
+    # The scale factor itself enters the sampling positions, so that an offset is not the same as giving the size.
+    scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
+    target: dict[str, Any] = {"scale_factor": scale} if how.offset else {"size": new}
+    cells = F.interpolate(cells, **target, mode="bicubic", antialias=how.antialias)
     assert cells.shape[-2:] == new, (cells.shape, new)
-    return cells.flatten(2).transpose(1, 2).to(table.dtype)
+    return rearrange(cells, "1 d h w -> 1 (h w) d").to(table.dtype)
 
 
 def table_grid(model: Any, count: int) -> tuple[int, int]:
@@ -162,9 +162,8 @@ def table_grid(model: Any, count: int) -> tuple[int, int]:
     for rows, columns in [*(grid for grid in stated if grid), (side, side)]:
         if rows * columns == count:
             return int(rows), int(columns)
-    raise LoftUpError(
-        f"the position table of this {type(model).__name__} has {count} entries, which form no known grid"
-    )
+    kind = type(model).__name__
+    raise LoftUpError(f"the position table of this {kind} has {count} entries, which form no known grid")
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -214,7 +213,7 @@ class PlainViT:
         if self.projection:
             project = part(*self.projection)
             features = project(features) if isinstance(project, nn.Module) else features @ project
-        return features.transpose(1, 2).reshape(len(features), -1, h, w).contiguous()
+        return rearrange(features, "b (h w) c -> b c h w", h=h, w=w).contiguous()
 
     @property
     def patch(self) -> Any:
@@ -231,26 +230,25 @@ class PlainViT:
         """
         patches = self.patch(image).to(image.dtype)
         grid = (patches.shape[2], patches.shape[3])
-        patches = patches.flatten(2).transpose(1, 2)
+        patches = rearrange(patches, "b d h w -> b (h w) d")
         if (patch_norm := self._part("patch_norm")) is not None:
             patches = patch_norm(patches)
-        found = [token for path in self.layout.tokens if (token := part(self.trunk, path)) is not None]
-        prefix = torch.cat([token.reshape(1, -1, patches.shape[-1]) for token in found], 1) if found else None
+        width = patches.shape[-1]
+        parts = (part(self.trunk, path) for path in self.layout.tokens)
+        tokens = [token.reshape(1, -1, width) for token in parts if token is not None]
+        prefix = torch.cat(tokens, 1) if tokens else patches.new_empty(1, 0, width)
         if (table := self._part("position")) is not None:
-            table = table.reshape(1, -1, table.shape[-1])
-            own, table = table[:, : self.positioned], table[:, self.positioned :]
-            if prefix is not None:
-                prefix = torch.cat([prefix[:, : self.positioned] + own, prefix[:, self.positioned :]], 1)
+            table, n = table.reshape(1, -1, width), self.positioned
+            prefix, table = torch.cat([prefix[:, :n] + table[:, :n], prefix[:, n:]], 1), table[:, n:]
             table = resample_positions(table, table_grid(self.trunk, table.shape[1]), grid, self.resampling)
             patches = patches + table.to(patches.dtype)
-        if prefix is not None:
-            patches = torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], 1)
+        patches = torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], 1)
         if (pre_norm := self._part("pre_norm")) is not None:
             patches = pre_norm(patches)
         return patches, grid
 
     def encode(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Run the blocks up to the last one wanted, (B, n, D) to (B, n, D)."""
+        """Run the blocks up to ``last``, (B, n, D) to (B, n, D)."""
         rope = self._part("rope")
         extra = {} if rope is None else {"position_embeddings": rope(image)}
         blocks = list(self._part("blocks"))[: self.last + 1]
@@ -284,9 +282,7 @@ def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
     return values
 
 
-def plain_source(
-    vit: PlainViT, layer: int | None, count: int, name: str, scaling: tuple[Triple, Triple], clip: bool = False
-) -> Source:
+def plain_source(vit: PlainViT, count: int, name: str, scaling: Scaling, clip: bool = False) -> Source:
     """Sizes of a plain ViT, read off its parts."""
     stride = vit.patch.stride
     if stride[0] != stride[1]:
@@ -295,14 +291,6 @@ def plain_source(
     if vit.projection:
         project = part(*vit.projection)
         channels = project.out_features if isinstance(project, nn.Module) else project.shape[1]
-    return Source(
-        features=vit,
-        channels=channels,
-        patch_size=stride[0],
-        layers=count,
-        layer=None if layer is None else vit.last,
-        name=name,
-        scaling=scaling,
-        # Upsamplers for CLIP were trained on the projected value path alone; for the others, on the last block.
-        standard=vit.projection is not None if clip else vit.last == count - 1,
-    )
+    # Upsamplers for CLIP were trained on the projected value path alone; for the others, on the last block.
+    standard = vit.projection is not None if clip else vit.last == count - 1
+    return Source(vit, channels, stride[0], count, vit.last, name, scaling, standard)
