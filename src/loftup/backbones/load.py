@@ -1,6 +1,5 @@
 """Building a timm model by name, with weights from the Hub, from a local file, or none."""
 
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, one_line, suggest
 from ..weights.catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
@@ -44,8 +43,7 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         return name, None
     if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
         return checkpoint.timm, checkpoint
-    near = difflib.get_close_matches(name, [*known_names(), *pretrained, *timm.list_models()], n=4, cutoff=0.5)
-    meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+    meant = suggest(name, [*known_names(), *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
         f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
         "timm.list_models() and timm.list_pretrained()"
@@ -168,6 +166,6 @@ def _classifiers(name: str) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
-def _shorten(error: object, limit: int = 600) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _shorten(error: "BaseException | str", limit: int = 600) -> str:
+    text = one_line(error)
     return text if len(text) <= limit else f"{text[:limit]} ..."

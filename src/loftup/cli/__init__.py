@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..errors import FAILURES, one_line
 from ..version import __version__
 from . import demo, eval, features, listing, masks, train
-from .errors import FAILURES, one_line
 
 __all__ = ["main"]
 

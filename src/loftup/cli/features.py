@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FAILURES, one_line
 from ..files import stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
 from ..version import __version__
 from ..weights.catalogue import TINY, TINY_BACKBONE
 from ..weights.names import in_package, resolve
-from .errors import FAILURES, one_line
 from .options import add_model_options
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, translate
 from ..files import write_atomically
 from ..networks.config import Config, UniversalConfig, read_config
 from ..version import __version__
@@ -207,10 +207,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
         raise LoftUpError(_unreadable(file, error)) from error
     if METADATA_KEY not in metadata:
         return state, None
-    try:
+    with translate(json.JSONDecodeError, lambda error: f"the config in {file} is damaged: {error}"):
         return state, _header_config(json.loads(metadata[METADATA_KEY]), file)
-    except json.JSONDecodeError as error:
-        raise LoftUpError(f"the config in {file} is damaged: {error}") from error
 
 
 def _header_config(values: Any, file: Path) -> dict[str, Any]:
@@ -308,7 +306,6 @@ def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> 
     from safetensors.torch import save as to_bytes
 
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     fields = config.to_dict()
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_atomically(folder / SAFETENSORS, to_bytes(plain, {"format": "pt", METADATA_KEY: json.dumps(fields)}))

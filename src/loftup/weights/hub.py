@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, translate
 from ..version import __version__
 
 __all__ = ["Repository", "UnreachableError", "upload"]
@@ -107,9 +107,7 @@ def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_m
     if token is None and hf.get_token() is None:
         raise LoftUpError("pushing needs a Hub token: log in with `hf auth login` or pass token=")
     api = hf.HfApi(token=token, library_name="loftup", library_version=__version__)
-    try:
+    with translate(Exception, lambda error: f"pushing to the Hub repository {repo!r} failed: {error}"):  # as in fetch
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
         commit: Any = api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message)
-    except Exception as error:  # as in fetch
-        raise LoftUpError(f"pushing to the Hub repository {repo!r} failed: {error}") from error
     return str(commit.commit_url)

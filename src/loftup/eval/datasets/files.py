@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import open_picture, require_pillow
 
 __all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
@@ -43,10 +43,8 @@ def read_lines(file: Path, content: str) -> list[str]:
 def read_image(file: Path) -> Tensor:
     """(3, H, W) uint8."""
     expect_file(file, "a picture")
-    try:
+    with translate(OSError, str):
         return torch.from_numpy(np.array(open_picture(file))).movedim(-1, 0).contiguous()
-    except OSError as error:
-        raise LoftUpError(str(error)) from error
 
 
 def read_map(file: Path, content: str = "a label map") -> Tensor:

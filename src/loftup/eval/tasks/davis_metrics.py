@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import translate
 from ...train.run.probe import confusion_matrix, intersection_over_union
 
 __all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "object_statistics"]
@@ -101,8 +101,6 @@ def _judged(prediction: Tensor, truth: Tensor, void: Tensor | None) -> tuple[Ten
 
 def _dilated(mask: Tensor, radius: float) -> Tensor:
     """Pixels within a radius of the mask, as a dilation by a disk; the mask has at least one pixel."""
-    try:
+    with translate(ImportError, 'the boundary measure needs SciPy: pip install "loftup[eval]"'):
         from scipy.ndimage import distance_transform_edt
-    except ImportError as error:
-        raise LoftUpError('the boundary measure needs SciPy: pip install "loftup[eval]"') from error
     return torch.from_numpy(distance_transform_edt(~mask.numpy()) <= radius)

@@ -147,7 +147,6 @@ class LearnedUpsampler(nn.Module):
         from safetensors.torch import save
 
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         fields = {**self.config.to_dict(), "library_name": "loftup", "loftup_version": __version__}
         write_atomically(folder / SAFETENSORS, save(state, {"format": "pt"}))

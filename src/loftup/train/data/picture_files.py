@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import IMAGE_SUFFIXES, open_picture, require_pillow, to_rgb
 from .regions import UnreadableError
 
@@ -109,10 +109,8 @@ def _is_png(name: str) -> bool:
 
 def read_picture(path: Path) -> Tensor:
     """Read a picture as (3, H, W) uint8 RGB, upright; UnreadableError if that fails."""
-    try:
+    with translate((OSError, LoftUpError), str, UnreadableError):
         return _tensor(open_picture(path))
-    except (OSError, LoftUpError) as error:
-        raise UnreadableError(str(error)) from error
 
 
 def decode_picture(content: bytes, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import IMAGE_SUFFIXES
 from .picture_files import decode_picture, find_files
 from .regions import Picture, UnreadableError
@@ -80,10 +80,8 @@ def is_pattern(path: "str | os.PathLike[str]") -> bool:
 
 
 def _expand(path: "str | os.PathLike[str]") -> list[Path]:
-    try:
+    with translate(ImportError, 'tar files need webdataset: pip install "loftup[train]"'):
         from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise LoftUpError('tar files need webdataset: pip install "loftup[train]"') from error
     text = os.path.expanduser(path)
     if os.path.isdir(text):
         shards = [Path(text) / name for name in find_files(text, [".tar"])]

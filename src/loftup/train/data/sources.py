@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import IMAGE_SUFFIXES
 from .felzenszwalb import SCALES, felzenszwalb_map
 from .picture_files import by_stem, find_files, find_pictures, label_maps, read_picture, stem_of
@@ -111,10 +111,8 @@ class SA1BFolder(_Folder):
         name = self._name(index)
         path = self.path / name
         image, annotations = read_picture(path), path.with_suffix(".json")
-        try:
+        with translate(OSError, lambda error: f"cannot read {annotations}: {error.strerror}", UnreadableError):
             content = annotations.read_bytes()
-        except OSError as error:
-            raise UnreadableError(f"cannot read {annotations}: {error.strerror}") from error
         return read_sa1b(name, image, content, str(annotations))
 
 

@@ -1,9 +1,9 @@
 """``loftup masks``: class-agnostic masks for a folder of pictures."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...pictures import encode
 from ..data.regions import Picture, UnreadableError
 from ..data.sa1b import write_file
 from ..data.sources import SA1BFolder
@@ -57,9 +58,7 @@ def _maker(arguments: argparse.Namespace) -> MaskMaker:
 
 
 def _tell(report: MaskReport, target: Path) -> None:
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
+    say = functools.partial(print, file=sys.stderr)
     for name, reason in report.failed.items():
         say(f"loftup masks: {name}: {reason}")
     if report.finished:
@@ -67,9 +66,8 @@ def _tell(report: MaskReport, target: Path) -> None:
     if empty := report.counts.count(0):
         say(f"{empty} pictures have no masks at all")
     masks = f" (median {median(report.counts):.0f} masks)" if report.counts else ""
-    say(
-        f"made the masks of {len(report.counts)} of {len(report.counts) + len(report.failed)} pictures{masks}: {target}"
-    )
+    count = len(report.counts)
+    say(f"made the masks of {count} of {count + len(report.failed)} pictures{masks}: {target}")
 
 
 def _write_previews(source: SA1BFolder, folder: Path) -> int:
@@ -86,10 +84,7 @@ def _write_previews(source: SA1BFolder, folder: Path) -> int:
         except UnreadableError as error:
             unreadable.append(str(error))
             continue
-        paths[index].parent.mkdir(parents=True, exist_ok=True)
-        stream = BytesIO()
-        overlay(picture).save(stream, "JPEG", quality=90)
-        write_file(paths[index], stream.getvalue())
+        write_file(paths[index], encode(overlay(picture), "JPEG", quality=90))
     for reason in unreadable:
         print(f"loftup masks: no preview: {reason}", file=sys.stderr)
     if there := len(paths) - len(waiting):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backbones import Backbone
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...files import write_atomically
 from ...model import LoftUp
+from ...pictures import encode
 from ...viz import compare
 from ..config import TrainConfig
 from ..data.generators import seeded
@@ -77,7 +77,6 @@ class _Cases:
 
     def _read(self, source: Source, indices: Sequence[int], config: TrainConfig, backbone: Backbone) -> Iterator[_Case]:
         device = next(iter(backbone.parameters())).device
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (backbone.mean, backbone.std))
         for index in indices:
             try:
                 picture = source.read(index, seeded(config.seed, "validation", index))
@@ -89,7 +88,7 @@ class _Cases:
             image = F.interpolate(image, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
             image = image.clamp(0, 1)
             with torch.no_grad():
-                features = backbone((image - mean) / std).float()
+                features = backbone(backbone.normalise(image)).float()
             yield _Case(picture.name, image, features, self._keep(picture, self.size))
 
 
@@ -302,10 +301,5 @@ def report(scores: Mapping[str, float]) -> str:
 
 def save_picture(picture: "Image.Image", path: Path) -> None:
     """Write a PNG, whole or not at all; LoftUpError if that fails."""
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise LoftUpError(f"cannot write {path}: {error}") from error
+    with translate(OSError, lambda error: f"cannot write {path}: {error}"):
+        write_atomically(path, encode(picture))
