@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import LoftUpError
 from ..inputs import Size
+from ..weights.catalogue import TINY
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
-from .load import build, resolve
+from .load import build, build_tiny, resolve
 from .maps import evaluating, hub_dino, timm_features, timm_stages, transformers_backbone
-from .tiny import TINY, build_tiny
 from .vit import IMAGENET
 
 __all__ = ["Backbone", "identify", "load_backbone", "wrap"]

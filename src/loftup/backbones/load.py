@@ -1,8 +1,9 @@
-"""Building a timm model by name, with weights from the Hub, from a local file, or none."""
+"""Building a timm model by name, with weights from the Hub, from the package, from a local file, or none."""
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError, one_line, suggest
-from ..weights.catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names
+from ..weights.catalogue import PUBLISHED, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
-__all__ = ["WeightsSource", "build", "resolve"]
+__all__ = ["build", "build_tiny", "resolve"]
 
 WeightsSource = str | os.PathLike[str] | Literal[False] | None
 
@@ -48,6 +49,13 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
         "timm.list_models() and timm.list_pretrained()"
     )
+
+
+def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Sequence[float] | None, ...]]:
+    """The backbone that comes with the package, and mean and std of its images; otherwise as :func:`build`."""
+    config = json.loads((TINY_BACKBONE / "config.json").read_text("utf-8"))
+    file = TINY_BACKBONE / "model.safetensors" if weights is None else weights
+    return build(config["timm"], file, {**config["options"], **options}), (config["mean"], config["std"])
 
 
 def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:

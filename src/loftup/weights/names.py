@@ -1,4 +1,4 @@
-"""What a name means: the one place that turns it into weights of the catalogue, a file, or a Hub repository."""
+"""The meaning of a name: the one place that turns it into weights of the catalogue, a file, or a Hub repository."""
 
 import difflib
 import hashlib
@@ -35,7 +35,7 @@ class WeightsName:
     substitute: str = ""
 
     def identity(self) -> str:
-        """What tells these weights from others, for metadata: a name as it is, files with size and time."""
+        """Tell these weights from others, for metadata: a name as it is, files with size and time."""
         if self.checkpoint is not None and self.checkpoint.in_package:
             note = " for want of its own" if self.substitute else ""
             return f"{self.checkpoint.name} {in_package(self.checkpoint.folder)}{note}"
@@ -46,7 +46,7 @@ class WeightsName:
 
 
 def in_package(folder: Path) -> str:
-    """What tells weights in the package from those of another version, as text."""
+    """Tell weights in the package from those of another version, as text."""
     return f"in the package, {hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()[:12]}"
 
 
@@ -134,8 +134,8 @@ def _looks_like_path(name: str) -> bool:
 def _unknown(name: str) -> str:
     import timm
 
-    lowered = {known.lower(): known for known in [*timm.list_models(), *known_names()]}
-    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)]
+    names = {name.lower(): name for name in [*timm.list_models(), *known_names()]}
+    near = [names[match] for match in difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
         f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(IN_PACKAGE)} ({ANY!r} takes features of "
