@@ -34,7 +34,6 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
     if not isinstance(name, str):
         hint = "; for a model object: wrap(model)" if isinstance(name, nn.Module) else ""
         raise TypeError(f"load_backbone takes the name of a backbone, got {type(name).__name__}{hint}")
-
     if name in PUBLISHED:
         return str(PUBLISHED[name].timm), PUBLISHED[name]
     if name.startswith(("hf-hub:", "hf_hub:")):
@@ -59,11 +58,7 @@ def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Modu
 
 
 def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
-    """Build a timm model that takes images of any size where timm can make it so.
-
-    Raises:
-        LoftUpError: see :func:`loftup.backbones.load_backbone`.
-    """
+    """Build a timm model that takes images of any size where timm can make it so; see :func:`load_backbone`."""
     if weights is None or weights is False:
         overlay = {}
     elif isinstance(weights, str | os.PathLike):
@@ -73,14 +68,14 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
     described = f"{name!r} with the options {options}" if options else repr(name)
     try:
-        with _Written() as written:
+        with _Copies() as copies:
             try:
-                model = _create(name, options, pretrained=weights is not False, overlay=overlay)
+                model = _create(name, options, weights is not False, overlay)
             except RuntimeError as error:
                 if not overlay or "num_classes" in options or not _differs_in_classifier(name, str(error)):
                     raise
                 # A backbone needs no classifier: the file may have none, or one for other classes.
-                model = _create(name, {**options, "num_classes": 0}, pretrained=True, overlay=overlay)
+                model = _create(name, {**options, "num_classes": 0}, True, overlay)
     except Exception as error:  # the Hub's client, its transport and timm each have exceptions of their own
         refused = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
         if refused or weights is False:
@@ -97,12 +92,12 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
     # timm keeps the configuration, and with it a second copy of all weights.
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     # Where the number of classes differs, timm loads loosely and leaves random what it does not find.
-    if overlay and (lost := [key for key in written.others(model) if not key.startswith(_classifiers(name))]):
-        raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(lost))}")
+    if overlay and (missing := [key for key in copies.others(model) if not key.startswith(_classifiers(name))]):
+        raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(missing))}")
     return model
 
 
-def _create(name: str, options: dict[str, Any], *, pretrained: bool, overlay: dict[str, Any]) -> nn.Module:
+def _create(name: str, options: dict[str, Any], pretrained: bool, overlay: dict[str, Any]) -> nn.Module:
     import timm
 
     for flexible in FLEXIBLE:
@@ -137,7 +132,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
     return state
 
 
-class _Written(TorchFunctionMode):
+class _Copies(TorchFunctionMode):
     """Notes which tensors are copied into, in this thread alone: those that ``load_state_dict`` finds in the file."""
 
     def __init__(self) -> None:

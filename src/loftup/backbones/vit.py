@@ -40,56 +40,34 @@ IMAGENET: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
 
 @dataclass
 class Source:
-    """The features of a model that a family recognised.
+    """The features of a model that a family recognised."""
 
-    Args:
-        features: image (B, 3, H, W), H and W multiples of ``patch_size``, to features (B, C, h, w).
-        channels: C.
-        patch_size: stride of the feature grid in pixels.
-        layers: how many layers there are to choose from.
-        layer: index of the chosen one.
-        name: the model's name where it can be known.
-        scaling: mean and std of the images that the model was trained on.
-        standard: these are the features that upsamplers published for ``name`` were trained on.
-    """
-
+    # Image (B, 3, H, W), H and W multiples of patch_size, to features (B, C, h, w).
     features: Callable[[Tensor], Tensor]
-    channels: int
-    patch_size: int
-    layers: int
-    layer: int
-    name: str = ""
-    scaling: Scaling = IMAGENET
-    standard: bool = True
+    channels: int  # C
+    patch_size: int  # stride of the feature grid in pixels
+    layers: int  # how many layers there are to choose from
+    layer: int  # index of the chosen one
+    name: str = ""  # the model's name where it can be known
+    scaling: Scaling = IMAGENET  # mean and std of the images that the model was trained on
+    standard: bool = True  # these are the features that upsamplers published for name were trained on
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dotted attribute paths of the parts of a plain ViT; "" where the family has no such part.
+    """Dotted attribute paths of the parts of a plain ViT; "" where the family has no such part."""
 
-    Args:
-        patch: the patch convolution.
-        blocks: the transformer blocks.
-        norm: the final norm.
-        tokens: prefix tokens (class, registers) in the order in which they are prepended; a None one is skipped.
-        position: position table, (1, n, D) or (n, D).
-        patch_norm: norm of the patch tokens before positions are added.
-        pre_norm: norm of all tokens before the first block.
-        rope: module that makes rotary position embeddings for an image, handed to every block.
-        block_norm: first norm inside a block.
-        attention: attention inside a block.
-    """
-
-    patch: str
-    blocks: str
-    norm: str
+    patch: str  # the patch convolution
+    blocks: str  # the transformer blocks
+    norm: str  # the final norm
+    # Prefix tokens (class, registers) in the order in which they are prepended; a None one is skipped.
     tokens: tuple[str, ...] = ()
-    position: str = ""
-    patch_norm: str = ""
-    pre_norm: str = ""
-    rope: str = ""
-    block_norm: str = "norm1"
-    attention: str = "attn"
+    position: str = ""  # position table, (1, n, D) or (n, D)
+    patch_norm: str = ""  # norm of the patch tokens before positions are added
+    pre_norm: str = ""  # norm of all tokens before the first block
+    rope: str = ""  # module that makes rotary position embeddings for an image, handed to every block
+    block_norm: str = "norm1"  # first norm inside a block
+    attention: str = "attn"  # attention inside a block
 
 
 @dataclass(frozen=True)
@@ -173,24 +151,15 @@ def pair(value: Any) -> tuple[int, int]:
 
 @dataclass
 class PlainViT:
-    """A plain ViT as a function from an image (B, 3, H, W) to features (B, C, H / patch, W / patch).
+    """A plain ViT as a function from an image (B, 3, H, W) to features (B, C, H / patch, W / patch)."""
 
-    Args:
-        trunk: the object that ``layout``'s paths start from.
-        layout: where its parts are.
-        resampling: how its position table is fitted to the grid.
-        last: index of the block whose output is taken.
-        positioned: how many prefix tokens have an entry of their own at the front of the position table.
-        value_path: take the last block's value path (see :func:`value_path`) instead of its output.
-        projection: owner and path of the projection behind the final norm: a module, or a matrix (D, C).
-    """
-
-    trunk: Any
-    layout: Layout
-    resampling: Resampling
-    last: int
-    positioned: int
-    value_path: bool = False
+    trunk: Any  # the object that layout's paths start from
+    layout: Layout  # where its parts are
+    resampling: Resampling  # how its position table is fitted to the grid
+    last: int  # index of the block whose output is taken
+    positioned: int  # how many prefix tokens have an entry of their own at the front of the position table
+    value_path: bool = False  # take the last block's value path (see value_path) instead of its output
+    # Owner and path of the projection behind the final norm: a module, or a matrix (D, C).
     projection: tuple[Any, str] | None = None
 
     def __post_init__(self) -> None:

@@ -64,11 +64,8 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason, expected = (
-            str(error).splitlines()[0],
-            "expected cpu, cuda, cuda:1 or another device that torch has here",
-        )
-        raise ValueError(f"cannot use the device {device!r}: {reason}; {expected}") from error
+        expected = "expected cpu, cuda, cuda:1 or another device that torch has here"
+        raise ValueError(f"cannot use the device {device!r}: {str(error).splitlines()[0]}; {expected}") from error
 
 
 def _repository(backbone: str) -> str:

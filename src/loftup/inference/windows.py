@@ -33,23 +33,14 @@ IN_CACHE = 24 * 2**20  # bytes that one step works on, on a CPU
 
 @dataclass(frozen=True)
 class Grid:
-    """What attention needs of the cells of one image: rows of a table, padded by the radius at every side.
+    """Keys and values of the cells of one image: rows of a table, padded by the radius at every side."""
 
-    Attributes:
-        keys: ((h + 2r) * (w + 2r), D + heads).
-        directions: ((h + 2r) * (w + 2r), C).
-        values: ((h + 2r) * (w + 2r), E), the features, or a linear head's values for them.
-        settings: of the picture.
-        width: w + 2r.
-        side: of a window, 2r + 1.
-    """
-
-    keys: Tensor
-    directions: Tensor
-    values: Tensor
-    settings: Settings
-    width: int
-    side: int
+    keys: Tensor  # ((h + 2r) * (w + 2r), D + heads)
+    directions: Tensor  # ((h + 2r) * (w + 2r), C)
+    values: Tensor  # ((h + 2r) * (w + 2r), E), the features, or a linear head's values for them
+    settings: Settings  # of the picture
+    width: int  # w + 2r
+    side: int  # of a window, 2r + 1
 
     def windows(self, table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Windows around cells, (n, K, E); ``rows`` and ``columns`` broadcast to the n cells."""
@@ -61,17 +52,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Piece:
-    """The output of a rectangle of blocks.
+    """The output of a rectangle of blocks."""
 
-    Attributes:
-        values: (n, m, E, P, Q).
-        down: the n blocks.
-        across: the m blocks.
-    """
-
-    values: Tensor
-    down: Blocks
-    across: Blocks
+    values: Tensor  # (n, m, E, P, Q)
+    down: Blocks  # the n blocks
+    across: Blocks  # the m blocks
 
     @property
     def box(self) -> Box:
@@ -236,10 +221,10 @@ class Windows:
         limit = budget(memory, image.device)
         values = canvas.values()
         for index in range(len(image)):
-            own = slice(index, index + 1)
+            single = slice(index, index + 1)
             with self.arithmetic():
-                guidance = resize_guidance(image[own], canvas.size)
-                job = Job(self.network, features[own], guidance, values[own], limit)
+                guidance = resize_guidance(image[single], canvas.size)
+                job = Job(self.network, features[single], guidance, values[single], limit)
                 pieces = job.pieces()
             while True:
                 with self.arithmetic():
@@ -253,8 +238,8 @@ class Windows:
         width = size[1]
         with self.arithmetic():
             for index in range(len(image)):
-                own = slice(index, index + 1)
-                guidance, values = resize_guidance(image[own], size), features[own]
+                single = slice(index, index + 1)
+                guidance, values = resize_guidance(image[single], size), features[single]
                 job = Job(self.network, values, guidance, values, budget(None, image.device), keep=False)
                 at = job.at
                 out[index] = sample(points[index], size, job.points_at_once, lambda p, at=at: at(p // width, p % width))  # type: ignore[misc]

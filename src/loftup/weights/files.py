@@ -31,17 +31,11 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights as a file has them.
+    """Weights as a file has them."""
 
-    Attributes:
-        config: of the network.
-        state: keys ``upsampler.*`` and ``channelnorm.*``, not yet compared with the network's.
-        file: that they come from.
-    """
-
-    config: Config
-    state: StateDict
-    file: Path
+    config: Config  # of the network
+    state: StateDict  # keys upsampler.* and channelnorm.*, not yet compared with the network's
+    file: Path  # that they come from
 
 
 def read_weights(

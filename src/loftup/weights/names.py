@@ -18,20 +18,13 @@ SAFETENSORS, PICKLE, CONFIG = "model.safetensors", "pytorch_model.bin", "config.
 
 @dataclass(frozen=True)
 class WeightsName:
-    """The weights that a name stands for: of the catalogue, or a local path, or a Hub repository.
+    """The weights that a name stands for: of the catalogue, or a local path, or a Hub repository."""
 
-    Attributes:
-        asked: the name as it was given.
-        checkpoint: of the catalogue.
-        path: of a file or folder.
-        repo: id of a Hub repository.
-        substitute: a sentence that says that "any" takes the place of missing weights, and why; "" where it does not.
-    """
-
-    asked: str
-    checkpoint: Checkpoint | None = None
-    path: Path | None = None
-    repo: str | None = None
+    asked: str  # the name as it was given
+    checkpoint: Checkpoint | None = None  # of the catalogue
+    path: Path | None = None  # of a file or folder
+    repo: str | None = None  # id of a Hub repository
+    # A sentence that says that "any" takes the place of missing weights, and why; "" where it does not.
     substitute: str = ""
 
     def identity(self) -> str:

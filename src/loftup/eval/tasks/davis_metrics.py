@@ -18,17 +18,11 @@ BINS = 4  # of the decay
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one object's values over the frames, NaN where no frame is judged.
+    """Of one object's values over the frames, NaN where no frame is judged."""
 
-    Args:
-        mean: of the values.
-        recall: share of the frames with a value above 0.5.
-        decay: mean of the first quarter of the frames less that of the last: what is lost over time.
-    """
-
-    mean: float
-    recall: float
-    decay: float
+    mean: float  # of the values
+    recall: float  # share of the frames with a value above 0.5
+    decay: float  # mean of the first quarter of the frames less that of the last: what is lost over time
 
 
 def jaccard(prediction: Tensor, truth: Tensor, void: Tensor | None = None) -> float:

@@ -18,16 +18,11 @@ __all__ = ["MaskReport", "check_outside", "make_masks"]
 
 @dataclass
 class MaskReport:
-    """Outcome of :func:`make_masks`.
+    """Outcome of :func:`make_masks`."""
 
-    Attributes:
-        counts: masks of each picture that was made, in the order of the pictures.
-        finished: pictures that were finished already.
-        failed: pictures that could not be read or segmented, with the reason.
-    """
-
-    counts: list[int] = field(default_factory=list)
-    finished: int = 0
+    counts: list[int] = field(default_factory=list)  # masks of each picture that was made, in the order of the pictures
+    finished: int = 0  # pictures that were finished already
+    # Pictures that could not be read or segmented, with the reason.
     failed: dict[str, str] = field(default_factory=dict)
 
 
