@@ -23,11 +23,8 @@ WeightsSource = str | os.PathLike[str] | Literal[False] | None
 def resolve(name: str) -> tuple[str, Checkpoint | None]:
     """The timm name of a backbone, and the published checkpoint whose scaling applies.
 
-    A name is loftup's, or timm's, or another package's for a backbone with a published upsampler; it is never guessed.
-
-    Raises:
-        LoftUpError: none of these; names the near misses.
-        TypeError: not a string.
+    A name is loftup's, or timm's, or another package's for a backbone with a published upsampler; it is never guessed:
+    LoftUpError names the near misses. TypeError: not a string.
     """
     import timm
 

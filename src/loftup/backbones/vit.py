@@ -92,12 +92,7 @@ def part(model: Any, path: str) -> Any:
 
 
 def pick_layer(layer: int | None, count: int, name: str) -> int:
-    """Resolve ``layer`` (None: the last, negative: from the end) among ``count`` layers.
-
-    Raises:
-        TypeError: not an integer.
-        LoftUpError: out of range.
-    """
+    """Resolve ``layer`` (None: the last, negative: from the end) among ``count``; TypeError or LoftUpError if none."""
     if layer is None:
         return count - 1
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -108,16 +103,9 @@ def pick_layer(layer: int | None, count: int, name: str) -> int:
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], how: Resampling) -> Tensor:
-    """Resample position embeddings to another grid, in float32 at least.
+    """Resample position embeddings (1, M * N, D) from a grid ``old`` (M, N), in reading order, to ``new`` (h, w).
 
-    Args:
-        table: (1, M * N, D), one row per cell of the ``old`` grid, in reading order.
-        old: (M, N).
-        new: (h, w).
-        how: antialiasing and offset.
-
-    Returns:
-        (1, h * w, D) in the dtype of ``table``; the same values where the grids agree.
+    The result is (1, h * w, D) in the dtype of ``table``, by way of float32 at least; the table where the grids agree.
     """
     if old == new:
         return table
@@ -237,18 +225,15 @@ class PlainViT:
 def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
     """out_proj(v_proj(norm(x))) for every token: no attention, no residual, no MLP ("MaskCLIP")."""
     tokens = getattr(block, layout.block_norm)(tokens)
-    values: Tensor
     attention: Any = getattr(block, layout.attention)
     if isinstance(attention, nn.MultiheadAttention):
         assert attention.in_proj_weight is not None
         weight = attention.in_proj_weight.chunk(3)[2]
         bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
-        values = attention.out_proj(F.linear(tokens, weight, bias))
-    elif hasattr(attention, "v_proj"):
-        values = attention.out_proj(attention.v_proj(tokens))
-    else:
-        values = attention.proj(attention.qkv(tokens).chunk(3, dim=-1)[2])
-    return values
+        return attention.out_proj(F.linear(tokens, weight, bias))  # type: ignore[no-any-return]
+    if hasattr(attention, "v_proj"):
+        return attention.out_proj(attention.v_proj(tokens))  # type: ignore[no-any-return]
+    return attention.proj(attention.qkv(tokens).chunk(3, dim=-1)[2])  # type: ignore[no-any-return]
 
 
 def plain_source(vit: PlainViT, count: int, name: str, scaling: Scaling, clip: bool = False) -> Source:

@@ -102,11 +102,7 @@ def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """The settings that decide the content of a features file, as safetensors metadata.
-
-    Raises:
-        LoftUpError: the name of the weights cannot be resolved; see :func:`loftup.weights.names.resolve`.
-    """
+    """The settings that decide the content of a features file, as safetensors metadata."""
     file = arguments.backbone_weights
     if file is not None:
         backbone_weights = resolve(Path(file), strict=True).identity()

@@ -160,9 +160,8 @@ class Comparison:
         current = json.loads(json.dumps(self.identity))
         if previous != current:
             differences = ", ".join(_differences(previous, current))
-            raise LoftUpError(
-                f"{file} was made with other settings ({differences}); give another -o, or --overwrite to forget it"
-            )
+            remedy = "give another -o, or --overwrite to forget it"
+            raise LoftUpError(f"{file} was made with other settings ({differences}); {remedy}")
 
 
 def _config(kind: Any, settings: Mapping[str, Any], task: str) -> Any:

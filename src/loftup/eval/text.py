@@ -51,9 +51,8 @@ class OpenClip:
         if not pretrained:
             raise LoftUpError(f"expected a CLIP as MODEL/PRETRAINED, got {name!r}; write ViT-B-16/openai")
         try:
-            self.model: Any = open_clip.create_model(
-                model, pretrained=pretrained, force_quick_gelu=pretrained == "openai"
-            )
+            quick = pretrained == "openai"
+            self.model: Any = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
             self._tokenize = open_clip.get_tokenizer(model)
         except Exception as error:  # the Hub's client and open_clip raise many kinds
             raise LoftUpError(f"cannot load the CLIP {name!r} of open_clip: {error}") from error

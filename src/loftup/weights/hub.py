@@ -24,21 +24,14 @@ class UnreachableError(LoftUpError):
 
 @dataclass
 class Repository:
-    """Files of one Hub repository, through the Hub's cache.
+    """Files of one Hub repository, through the Hub's cache."""
 
-    Args:
-        repo: repository id, "user/name".
-        revision: branch, tag or commit; None means the default branch.
-        cache_dir: where files are kept; None means the Hub's default cache.
-        local_files_only: never ask the network.
-    """
-
-    repo: str
+    repo: str  # "user/name"
     _: KW_ONLY
-    revision: str | None = None
-    cache_dir: "str | os.PathLike[str] | None" = None
-    local_files_only: bool = False
-    unreachable: bool = field(default=False, init=False)
+    revision: str | None = None  # branch, tag or commit; None means the default branch
+    cache_dir: "str | os.PathLike[str] | None" = None  # where files are kept; None means the Hub's default cache
+    local_files_only: bool = False  # never ask the network
+    unreachable: bool = field(default=False, init=False)  # the Hub has not answered
 
     def __str__(self) -> str:
         return f"the Hub repository {self.repo!r}" + (f" at revision {self.revision!r}" if self.revision else "")

@@ -73,16 +73,9 @@ def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsNa
 
 
 def resolve_backbone(name: str | None, kind: str, usable: bool, strict: bool = False) -> WeightsName:
-    """Find the weights for a backbone object.
+    """Find the weights for a backbone object by its name, None where it cannot be known; ``kind`` is its class.
 
-    Args:
-        name: the backbone's, or None where it cannot be known.
-        kind: class of the object, for the message.
-        usable: whether it is a backbone at all; others are always refused.
-        strict: as for :func:`resolve`.
-
-    Raises:
-        LoftUpError: there are none, and "any" must not take their place.
+    LoftUpError: there are none, and "any" must not take their place, by ``strict`` or as the object is not ``usable``.
     """
     if name is not None and (checkpoint := find_checkpoint(name)):
         return WeightsName(name, checkpoint=checkpoint)

@@ -74,9 +74,8 @@ def render(seed: int, size: int, time: float = 0.0) -> Rendered:
     depth = ground.clamp(max=WALL)
     classes = (ground >= WALL).long()
     objects = torch.zeros_like(classes)
-    normals = torch.where(
-        classes == 0, torch.tensor([0.0, -1, 0])[:, None, None], torch.tensor([0.0, 0, -1])[:, None, None]
-    )
+    upwards, towards = (torch.tensor(values)[:, None, None] for values in ([0.0, -1, 0], [0.0, 0, -1]))
+    normals = torch.where(classes == 0, upwards, towards)
     # Textures live on the surfaces: of the ground and the wall, in metres.
     points = rays * depth
     albedo = torch.where(

@@ -87,9 +87,7 @@ def _expand(path: "str | os.PathLike[str]") -> list[Path]:
         shards = [Path(text) / name for name in find_files(text, [".tar"])]
     else:
         patterns = [text] if os.path.exists(text) else expand_urls(text)
-        matches = {
-            pattern: [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) for pattern in patterns
-        }
+        matches = {name: [name] if os.path.exists(name) else sorted(glob.glob(name)) for name in patterns}
         if missing := [pattern for pattern, files in matches.items() if not files]:
             raise LoftUpError(f"no tar file {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
         shards = [Path(file) for files in matches.values() for file in files]

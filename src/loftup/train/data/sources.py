@@ -93,10 +93,8 @@ class SA1BFolder(_Folder):
         jsons = {stem_of(name) for name in find_files(folder, [".json"])}
         pairs = by_stem([name for name in pictures if stem_of(name) in jsons], folder)
         if not pairs:
-            raise LoftUpError(
-                f"none of the {len(pictures)} pictures in {folder} has a NAME.json beside it; make masks with: "
-                f"loftup masks {folder}"
-            )
+            remedy = f"make masks with: loftup masks {folder}"
+            raise LoftUpError(f"none of the {len(pictures)} pictures in {folder} has a NAME.json beside it; {remedy}")
         _say_left_out(folder, "pictures without a json", len(pictures) - len(pairs))
         _say_left_out(folder, "json files without a picture", len(jsons) - len(pairs))
         super().__init__(folder, list(pairs.values()))
@@ -134,9 +132,8 @@ class LabelFolder(_Folder):
         folder = Path(path).expanduser()
         maps, alone = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
         if not maps:
-            raise LoftUpError(
-                f"none of the {len(alone)} pictures in {folder} has a label map NAME.png or NAME.segK.png beside it"
-            )
+            expected = "a label map NAME.png or NAME.segK.png beside it"
+            raise LoftUpError(f"none of the {len(alone)} pictures in {folder} has {expected}")
         _say_left_out(folder, "pictures without a partner (picture or label map)", len(alone))
         super().__init__(folder, list(maps))
         self._maps = np.array(["\n".join(names) for names in maps.values()])  # one block of memory, too
@@ -297,9 +294,8 @@ def _kind(path: "str | os.PathLike[str]") -> str:
             "data.kind or validation.kind"
         )
     if not kinds and not pictures:
-        raise LoftUpError(
-            f"{folder} holds neither tar files nor pictures; looked for .tar, {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        suffixes = ", ".join([".tar", *sorted(IMAGE_SUFFIXES)])
+        raise LoftUpError(f"{folder} holds neither tar files nor pictures; looked for {suffixes}")
     return kinds[0] if kinds else "images"
 
 
@@ -313,9 +309,8 @@ def _read_labels(path: Path) -> NDArray[Any]:
     except Exception as error:  # as for pictures, a damaged file raises all kinds
         raise UnreadableError(f"cannot read the label map {path}: {error}") from error
     if labels.ndim != 2:
-        raise UnreadableError(
-            f"{path} has mode {mode!r}; expected a label map of one channel, 8 or 16 bits, or a palette"
-        )
+        expected = "a label map of one channel, 8 or 16 bits, or a palette"
+        raise UnreadableError(f"{path} has mode {mode!r}; expected {expected}")
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 

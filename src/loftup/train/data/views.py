@@ -163,20 +163,10 @@ class TrainingViews(Dataset[Sample]):
             large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * patch_size)
         cache = self.caches[plan.backbone] if self.caches else None
         key = cache.key(image) if cache else None
-        return Sample(
-            step=step,
-            plan=plan,
-            name=picture.name,
-            image=image,
-            guidance=guidance,
-            masks=masks,
-            crops=crops,
-            large=large,
-            features=cache.read(key) if cache and key else None,
-            key=key,
-            unreadable=unreadable,
-            empty=bool(takes_masks) and not visible,
-        )
+        features = cache.read(key) if cache and key else None
+        empty = bool(takes_masks) and not visible
+        name = picture.name
+        return Sample(step, plan, name, image, guidance, masks, crops, large, features, key, unreadable, empty)
 
     def __getitems__(self, places: Sequence[Place]) -> list[Sample] | LoftUpError:
         """Make the samples of a batch for a loader, or say why there are none, as a value.
@@ -245,14 +235,10 @@ class _Cropper:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Put the samples of one step together."""
     first = samples[0]
-    crops = [
-        Crop(
-            image=torch.stack([sample.crops[index][0] for sample in samples]),
-            masks=[sample.crops[index][1] for sample in samples],
-            box=box,
-        )
-        for index, box in enumerate(first.plan.crops)
-    ]
+    crops = []
+    for index, box in enumerate(first.plan.crops):
+        images, masks = zip(*(sample.crops[index] for sample in samples), strict=True)
+        crops.append(Crop(torch.stack(images), list(masks), box))
     image = torch.stack([sample.image for sample in samples])
     same = first.plan.output == first.plan.size
     large = [sample.large for sample in samples if sample.large is not None]

@@ -265,9 +265,8 @@ class _Run:
         for reason in unreadable:
             if self.warned < 5:
                 self.warned += 1
-                log.warning(
-                    "a picture is left out: %s%s", reason, "; further ones are only counted" * (self.warned == 5)
-                )
+                end = "; further ones are only counted" if self.warned == 5 else ""
+                log.warning("a picture is left out: %s%s", reason, end)
 
     def _log(self, rate: float) -> dict[str, str]:
         """Write a line of the log, given the steps a second; returns what the progress bar shows."""

@@ -45,14 +45,9 @@ class _Case:
 
 
 class _Cases:
-    """Centre crops of evenly spread pictures of a source, on a device.
+    """Centre crops of evenly spread pictures of a source, or of a share of them, on the backbone's device.
 
-    Args:
-        source: of the pictures.
-        config: of the run.
-        backbone: on the device.
-        keep: what to keep of a picture beside its crop, given the side S.
-        share: of the pictures.
+    ``keep`` makes what to keep of a picture beside its crop, given the side S.
     """
 
     def __init__(
@@ -270,9 +265,8 @@ class LinearProbe:
         def dense(features: Tensor) -> Tensor:
             return F.interpolate(features, (self._cases.size,) * 2, mode="bilinear", align_corners=False)
 
-        linear = self._fit(
-            [dense(case.features)[0, :, points[:, 0], points[:, 1]].mT for case, _, points in self._learn]
-        )
+        samples = [dense(case.features)[0, :, points[:, 0], points[:, 1]].mT for case, _, points in self._learn]
+        linear = self._fit(samples)
         with torch.no_grad():
             # A linear layer and bilinear interpolation commute.
             logits = (linear(case.features.movedim(1, -1)).movedim(-1, 1) for case, _ in self._judge)
