@@ -312,9 +312,9 @@ def _rewrap(
 
 def _unsupported(model: nn.Module) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    described = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
+    subject = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
     return (
-        f"cannot tell how to get a feature map out of {described}. Looked for: a timm model (feature_info and "
+        f"cannot tell how to get a feature map out of {subject}. Looked for: a timm model (feature_info and "
         "forward_intermediates, or built with features_only=True), torch.hub's DINOv2 or DINOv3 (forward_features and "
         "get_intermediate_layers), a CLIP or SigLIP of open_clip or clip (.visual), a transformers DINOv2, DINOv3, "
         "CLIP or SigLIP, or an AutoBackbone (feature_maps). If it holds one of these, wrap that part; else write a "

@@ -76,7 +76,7 @@ def timm_vit(model: Any, layer: int | None) -> Source | None:
         TIMM,
         WITH_OFFSET if clip or dinov2 else ANTIALIASED,
         last=pick_layer(layer, count, name or "this VisionTransformer"),
-        positioned=0 if model.no_embed_class else model.num_prefix_tokens,
+        table_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
         value_path=clip and layer is None,
         projection=(model, "head") if clip and layer is None and is_projection else None,
     )
@@ -127,15 +127,15 @@ def clip_object(model: Any, layer: int | None) -> Source | None:
             "only the CLIP image tower with nn.MultiheadAttention blocks and a class token is supported"
         )
     official = any(type(m).__module__ == "clip.model" for m in (model, tower))
-    projected = layer is None and getattr(tower, "proj", None) is not None
+    has_projection = layer is None and getattr(tower, "proj", None) is not None
     vit = PlainViT(
         tower,
         CLIP,
         WITH_OFFSET,
         last=pick_layer(layer, len(blocks), "this CLIP"),
-        positioned=1,
+        table_tokens=1,
         value_path=layer is None,
-        projection=(tower, "proj") if projected else None,
+        projection=(tower, "proj") if has_projection else None,
     )
     # open_clip's objects do not say which weights they hold; OpenAI's package only ever loads OpenAI's.
     is_b16 = official and (vit.patch.out_channels, vit.patch.stride[0], len(blocks)) == (768, 16, 12)
@@ -180,14 +180,14 @@ def transformers_vit(model: Any, layer: int | None) -> Source | None:
         if not find_checkpoint(name):
             name = dinov2_name(*sizes, getattr(trunk.config, "num_register_tokens", 0)) or name
     clip = kind == "clip_vision_model"
-    projected = clip and layer is None and part(model, "visual_projection") is not None
+    has_projection = clip and layer is None and part(model, "visual_projection") is not None
     vit = PlainViT(
         trunk,
         layout,
         resampling,
         last=pick_layer(layer, count, name or f"this {type(model).__name__}"),
-        positioned=1 if layout.tokens else 0,
+        table_tokens=1 if layout.tokens else 0,
         value_path=clip and layer is None,
-        projection=(model, "visual_projection") if projected else None,
+        projection=(model, "visual_projection") if has_projection else None,
     )
     return plain_source(vit, count, name, scaling, clip)

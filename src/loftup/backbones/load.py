@@ -63,7 +63,7 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         overlay = {"state_dict": _read_weights(Path(weights).expanduser()), "source": ""}
     else:
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
-    described = f"{name!r} with the options {options}" if options else repr(name)
+    subject = f"{name!r} with the options {options}" if options else repr(name)
     try:
         with _Copies() as copies:
             try:
@@ -74,15 +74,15 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
                 # A backbone needs no classifier: the file may have none, or one for other classes.
                 model = _create(name, {**options, "num_classes": 0}, True, overlay)
     except Exception as error:  # the Hub's client, its transport and timm each have exceptions of their own
-        refused = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
-        if refused or weights is False:
-            message = f"timm cannot build {described}: {_shorten(error)}"
+        refusal = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
+        if refusal or weights is False:
+            message = f"timm cannot build {subject}: {_shorten(error)}"
         elif overlay:
             keys = _shorten(", ".join(sorted(overlay["state_dict"], key=lambda key: key.count("."))), 200)
-            message = f"{weights} does not hold weights for {described}: {_shorten(error)}. Keys of the file: {keys}"
+            message = f"{weights} does not hold weights for {subject}: {_shorten(error)}. Keys of the file: {keys}"
         else:
             message = (
-                f"could not load timm's weights for {described} from the Hub ({_shorten(error)}). Without the Hub, "
+                f"could not load timm's weights for {subject} from the Hub ({_shorten(error)}). Without the Hub, "
                 "give a local file, load_backbone(name, weights=path), or weights=False for random ones"
             )
         raise LoftUpError(message) from error

@@ -53,8 +53,8 @@ class FixedSize:
         self.strict = next((m for m in model.modules() if getattr(m, "strict_img_size", False)), None)
         self.size = tuple(config.get("input_size", ()))[1:] if config.get("fixed_input_size") else None
         classes = [type(m) for m in (model, getattr(model, "model", None)) if m is not None]
-        accepted = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-        options = [f"{key}={value}" for choice in FLEXIBLE for key, value in choice.items() if key in accepted]
+        parameters = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+        options = [f"{key}={value}" for choice in FLEXIBLE for key, value in choice.items() if key in parameters]
         build = f"timm.create_model({config.get('architecture', '...')!r}, {(options or ['img_size=(H, W)'])[0]})"
         self.name = name or type(model).__name__
         self.remedy = f"build it with {build}" + (", or with load_backbone, which does so" if options else "")
@@ -89,12 +89,12 @@ class TimmStages:
     model: Any
     stage: int
     norm: bool
-    fixed: FixedSize
+    size: FixedSize
 
     def __call__(self, image: Tensor) -> Tensor:
         options = {"indices": [self.stage], "norm": self.norm, "output_fmt": "NCHW"}
         run = functools.partial(self.model.forward_intermediates, stop_early=True, intermediates_only=True, **options)
-        (stage,) = self.fixed.run(run, image)
+        (stage,) = self.size.run(run, image)
         return stage  # type: ignore[no-any-return]
 
 
@@ -122,10 +122,10 @@ class TimmFeatures:
 
     model: Any
     position: int
-    fixed: FixedSize
+    size: FixedSize
 
     def __call__(self, image: Tensor) -> Tensor:
-        maps = self.fixed.run(self.model, image)
+        maps = self.size.run(self.model, image)
         stage: Tensor = (list(maps.values()) if isinstance(maps, dict) else list(maps))[self.position]
         return stage.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else stage
 

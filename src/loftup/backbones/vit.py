@@ -120,12 +120,12 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
 
 def table_grid(model: Any, count: int) -> tuple[int, int]:
     """The (rows, columns) of a position table with ``count`` entries: as the model says, else a square."""
-    stated = [part(model, "patch_embed.grid_size"), part(model, "grid_size")]
+    grids = [part(model, "patch_embed.grid_size"), part(model, "grid_size")]
     if (config := getattr(model, "config", None)) is not None and hasattr(config, "image_size"):
         sizes = (pair(config.image_size), pair(config.patch_size))
-        stated.append(tuple(side // patch for side, patch in zip(*sizes, strict=True)))
+        grids.append(tuple(side // patch for side, patch in zip(*sizes, strict=True)))
     side = math.isqrt(count)
-    for rows, columns in [*(grid for grid in stated if grid), (side, side)]:
+    for rows, columns in [*(grid for grid in grids if grid), (side, side)]:
         if rows * columns == count:
             return int(rows), int(columns)
     kind = type(model).__name__
@@ -145,7 +145,7 @@ class PlainViT:
     layout: Layout  # where its parts are
     resampling: Resampling  # how its position table is fitted to the grid
     last: int  # index of the block whose output is taken
-    positioned: int  # how many prefix tokens have an entry of their own at the front of the position table
+    table_tokens: int  # how many prefix tokens have an entry of their own at the front of the position table
     value_path: bool = False  # take the last block's value path (see value_path) instead of its output
     # Owner and path of the projection behind the final norm: a module, or a matrix (D, C).
     projection: tuple[Any, str] | None = None
@@ -195,7 +195,7 @@ class PlainViT:
         tokens = [token.reshape(1, -1, width) for token in parts if token is not None]
         prefix = torch.cat(tokens, 1) if tokens else patches.new_empty(1, 0, width)
         if (table := self._part("position")) is not None:
-            table, n = table.reshape(1, -1, width), self.positioned
+            table, n = table.reshape(1, -1, width), self.table_tokens
             prefix, table = torch.cat([prefix[:, :n] + table[:, :n], prefix[:, n:]], 1), table[:, n:]
             table = resample_positions(table, table_grid(self.trunk, table.shape[1]), grid, self.resampling)
             patches = patches + table.to(patches.dtype)

@@ -12,8 +12,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = "dinov2_vits14") -> None:
     """Options that name a backbone and a device; with no default, what comes in the package is meant."""
     add = parser.add_argument
-    shown = "%(default)s" if default else "tiny and its upsamplers, all in the package"
-    add("--backbone", default=default, metavar="NAME", help=f"loftup's or timm's name (default: {shown})")
+    text = "%(default)s" if default else "tiny and its upsamplers, all in the package"
+    add("--backbone", default=default, metavar="NAME", help=f"loftup's or timm's name (default: {text})")
     add("--backbone-weights", metavar="FILE", help="local weights of the backbone; default: from the Hub")
     add("--layer", type=int, metavar="K", help="stage or block of the backbone to take; default: its last")
     add("--option", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="passed to timm, repeatable")

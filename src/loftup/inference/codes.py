@@ -117,8 +117,8 @@ class Codes:
         fine = self.net.encoder.fine_codes(patches(F.pad(self.image, (1, 1, 1, 1)), y + 1, x + 1))[..., 1, 1]
         around = patches(F.pad(self.coarse, (1, 1, 1, 1), mode="replicate"), y // 2 + 1, x // 2 + 1)
         coarse = F.interpolate(around, scale_factor=2, mode="bilinear", align_corners=False)
-        picked = torch.arange(len(y), device=y.device)
-        return fine + coarse[picked, :, 2 + y % 2, 2 + x % 2]
+        pixels = torch.arange(len(y), device=y.device)
+        return fine + coarse[pixels, :, 2 + y % 2, 2 + x % 2]
 
     def blocks(self, down: Blocks, across: Blocks) -> Tensor:
         """The codes of a rectangle of blocks, (n * m, P * Q, D)."""

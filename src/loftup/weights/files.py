@@ -112,7 +112,7 @@ def _first_complete(
     backbone: str = "",
 ) -> StoredWeights:
     """Take the first file that has (or, on request, lacks) the channel norm."""
-    refused = []
+    others = []
     for file in files:
         state, in_header = read_state(file)
         settings = in_header or ({} if config is None else _described(config, f"the {CONFIG} beside {file}"))
@@ -124,11 +124,11 @@ def _first_complete(
         norm = channel_norm or settings.get("channel_norm", "layer")
         if any(key.startswith("channelnorm.") for key in state) == (norm == "layer"):
             return _stored(state, {**settings, "channel_norm": norm}, file, backbone)
-        refused.append(str(file))
+        others.append(str(file))
     if channel_norm == "identity":
-        raise LoftUpError(f'{", ".join(refused)} has a channel norm; leave channel_norm="identity" out')
+        raise LoftUpError(f'{", ".join(others)} has a channel norm; leave channel_norm="identity" out')
     raise LoftUpError(
-        f"{', '.join(refused)} lacks the channel norm (channelnorm.norm.weight and .bias): it holds the inner module "
+        f"{', '.join(others)} lacks the channel norm (channelnorm.norm.weight and .bias): it holds the inner module "
         f"alone, and loading it would give wrong features without an error. Use the repository's {PICKLE}; or, if your "
         'features are normalised already, say channel_norm="identity"'
     )
@@ -161,12 +161,12 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
             config = _described(state[METADATA_KEY], f"the config in {file}")
     if isinstance(state.get("state_dict"), dict):
         # A training checkpoint also holds the backbone (model.0.*), losses and downsamplers: not ours to load.
-        nested: dict[str, Any] = state["state_dict"]
-        renamed = {re.sub(r"^model\.1\.norm\.", "channelnorm.norm.", key): value for key, value in nested.items()}
+        entries: dict[str, Any] = state["state_dict"]
+        renamed = {re.sub(r"^model\.1\.norm\.", "channelnorm.norm.", key): value for key, value in entries.items()}
         state = {key: value for key, value in renamed.items() if key.startswith(("upsampler.", "channelnorm."))}
         if not state:
             kind = "a training checkpoint without upsampler.* entries"
-            raise LoftUpError(f"{file} is {kind}; its keys begin {_some(nested)}")
+            raise LoftUpError(f"{file} is {kind}; its keys begin {_some(entries)}")
     if strangers := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise LoftUpError(f"{file} is not a state dict of tensors: {_some(strangers)} hold other things")
     if state and not any(key.startswith(("upsampler.", "channelnorm.")) for key in state):
@@ -272,8 +272,8 @@ def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> 
     fields = config.to_dict()
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_atomically(folder / SAFETENSORS, to_bytes(plain, {"format": "pt", METADATA_KEY: json.dumps(fields)}))
-    described = {**fields, "library_name": "loftup", "loftup_version": __version__}
-    write_atomically(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+    content = {**fields, "library_name": "loftup", "loftup_version": __version__}
+    write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def push(config: Config, state: StateDict, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
@@ -289,7 +289,7 @@ def model_card(config: Config, repo: str) -> str:
     universal = isinstance(config, UniversalConfig)
     backbone = config.backbone or ("any vision backbone" if universal else "a vision backbone")
     channels = "C" if universal else str(config.channels)
-    described = "any C" if universal else f"C = {channels}"
+    width = "any C" if universal else f"C = {channels}"
     return f"""---
 library_name: loftup
 pipeline_tag: image-feature-extraction
@@ -298,7 +298,7 @@ tags: [feature-upsampling, loftup]
 
 # LoftUp for {backbone}
 
-Upsamples features of {backbone} ({described}) to any resolution, guided by the image.
+Upsamples features of {backbone} ({width}) to any resolution, guided by the image.
 
 ```python
 from loftup import LoftUp

@@ -79,19 +79,19 @@ def resolve_backbone(name: str | None, kind: str, usable: bool, strict: bool = F
     """
     if name is not None and (checkpoint := find_checkpoint(name)):
         return WeightsName(name, checkpoint=checkpoint)
-    described = f"named {name!r}" if name else f"a {kind} without a recognised name"
-    return _any_for(name or kind, described, strict or not usable)
+    subject = f"named {name!r}" if name else f"a {kind} without a recognised name"
+    return _any_for(name or kind, subject, strict or not usable)
 
 
-def _any_for(asked: str, described: str, strict: bool) -> WeightsName:
+def _any_for(asked: str, subject: str, strict: bool) -> WeightsName:
     if strict:
         raise LoftUpError(
-            f"no published LoftUp weights for this backbone ({described}); there are weights for "
+            f"no published LoftUp weights for this backbone ({subject}); there are weights for "
             f"{', '.join(PUBLISHED)}. If it is one of these under another name, pass that name; for weights of your "
             f"own, pass their path; {ANY!r} is an upsampler for features of any backbone"
         )
     sentence = (
-        f"no LoftUp weights of its own for this backbone ({described}): using {ANY!r}, which takes features of any "
+        f"no LoftUp weights of its own for this backbone ({subject}): using {ANY!r}, which takes features of any "
         "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`"
     )
     return WeightsName(asked, checkpoint=CATALOGUE[ANY], substitute=sentence)

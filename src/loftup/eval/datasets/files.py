@@ -15,14 +15,14 @@ __all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_ima
 def expect_folder(folder: Path, content: str) -> Path:
     """The folder, or LoftUpError if there is none."""
     if not folder.is_dir():
-        raise LoftUpError(f"expected a folder with {content} at {folder}, found {_found(folder)}")
+        raise LoftUpError(f"expected a folder with {content} at {folder}, found {_content_of(folder)}")
     return folder
 
 
 def expect_file(file: Path, content: str) -> Path:
     """The file, or LoftUpError if there is none."""
     if not file.is_file():
-        raise LoftUpError(f"expected {content} at {file}, found {_found(file)}")
+        raise LoftUpError(f"expected {content} at {file}, found {_content_of(file)}")
     return file
 
 
@@ -67,7 +67,7 @@ def check_size(values: Tensor, file: Path, image: Tensor, picture: Path) -> None
         )
 
 
-def _found(path: Path) -> str:
+def _content_of(path: Path) -> str:
     if path.exists():
         return "a file" if path.is_file() else "a folder"
     parent = path.parent

@@ -62,8 +62,8 @@ def next_click(prediction: Tensor, truth: Tensor, clicks: list[Click]) -> Click 
     free = torch.ones_like(prediction)
     for click in clicks:
         free[click.row, click.column] = False
-    missed, taken = (truth == 1) & ~prediction, (truth == 0) & prediction
-    depths = [_distance(error) * free for error in (missed, taken)]
+    misses, extras = (truth == 1) & ~prediction, (truth == 0) & prediction
+    depths = [_distance(error) * free for error in (misses, extras)]
     positive = bool(depths[0].max() > depths[1].max())
     deepest = depths[0] if positive else depths[1]
     return _farthest(deepest, positive) if deepest.max() > 0 else None

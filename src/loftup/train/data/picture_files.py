@@ -99,8 +99,9 @@ def label_maps(names: Sequence[str], folder: "str | os.PathLike[str]") -> tuple[
                 "keep one kind"
             )
     pairs = {pictures[stem][0]: maps[stem] for stem in both}
-    alone = [name for group in (maps, pictures) for stem, files in group.items() if stem not in both for name in files]
-    return dict(sorted(pairs.items())), alone
+    groups = (files for group in (maps, pictures) for stem, files in group.items() if stem not in both)
+    singles = [name for files in groups for name in files]
+    return dict(sorted(pairs.items())), singles
 
 
 def _is_png(name: str) -> bool:

@@ -39,21 +39,21 @@ class SA1BShards:
     def __init__(self, path: "str | os.PathLike[str]") -> None:
         self.shards = _expand(path)
         self.root = Path(os.path.commonpath([shard.parent for shard in self.shards]))
-        names, places, alone = [], [], 0
+        names, places, singles = [], [], 0
         for number, shard in enumerate(self.shards):
             for key, members in _members(shard).items():
                 if len(members) < 2:
-                    alone += 1
+                    singles += 1
                     continue
                 names.append(f"{shard.relative_to(self.root).as_posix()}/{key}")
                 places.append([number, *members["picture"], *members["json"]])
         if not names:
             raise LoftUpError(
-                f"no picture in {path} has a json beside it: {len(self.shards)} tar files, {alone} members without a "
+                f"no picture in {path} has a json beside it: {len(self.shards)} tar files, {singles} members without a "
                 "partner; expected members NAME.jpg and NAME.json as in SA-1B"
             )
-        if alone:
-            log.warning("%s: left out %d members without a partner (picture or json)", path, alone)
+        if singles:
+            log.warning("%s: left out %d members without a partner (picture or json)", path, singles)
         self._names, self._places = np.array(names), np.array(places)
 
     def __len__(self) -> int:

@@ -130,11 +130,11 @@ class LabelFolder(_Folder):
 
     def __init__(self, path: "str | os.PathLike[str]") -> None:
         folder = Path(path).expanduser()
-        maps, alone = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
+        maps, singles = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
         if not maps:
             expected = "a label map NAME.png or NAME.segK.png beside it"
-            raise LoftUpError(f"none of the {len(alone)} pictures in {folder} has {expected}")
-        _say_left_out(folder, "pictures without a partner (picture or label map)", len(alone))
+            raise LoftUpError(f"none of the {len(singles)} pictures in {folder} has {expected}")
+        _say_left_out(folder, "pictures without a partner (picture or label map)", len(singles))
         super().__init__(folder, list(maps))
         self._maps = np.array(["\n".join(names) for names in maps.values()])  # one block of memory, too
 
@@ -201,15 +201,15 @@ class _LazyMasks:
         self._make = make
 
     @cached_property
-    def _made(self) -> Masks:
+    def _masks(self) -> Masks:
         return self._make()
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._masks)
 
     def crop(self, box: Region, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
         """See :meth:`Masks.crop`."""
-        return self._made.crop(box, size, keep)
+        return self._masks.crop(box, size, keep)
 
 
 class Several:

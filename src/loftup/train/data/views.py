@@ -215,8 +215,8 @@ class _Cropper:
         from PIL import Image
 
         top, left, bottom, right = self._region(box, whole)
-        resized = self.picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-        image = torch.from_numpy(np.array(resized)).movedim(-1, 0).float() / 255
+        pixels = self.picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        image = torch.from_numpy(np.array(pixels)).movedim(-1, 0).float() / 255
         return image.flip(-1) if self.view.mirrored else image
 
     def masks(self, box: Region, whole: int, size: int, limit: int, generator: torch.Generator) -> Tensor:

@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _maker(arguments: argparse.Namespace) -> MaskMaker:
     names, others = (SAM, FELZENSZWALB) if arguments.sam else (FELZENSZWALB, SAM)
-    if foreign := [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]:
+    if strays := [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]:
         raise ValueError(
-            f"{', '.join(foreign)} would do nothing: "
+            f"{', '.join(strays)} would do nothing: "
             + ("a SAM model is asked for" if arguments.sam else "Felzenszwalb's masks are asked for; see --sam")
         )
     options: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -113,10 +113,10 @@ def overlay(picture: Picture, keep: Sequence[int] | None = None, opacity: float 
     height, width = picture.image.shape[1:]
     indices = range(len(picture.masks)) if keep is None else keep
     colours = torch.randint(256, (len(picture.masks), 3), generator=torch.Generator().manual_seed(0)).float()
-    drawn: Tensor = picture.image.float()
+    canvas: Tensor = picture.image.float()
     for index in indices:
         # One at a time: a hundred masks at the size of SA-1B's pictures would be 340 MB.
         for mask in picture.masks.crop((0, 0, height, width), (height, width), [index]):
-            mixed = opacity * colours[index][:, None, None] + (1 - opacity) * picture.image
-            drawn = torch.where(mask, mixed, drawn)
-    return Image.fromarray(drawn.round().to(torch.uint8).movedim(0, -1).numpy())
+            blend = opacity * colours[index][:, None, None] + (1 - opacity) * picture.image
+            canvas = torch.where(mask, blend, canvas)
+    return Image.fromarray(canvas.round().to(torch.uint8).movedim(0, -1).numpy())

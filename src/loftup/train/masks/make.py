@@ -58,10 +58,10 @@ def make_masks(
     target = folder if output is None else Path(output).expanduser()
     check_outside(folder, target)
     names = find_pictures(folder)
-    if labelled := label_maps(names, folder)[0]:
-        name, (first, *_) = next(iter(labelled.items()))
+    if maps := label_maps(names, folder)[0]:
+        name, (first, *_) = next(iter(maps.items()))
         raise LoftUpError(
-            f"{len(labelled)} pictures in {folder} have label maps, such as {first} beside {name}: training takes "
+            f"{len(maps)} pictures in {folder} have label maps, such as {first} beside {name}: training takes "
             "those as masks, with data.kind=labels, and no others are needed. To make masks all the same, or if these "
             "are no label maps, take the .png files out"
         )

@@ -31,9 +31,9 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
     """
     folder = Path(config.output).expanduser()
     path = latest_checkpoint(folder / "checkpoints")
-    if not resume and (held := path.name if path else _held(folder)):
+    if not resume and (evidence := path.name if path else _evidence(folder)):
         remedy = "go on with it by --resume, or take another folder: output=..."
-        raise LoftUpError(f"{folder} holds a run already ({held}); {remedy}")
+        raise LoftUpError(f"{folder} holds a run already ({evidence}); {remedy}")
     if config.hub:
         import huggingface_hub
 
@@ -65,7 +65,7 @@ def check_data(config: TrainConfig, state: dict[str, Any], count: int) -> None:
         )
 
 
-def _held(folder: Path) -> str:
+def _evidence(folder: Path) -> str:
     """The file that tells of a run without checkpoints, "" if there is none."""
     table = folder / "log.csv"
     if table.is_file() and table.read_bytes().count(b"\n") > 1:
@@ -79,12 +79,12 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
 
 
 def _check_same(config: TrainConfig, pictures: int, state: dict[str, Any], path: str) -> None:
-    changed = differences(state["config"], dataclasses.asdict(config))
+    changes = differences(state["config"], dataclasses.asdict(config))
     if state["pictures"] != pictures:
-        changed.append(f"pictures a step (batch x accumulate x processes): {state['pictures']}, now {pictures}")
-    if changed:
+        changes.append(f"pictures a step (batch x accumulate x processes): {state['pictures']}, now {pictures}")
+    if changes:
         raise LoftUpError(
-            f"{path} was made with another config: {'; '.join(changed)}. Resume with the values of "
+            f"{path} was made with another config: {'; '.join(changes)}. Resume with the values of "
             f"{Path(config.output) / CONFIG}, or start a new run in another folder, from these weights with "
             f"model.pretrained={path}"
         )
