@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loftup {arguments.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; files already written are whole, run again to resume"
-        again *= arguments.command in ("features", "masks", "eval")
+        resumes = arguments.command in ("features", "masks", "eval")
+        again = "; files already written are whole, run again to resume" if resumes else ""
         print(f"\nloftup {arguments.command}: interrupted{again}", file=sys.stderr)
         return 130
 

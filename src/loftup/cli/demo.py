@@ -60,8 +60,8 @@ def _weights(arguments: argparse.Namespace) -> str:
     if arguments.backbone is not None:
         return str(arguments.weights or arguments.backbone)
     of_backbone = ("backbone_weights", "layer", "option", "mean", "std")
-    set_alone = [name for name in of_backbone if getattr(arguments, name) not in (None, [])]
-    if options := ", ".join(f"--{name.replace('_', '-')}" for name in set_alone):
+    strays = [name for name in of_backbone if getattr(arguments, name) not in (None, [])]
+    if options := ", ".join(f"--{name.replace('_', '-')}" for name in strays):
         raise ValueError(f"{options} without --backbone: name the backbone too, such as --backbone dinov2_vits14")
     arguments.backbone = TINY
     weights = "" if arguments.weights else f" and the upsampler {ANY!r}"

@@ -90,7 +90,8 @@ def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterat
             raise LoftUpError(f"{config_file} is not valid JSON ({error}); fetch or write it anew") from error
         if not isinstance(config, dict):
             raise LoftUpError(f"{config_file} holds a {type(config).__name__}, expected a JSON object")
-        if kind := config.get("model_type") or config.get("architecture"):
+        if "model_type" in config or "architecture" in config:
+            kind = config.get("model_type") or config.get("architecture")
             published = f"published LoftUp weights: {', '.join(PUBLISHED)}"
             raise LoftUpError(f"{where} holds a {kind!r} model, not LoftUp weights; {published}")
 
@@ -118,8 +119,8 @@ def _first_complete(
         settings = in_header or ({} if config is None else _described(config, f"the {CONFIG} beside {file}"))
         if settings.get("values") == "features" or UNIVERSAL_KEY in state:
             if channel_norm:
-                asked = f"channel_norm={channel_norm!r}"
-                raise LoftUpError(f"{file} is of a network without a channel norm, got {asked}; leave it out")
+                got = f"got channel_norm={channel_norm!r}"
+                raise LoftUpError(f"{file} is of a network without a channel norm, {got}; leave it out")
             return _stored(state, settings, file, backbone)
         norm = channel_norm or settings.get("channel_norm", "layer")
         if any(key.startswith("channelnorm.") for key in state) == (norm == "layer"):
