@@ -8,7 +8,11 @@ __all__ = ["stamp", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or absent: to a temporary name beside it, synced, then renamed."""
+    """Write a file that is either whole or absent: to a temporary name beside it, synced, then renamed.
+
+    A missing folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     # Not mkstemp, whose 0600 would hide a shared model from colleagues. O_BINARY is Windows' own.
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)

@@ -1,4 +1,4 @@
-"""What may be passed to a LoftUp, and the errors that say so: got, expected, remedy."""
+"""The arguments that a LoftUp takes, and the errors about others: got, expected, remedy."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights.catalogue import PUBLISHED
+from .weights.catalogue import fitting
 
 __all__ = ["Size", "check_inputs", "check_points", "output_size", "resize_guidance"]
 
@@ -44,18 +44,16 @@ def check_inputs(
         device: of the weights.
         backbone: that the weights belong to, for the message; may be empty.
     """
-    for name, tensor in (("features", features), ("image", image)):
+    for name, tensor, shape in (("features", features, "B, C, h, w"), ("image", image, "B, 3, H, W")):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}; convert with {name}.float()")
         if tensor.ndim != 4:
             remedy = f"; for a single one: {name}[None]" if tensor.ndim == 3 else ""
-            tokens = "; for tokens (B, h*w, C): features.mT.reshape(B, C, h, w)" if name == "features" else ""
-            raise ValueError(
-                f"{name} must have 4 dimensions ({'B, C, h, w' if name == 'features' else 'B, 3, H, W'}), "
-                f"got shape {tuple(tensor.shape)}{remedy}{tokens if tensor.ndim == 3 else ''}"
-            )
+            if remedy and name == "features":
+                remedy += "; for tokens (B, h*w, C): features.mT.reshape(B, C, h, w)"
+            raise ValueError(f"{name} must have 4 dimensions ({shape}), got shape {tuple(tensor.shape)}{remedy}")
     # Weights for any number of channels cannot tell; but an image has 3.
     expected = image.shape[1] if channels is None else channels
     if features.shape[1] == 3 != expected and image.shape[1] == expected:
@@ -68,9 +66,8 @@ def check_inputs(
         raise ValueError(f"the image has {image.shape[1]} channels, expected 3 (B, 3, H, W){remedy}")
     if channels is not None and features.shape[1] != channels:
         weights = f"the weights {backbone!r} expect" if backbone else "these weights expect"
-        fitting = [repr(name) for name, checkpoint in PUBLISHED.items() if checkpoint.channels == features.shape[1]]
-        remedy = f"; for {features.shape[1]} channels: {', '.join(fitting)}" if fitting else ""
-        raise ValueError(f"features have {features.shape[1]} channels, {weights} {channels}{remedy}")
+        count = features.shape[1]
+        raise ValueError(f"features have {count} channels, {weights} {channels}{fitting(count)}")
     if features.shape[0] != image.shape[0]:
         raise ValueError(
             f"features have batch size {features.shape[0]}, the image {image.shape[0]}; "
@@ -93,11 +90,9 @@ def check_inputs(
             )
         for name, tensor in (("features", features), ("image", image)):
             if not bool(tensor.isfinite().all()):
-                bad = int((~tensor.isfinite()).sum())
                 half = "; float16 overflows past 65504: run the backbone in bfloat16 or float32"
-                raise ValueError(
-                    f"{name} hold {bad} values that are not finite{half if tensor.dtype == torch.float16 else ''}"
-                )
+                remedy = half if tensor.dtype == torch.float16 else ""
+                raise ValueError(f"{name} hold {int((~tensor.isfinite()).sum())} values that are not finite{remedy}")
 
 
 def check_points(points: Tensor, features: Tensor, height: int, width: int) -> None:

@@ -1,15 +1,16 @@
 """Reading pictures: any file and any mode that Pillow knows, upright and in RGB."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LoftUpError
+from .errors import LoftUpError, translate
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "check_suffix", "open_picture", "require_pillow", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "check_suffix", "encode", "open_picture", "require_pillow", "to_rgb"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -54,11 +55,17 @@ def to_rgb(picture: "Image.Image", name: str = "the picture") -> "Image.Image":
     return upright.convert("RGB")
 
 
+def encode(picture: "Image.Image", kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of a picture's file; ``options`` are Pillow's."""
+    stream = BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
 def check_suffix(path: Path) -> None:
     """Raise ValueError unless Pillow can write a picture under that name."""
     pil = require_pillow()
-    kind = pil.registered_extensions().get(path.suffix.lower())
-    if kind not in pil.SAVE:
+    if pil.registered_extensions().get(path.suffix.lower()) not in pil.SAVE:
         raise ValueError(
             f"cannot write a picture named {path.name!r}: expected a suffix such as .png, .jpg or .webp, "
             f"got {path.suffix!r}"
@@ -67,8 +74,6 @@ def check_suffix(path: Path) -> None:
 
 def require_pillow() -> Any:
     """The module ``PIL.Image``, or a LoftUpError that names the extra."""
-    try:
+    with translate(ImportError, 'pictures need Pillow: pip install "loftup[viz]"'):
         from PIL import Image
-    except ImportError as error:
-        raise LoftUpError('pictures need Pillow: pip install "loftup[viz]"') from error
     return Image

@@ -8,7 +8,7 @@ from .backbones import Backbone, wrap
 from .errors import LoftUpError
 from .inputs import Size
 from .model import LoftUp
-from .weights.catalogue import ANY, PUBLISHED
+from .weights.catalogue import ANY, fitting
 
 __all__ = ["Upsampled"]
 
@@ -36,12 +36,10 @@ class Upsampled(nn.Module):
         self.up = up
         expected = getattr(getattr(up, "config", None), "channels", None)
         if expected is not None and expected != self.backbone.channels:
-            fitting = [c.name for c in PUBLISHED.values() if c.channels == self.backbone.channels]
+            channels, name = self.backbone.channels, self.backbone.name or type(self.backbone.model).__name__
             raise LoftUpError(
-                f"the backbone {self.backbone.name or type(self.backbone.model).__name__!r} gives "
-                f"{self.backbone.channels} channels, the upsampler expects {expected}"
-                + (f"; for {self.backbone.channels} channels: {', '.join(map(repr, fitting))}" if fitting else "")
-                + f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
+                f"the backbone {name!r} gives {channels} channels, the upsampler expects {expected}{fitting(channels)}"
+                f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
             )
 
     def forward(self, image: Tensor, size: Size = None) -> Tensor:

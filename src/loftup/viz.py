@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .pictures import require_pillow, to_rgb
@@ -48,22 +49,18 @@ def pca_image(
     if not maps:
         raise ValueError("no feature maps given")
     rows = []  # one (pixels, C) matrix a map
-    for index, features_ in enumerate(maps):
-        if features_.ndim not in (3, 4) or features_.numel() == 0:
-            raise ValueError(
-                f"map {index} must be (B, C, H, W) or (C, H, W) and not empty, got {tuple(features_.shape)}"
-            )
-        if not bool(features_.isfinite().all()):
+    for index, dense in enumerate(maps):
+        if dense.ndim not in (3, 4) or dense.numel() == 0:
+            raise ValueError(f"map {index} must be (B, C, H, W) or (C, H, W) and not empty, got {tuple(dense.shape)}")
+        if not bool(dense.isfinite().all()):
             raise ValueError(f"map {index} holds values that are not finite")
-        rows.append(features_.detach().cpu().float().movedim(-3, -1).flatten(0, -2))
+        rows.append(rearrange(dense.detach().cpu().float(), "... c h w -> (... h w) c"))
     if shared and len(counts := {matrix.shape[1] for matrix in rows}) > 1:
         raise ValueError(f"maps have different channel counts {sorted(counts)}; use shared=False")
     groups = [rows] if shared else [[matrix] for matrix in rows]
-    coloured = [image for group in groups for image in _colour(group, shared_range, quantile)]
-    images = [
-        colours.reshape(*features_.shape[:-3], *features_.shape[-2:], 3).movedim(-1, -3)
-        for colours, features_ in zip(coloured, maps, strict=True)
-    ]
+    colours = [matrix for group in groups for matrix in _colour(group, shared_range, quantile)]
+    pairs = zip(colours, maps, strict=True)
+    images = [c.reshape(*x.shape[:-3], *x.shape[-2:], 3).movedim(-1, -3) for c, x in pairs]
     return images[0] if isinstance(features, Tensor) else images
 
 
@@ -76,13 +73,13 @@ def _colour(rows: list[Tensor], shared_range: bool, quantile: float) -> list[Ten
     # An eigenvector's sign is arbitrary: let its largest entry be positive, so that colours repeat between runs.
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     basis = F.pad(basis, (0, 3 - basis.shape[1]))
-    projected = [(sample - mean) @ basis for sample in samples]
-    ranges = [torch.cat(projected)] * len(rows) if shared_range else projected
-    coloured = []
+    projections = [(sample - mean) @ basis for sample in samples]
+    ranges = [torch.cat(projections)] * len(rows) if shared_range else projections
+    colours = []
     for matrix, values in zip(rows, ranges, strict=True):
         low, high = values.quantile(quantile, dim=0), values.quantile(1 - quantile, dim=0)
-        coloured.append((((matrix - mean) @ basis - low) / (high - low).clamp(min=1e-6)).clamp(0, 1))
-    return coloured
+        colours.append((((matrix - mean) @ basis - low) / (high - low).clamp(min=1e-6)).clamp(0, 1))
+    return colours
 
 
 def compare(
@@ -120,9 +117,8 @@ def compare(
     height = height or max([picture.height, *(features.shape[-2] for features in maps.values())])
     width = round(height * picture.width / picture.height)
     panels = {"image": picture.resize((width, height), pil.Resampling.BICUBIC)}
-    for name, colours in zip(
-        maps, pca_image(list(maps.values()), shared=shared, shared_range=shared_range) if maps else [], strict=True
-    ):
+    images = pca_image(list(maps.values()), shared=shared, shared_range=shared_range) if maps else []
+    for name, colours in zip(maps, images, strict=True):
         panels[name] = _to_pil(pil, colours, scale=False).resize((width, height), pil.Resampling.NEAREST)
     gap, size = max(4, height // 60), max(12, height // 18)
     font = ImageFont.load_default(size)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import LoftUpError
 from ..inputs import Size
+from ..weights.catalogue import TINY
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
-from .load import build, resolve
+from .load import build, build_tiny, resolve
 from .maps import evaluating, hub_dino, timm_features, timm_stages, transformers_backbone
-from .tiny import TINY, build_tiny
 from .vit import IMAGENET
 
 __all__ = ["Backbone", "identify", "load_backbone", "wrap"]
@@ -100,9 +100,8 @@ class Backbone(nn.Module):
             LoftUpError: the model does not take images of this size, or gave something else than features (B, C, h, w).
         """
         check_image(image)
-        height, width = (
-            max(1, (n + self.patch_size // 2) // self.patch_size) * self.patch_size for n in image.shape[2:]
-        )
+        patch = self.patch_size
+        height, width = (max(1, (n + patch // 2) // patch) * patch for n in image.shape[2:])
         if (height, width) != tuple(image.shape[2:]):
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
         with contextlib.ExitStack() as stack:
@@ -139,10 +138,9 @@ class Backbone(nn.Module):
         """
         image = read_picture(source).float() / 255
         if size is not None:
-            resized = F.interpolate(
-                image, resolve_size(size, image), mode="bicubic", align_corners=False, antialias=True
-            )
-            image = resized.clamp(0, 1)  # bicubic weights overshoot at edges
+            size = resolve_size(size, image)
+            image = F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=True)
+            image = image.clamp(0, 1)  # bicubic weights overshoot at edges
         return self.normalise(image)
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -219,7 +217,7 @@ def wrap(
         name=source.name,
         mean=source.scaling[0] if mean is None else mean,
         std=source.scaling[1] if std is None else std,
-        layer=source.layer,
+        layer=None if layer is None else source.layer,
         trainable=trainable,
     )
     backbone._layers = source.layers
@@ -291,8 +289,7 @@ def load_backbone(
             model = build(timm_name, weights, timm_options)
             scaling = (checkpoint.mean, checkpoint.std) if checkpoint else (None, None)
             name = checkpoint.name if checkpoint else ""
-        mean, std = (given or trained for given, trained in zip((mean, std), scaling, strict=True))
-        backbone = wrap(model, layer=layer, mean=mean, std=std, trainable=trainable)
+        backbone = wrap(model, layer=layer, mean=mean or scaling[0], std=std or scaling[1], trainable=trainable)
         backbone.name = name or backbone.name
         return backbone.eval().requires_grad_(trainable)
 
@@ -300,14 +297,12 @@ def load_backbone(
 def _rewrap(
     backbone: Backbone, layer: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, trainable: bool
 ) -> Backbone:
-    same_layer = layer is None or (
-        backbone.layer is not None and layer in (backbone.layer, backbone.layer - backbone._layers)
-    )
-    same_scaling = all(
-        values is None or triple(name, values) == getattr(backbone, name)
-        for name, values in (("mean", mean), ("std", std))
-    )
-    if not (same_layer and same_scaling) or (trainable and not backbone.trainable):
+    # A layer counted from the end is the same one.
+    layers = () if backbone.layer is None else (backbone.layer, backbone.layer - backbone._layers)
+    same_mean = mean is None or triple("mean", mean) == backbone.mean
+    same_std = std is None or triple("std", std) == backbone.std
+    same_layer = layer is None or layer in layers
+    if not (same_layer and same_mean and same_std) or (trainable and not backbone.trainable):
         raise LoftUpError(
             f"this is a Backbone already, with layer={backbone.layer}, mean={backbone.mean}, std={backbone.std} and "
             f"trainable={backbone.trainable}; for others wrap its .model"
@@ -317,9 +312,9 @@ def _rewrap(
 
 def _unsupported(model: nn.Module) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    described = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
+    subject = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
     return (
-        f"cannot tell how to get a feature map out of {described}. Looked for: a timm model (feature_info and "
+        f"cannot tell how to get a feature map out of {subject}. Looked for: a timm model (feature_info and "
         "forward_intermediates, or built with features_only=True), torch.hub's DINOv2 or DINOv3 (forward_features and "
         "get_intermediate_layers), a CLIP or SigLIP of open_clip or clip (.visual), a transformers DINOv2, DINOv3, "
         "CLIP or SigLIP, or an AutoBackbone (feature_maps). If it holds one of these, wrap that part; else write a "

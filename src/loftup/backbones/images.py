@@ -1,4 +1,4 @@
-"""What a backbone takes: the checks of its arguments, and pictures as tensors."""
+"""The arguments of a backbone: their checks, and pictures as tensors."""
 
 import math
 import os
@@ -29,28 +29,25 @@ def triple(name: str, values: Sequence[float]) -> Triple:
 
 def check_image(image: Tensor) -> None:
     """Raise TypeError or ValueError unless the image is a float tensor (B, 3, H, W) that is not empty."""
+    maker = "backbone.preprocess makes one"
     if not isinstance(image, Tensor):
-        raise TypeError(
-            f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; backbone.preprocess makes one"
-        )
+        raise TypeError(f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; {maker}")
     if not image.is_floating_point():
-        raise TypeError(f"image must be a normalised float tensor, got {image.dtype}; backbone.preprocess makes one")
+        raise TypeError(f"image must be a normalised float tensor, got {image.dtype}; {maker}")
     if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
         raise ValueError(f"image must be (B, 3, H, W), got {tuple(image.shape)}{_remedy(image)}")
 
 
 def _remedy(image: Tensor) -> str:
-    if image.ndim == 3 and len(image) == 3:
-        return "; for a single one: image[None]"
-    if image.ndim == 3 and image.shape[2] == 3:
-        return "; for channels last: image.permute(2, 0, 1)[None]"
-    if image.ndim == 4 and image.shape[3] == 3:
-        return "; for channels last: image.permute(0, 3, 1, 2)"
-    if image.ndim == 4 and image.shape[1] == 4:
-        return "; for RGBA: image[:, :3]"
-    if image.ndim == 4 and image.shape[1] == 1:
-        return "; for a grey image: image.expand(-1, 3, -1, -1)"
-    return ""
+    remedies = (  # dimensions, the channels' place, their number
+        (3, 0, 3, "a single one: image[None]"),
+        (3, 2, 3, "channels last: image.permute(2, 0, 1)[None]"),
+        (4, 3, 3, "channels last: image.permute(0, 3, 1, 2)"),
+        (4, 1, 4, "RGBA: image[:, :3]"),
+        (4, 1, 1, "a grey image: image.expand(-1, 3, -1, -1)"),
+    )
+    fitting = (text for ndim, axis, count, text in remedies if image.ndim == ndim and image.shape[axis] == count)
+    return next((f"; for {text}" for text in fitting), "")
 
 
 def resolve_size(size: Any, image: Tensor) -> tuple[int, int]:
@@ -65,12 +62,11 @@ def resolve_size(size: Any, image: Tensor) -> tuple[int, int]:
 def read_picture(source: Any) -> Tensor:
     """Pixels of a PIL image, a path or a uint8 tensor as uint8 (B, 3, H, W)."""
     if isinstance(source, Tensor):
+        subject = "a tensor to preprocess must be"
         if source.dtype != torch.uint8:
-            raise TypeError(
-                f"a tensor to preprocess must be uint8 in 0..255, got {source.dtype}; normalise it yourself"
-            )
+            raise TypeError(f"{subject} uint8 in 0..255, got {source.dtype}; normalise it yourself")
         if source.ndim not in (3, 4) or source.shape[-3] != 3 or source.numel() == 0:
-            raise ValueError(f"a tensor to preprocess must be (3, H, W) or (B, 3, H, W), got {tuple(source.shape)}")
+            raise ValueError(f"{subject} (3, H, W) or (B, 3, H, W), got {tuple(source.shape)}")
         return source if source.ndim == 4 else source[None]
     from PIL import Image
 

@@ -1,7 +1,7 @@
 """The plain ViTs of each package: where their parts are, how they are told apart, what they were trained on."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,8 +16,8 @@ from .vit import (
     Layout,
     PlainViT,
     Resampling,
+    Scaling,
     Source,
-    Triple,
     part,
     pick_layer,
     plain_source,
@@ -25,41 +25,24 @@ from .vit import (
 
 __all__ = ["clip_object", "open_clip_timm", "timm_vit", "transformers_vit"]
 
-OPENAI: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+OPENAI: Scaling = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF: Scaling = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 TIMM = Layout(
-    patch="patch_embed.proj",
-    patch_norm="patch_embed.norm",
-    tokens=("cls_token", "reg_token"),
-    position="pos_embed",
-    pre_norm="norm_pre",
-    blocks="blocks",
-    norm="norm",
+    "patch_embed.proj", "blocks", "norm", ("cls_token", "reg_token"), "pos_embed", "patch_embed.norm", "norm_pre"
 )
 CLIP = Layout(
     patch="conv1",
+    blocks="transformer.resblocks",
+    norm="ln_post",
     tokens=("class_embedding",),
     position="positional_embedding",
     pre_norm="ln_pre",
-    blocks="transformer.resblocks",
-    norm="ln_post",
     block_norm="ln_1",
 )
-HF_DINOV2 = Layout(
-    patch="embeddings.patch_embeddings.projection",
-    tokens=("embeddings.cls_token", "embeddings.register_tokens"),
-    position="embeddings.position_embeddings",
-    blocks="encoder.layer",
-    norm="layernorm",
-)
-HF_DINOV3 = Layout(
-    patch="embeddings.patch_embeddings",
-    tokens=("embeddings.cls_token", "embeddings.register_tokens"),
-    rope="rope_embeddings",
-    blocks="model.layer",
-    norm="norm",
-)
+HF_TOKENS, HF_POSITIONS = ("embeddings.cls_token", "embeddings.register_tokens"), "embeddings.position_embeddings"
+HF_DINOV2 = Layout("embeddings.patch_embeddings.projection", "encoder.layer", "layernorm", HF_TOKENS, HF_POSITIONS)
+HF_DINOV3 = Layout("embeddings.patch_embeddings", "model.layer", "norm", HF_TOKENS, rope="rope_embeddings")
 HF_SIGLIP = Layout(
     patch="embeddings.patch_embedding",
     position="embeddings.position_embedding.weight",
@@ -93,11 +76,11 @@ def timm_vit(model: Any, layer: int | None) -> Source | None:
         TIMM,
         WITH_OFFSET if clip or dinov2 else ANTIALIASED,
         last=pick_layer(layer, count, name or "this VisionTransformer"),
-        positioned=0 if model.no_embed_class else model.num_prefix_tokens,
+        table_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
         value_path=clip and layer is None,
         projection=(model, "head") if clip and layer is None and is_projection else None,
     )
-    return plain_source(vit, layer, count, name, scaling, clip)
+    return plain_source(vit, count, name, scaling, clip)
 
 
 def warn_of_gelu(model: Any, name: str) -> None:
@@ -126,7 +109,7 @@ def open_clip_timm(model: Any, layer: int | None) -> Source | None:
     return replace(source, name="", scaling=open_clip_scaling(tower, source.scaling))
 
 
-def open_clip_scaling(tower: Any, default: tuple[Triple, Triple]) -> tuple[Triple, Triple]:
+def open_clip_scaling(tower: Any, default: Scaling) -> Scaling:
     """The mean and std that open_clip's factory notes on an image tower."""
     return getattr(tower, "image_mean", None) or default[0], getattr(tower, "image_std", None) or default[1]
 
@@ -144,37 +127,29 @@ def clip_object(model: Any, layer: int | None) -> Source | None:
             "only the CLIP image tower with nn.MultiheadAttention blocks and a class token is supported"
         )
     official = any(type(m).__module__ == "clip.model" for m in (model, tower))
-    projected = layer is None and getattr(tower, "proj", None) is not None
+    has_projection = layer is None and getattr(tower, "proj", None) is not None
     vit = PlainViT(
         tower,
         CLIP,
         WITH_OFFSET,
         last=pick_layer(layer, len(blocks), "this CLIP"),
-        positioned=1,
+        table_tokens=1,
         value_path=layer is None,
-        projection=(tower, "proj") if projected else None,
+        projection=(tower, "proj") if has_projection else None,
     )
     # open_clip's objects do not say which weights they hold; OpenAI's package only ever loads OpenAI's.
     is_b16 = official and (vit.patch.out_channels, vit.patch.stride[0], len(blocks)) == (768, 16, 12)
     name = "ViT-B/16" if is_b16 else ""
-    return plain_source(vit, layer, len(blocks), name, open_clip_scaling(tower, OPENAI), clip=True)
+    return plain_source(vit, len(blocks), name, open_clip_scaling(tower, OPENAI), clip=True)
 
 
-@dataclass(frozen=True)
-class TransformersFamily:
-    """One ``config.model_type`` of transformers: where its parts are and how it was trained."""
-
-    layout: Layout
-    resampling: Resampling
-    scaling: tuple[Triple, Triple]
-
-
-TRANSFORMERS = {
-    "dinov2": TransformersFamily(HF_DINOV2, WITH_OFFSET, IMAGENET),
-    "dinov2_with_registers": TransformersFamily(HF_DINOV2, ANTIALIASED, IMAGENET),
-    "dinov3_vit": TransformersFamily(HF_DINOV3, ANTIALIASED, IMAGENET),
-    "clip_vision_model": TransformersFamily(HF_CLIP, WITH_OFFSET, OPENAI),
-    "siglip_vision_model": TransformersFamily(HF_SIGLIP, ANTIALIASED, HALF),
+# By ``config.model_type``.
+TRANSFORMERS: dict[Any, tuple[Layout, Resampling, Scaling]] = {
+    "dinov2": (HF_DINOV2, WITH_OFFSET, IMAGENET),
+    "dinov2_with_registers": (HF_DINOV2, ANTIALIASED, IMAGENET),
+    "dinov3_vit": (HF_DINOV3, ANTIALIASED, IMAGENET),
+    "clip_vision_model": (HF_CLIP, WITH_OFFSET, OPENAI),
+    "siglip_vision_model": (HF_SIGLIP, ANTIALIASED, HALF),
 }
 
 
@@ -190,31 +165,29 @@ def transformers_vit(model: Any, layer: int | None) -> Source | None:
             "not images. Load a fixed-resolution SigLIP 2 (such as google/siglip2-base-patch16-224), or write the "
             "function from image (B, 3, H, W) to features (B, C, h, w) yourself"
         )
-    family = TRANSFORMERS.get(kind)
-    if family is None or part(trunk, family.layout.patch) is None:
+    if kind not in TRANSFORMERS:
         return None
-    layout = family.layout
+    layout, resampling, scaling = TRANSFORMERS[kind]
+    if part(trunk, layout.patch) is None:
+        return None
     if kind == "dinov3_vit" and part(trunk, layout.blocks) is None:
         layout = replace(layout, blocks="layer")  # transformers 4
     count = len(part(trunk, layout.blocks))
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if kind.startswith("dinov2"):
         sizes = (trunk.config.hidden_size, count, trunk.config.patch_size)
-        name = known_name(name, dinov2_name(*sizes, getattr(trunk.config, "num_register_tokens", 0)))
+        # The stated name may be a local path: the sizes tell a published model too.
+        if not find_checkpoint(name):
+            name = dinov2_name(*sizes, getattr(trunk.config, "num_register_tokens", 0)) or name
     clip = kind == "clip_vision_model"
-    projected = clip and layer is None and part(model, "visual_projection") is not None
+    has_projection = clip and layer is None and part(model, "visual_projection") is not None
     vit = PlainViT(
         trunk,
         layout,
-        family.resampling,
+        resampling,
         last=pick_layer(layer, count, name or f"this {type(model).__name__}"),
-        positioned=1 if layout.tokens else 0,
+        table_tokens=1 if layout.tokens else 0,
         value_path=clip and layer is None,
-        projection=(model, "visual_projection") if projected else None,
+        projection=(model, "visual_projection") if has_projection else None,
     )
-    return plain_source(vit, layer, count, name, family.scaling, clip)
-
-
-def known_name(stated: str, by_sizes: str) -> str:
-    """A DINOv2's own name where it is a published one (it may be a local path), else the one that its sizes tell."""
-    return stated if find_checkpoint(stated) or not by_sizes else by_sizes
+    return plain_source(vit, count, name, scaling, clip)

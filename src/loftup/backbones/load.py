@@ -1,9 +1,9 @@
-"""Building a timm model by name, with weights from the Hub, from a local file, or none."""
+"""Building a timm model by name, with weights from the Hub, from the package, from a local file, or none."""
 
-import difflib
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import LoftUpError
-from ..weights.catalogue import PUBLISHED, Checkpoint, find_checkpoint, known_names
+from ..errors import LoftUpError, one_line, suggest
+from ..weights.catalogue import PUBLISHED, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
-__all__ = ["WeightsSource", "build", "resolve"]
+__all__ = ["build", "build_tiny", "resolve"]
 
 WeightsSource = str | os.PathLike[str] | Literal[False] | None
 
@@ -23,18 +23,14 @@ WeightsSource = str | os.PathLike[str] | Literal[False] | None
 def resolve(name: str) -> tuple[str, Checkpoint | None]:
     """The timm name of a backbone, and the published checkpoint whose scaling applies.
 
-    A name is loftup's, or timm's, or another package's for a backbone with a published upsampler; it is never guessed.
-
-    Raises:
-        LoftUpError: none of these; names the near misses.
-        TypeError: not a string.
+    A name is loftup's, or timm's, or another package's for a backbone with a published upsampler; it is never guessed:
+    LoftUpError names the near misses. TypeError: not a string.
     """
     import timm
 
     if not isinstance(name, str):
         hint = "; for a model object: wrap(model)" if isinstance(name, nn.Module) else ""
         raise TypeError(f"load_backbone takes the name of a backbone, got {type(name).__name__}{hint}")
-
     if name in PUBLISHED:
         return str(PUBLISHED[name].timm), PUBLISHED[name]
     if name.startswith(("hf-hub:", "hf_hub:")):
@@ -44,21 +40,22 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         return name, None
     if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
         return checkpoint.timm, checkpoint
-    known = [*known_names(), *pretrained, *timm.list_models()]
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+    meant = suggest(name, [*known_names(), *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
         f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
         "timm.list_models() and timm.list_pretrained()"
     )
 
 
-def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
-    """Build a timm model that takes images of any size where timm can make it so.
+def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Sequence[float] | None, ...]]:
+    """The backbone that comes with the package, and mean and std of its images; otherwise as :func:`build`."""
+    config = json.loads((TINY_BACKBONE / "config.json").read_text("utf-8"))
+    file = TINY_BACKBONE / "model.safetensors" if weights is None else weights
+    return build(config["timm"], file, {**config["options"], **options}), (config["mean"], config["std"])
 
-    Raises:
-        LoftUpError: see :func:`loftup.backbones.load_backbone`.
-    """
+
+def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
+    """Build a timm model that takes images of any size where timm can make it so; see :func:`load_backbone`."""
     if weights is None or weights is False:
         overlay = {}
     elif isinstance(weights, str | os.PathLike):
@@ -66,53 +63,49 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         overlay = {"state_dict": _read_weights(Path(weights).expanduser()), "source": ""}
     else:
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
-    given = f"{name!r} with the options {options}" if options else repr(name)
+    subject = f"{name!r} with the options {options}" if options else repr(name)
     try:
-        with _Written() as written:
+        with _Copies() as copies:
             try:
-                model = _create(name, options, pretrained=weights is not False, overlay=overlay)
+                model = _create(name, options, weights is not False, overlay)
             except RuntimeError as error:
                 if not overlay or "num_classes" in options or not _differs_in_classifier(name, str(error)):
                     raise
                 # A backbone needs no classifier: the file may have none, or one for other classes.
-                model = _create(name, {**options, "num_classes": 0}, pretrained=True, overlay=overlay)
+                model = _create(name, {**options, "num_classes": 0}, True, overlay)
     except Exception as error:  # the Hub's client, its transport and timm each have exceptions of their own
-        refused = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
-        if refused or weights is False:
-            raise LoftUpError(f"timm cannot build {given}: {_shorten(error)}") from error
-        if overlay:
-            keys = sorted(overlay["state_dict"], key=lambda key: key.count("."))
-            raise LoftUpError(
-                f"{weights} does not hold weights for {given}: {_shorten(error)}. Keys of the file: "
-                f"{_shorten(', '.join(keys), 200)}"
-            ) from error
-        raise LoftUpError(
-            f"could not load timm's weights for {given} from the Hub ({_shorten(error)}). Without the Hub, give a "
-            "local file, load_backbone(name, weights=path), or weights=False for random ones"
-        ) from error
+        refusal = isinstance(error, AssertionError | NotImplementedError) or "keyword argument" in str(error)
+        if refusal or weights is False:
+            message = f"timm cannot build {subject}: {_shorten(error)}"
+        elif overlay:
+            keys = _shorten(", ".join(sorted(overlay["state_dict"], key=lambda key: key.count("."))), 200)
+            message = f"{weights} does not hold weights for {subject}: {_shorten(error)}. Keys of the file: {keys}"
+        else:
+            message = (
+                f"could not load timm's weights for {subject} from the Hub ({_shorten(error)}). Without the Hub, "
+                "give a local file, load_backbone(name, weights=path), or weights=False for random ones"
+            )
+        raise LoftUpError(message) from error
     # timm keeps the configuration, and with it a second copy of all weights.
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     # Where the number of classes differs, timm loads loosely and leaves random what it does not find.
-    if overlay and (lost := [key for key in written.others(model) if not key.startswith(_classifiers(name))]):
-        raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(lost))}")
+    if overlay and (missing := [key for key in copies.others(model) if not key.startswith(_classifiers(name))]):
+        raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(missing))}")
     return model
 
 
-def _create(name: str, options: dict[str, Any], *, pretrained: bool, overlay: dict[str, Any]) -> nn.Module:
+def _create(name: str, options: dict[str, Any], pretrained: bool, overlay: dict[str, Any]) -> nn.Module:
     import timm
 
     for flexible in FLEXIBLE:
-        settings = {**flexible, **options}
+        settings = {"pretrained_cfg_overlay": overlay or None, **flexible, **options}
         try:
-            model: nn.Module = timm.create_model(
-                name, pretrained=pretrained, pretrained_cfg_overlay=overlay or None, **settings
-            )
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
+            return model
         except TypeError as error:
             # Most models know neither option; what the user asked for has to be known.
             if "unexpected keyword argument" not in str(error) or not set(flexible) - set(options):
                 raise
-        else:
-            return model
     raise AssertionError("the last choice has no options of its own")
 
 
@@ -124,20 +117,19 @@ def _read_weights(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own
-        hint = (
-            "; if it is a TorchScript archive, as OpenAI's CLIP files are, save its weights alone: "
-            "torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt')"
-        )
-        raise LoftUpError(
-            f"cannot read {path}: {_shorten(error)}. Expected safetensors, or a pickle of tensors only"
-            + (hint if "TorchScript" in str(error) else "")
-        ) from error
+        message = f"cannot read {path}: {_shorten(error)}. Expected safetensors, or a pickle of tensors only"
+        if "TorchScript" in str(error):
+            message += (
+                "; if it is a TorchScript archive, as OpenAI's CLIP files are, save its weights alone: "
+                "torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt')"
+            )
+        raise LoftUpError(message) from error
     if not isinstance(state, dict) or not state:
         raise LoftUpError(f"{path} holds a {type(state).__name__}, expected a non-empty dict of tensors")
     return state
 
 
-class _Written(TorchFunctionMode):
+class _Copies(TorchFunctionMode):
     """Notes which tensors are copied into, in this thread alone: those that ``load_state_dict`` finds in the file."""
 
     def __init__(self) -> None:
@@ -145,11 +137,7 @@ class _Written(TorchFunctionMode):
         self.tensors: dict[int, Tensor] = {}  # by id; held, so that no id comes up twice
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.copy_:
             self.tensors[id(args[0])] = args[0]
@@ -157,10 +145,8 @@ class _Written(TorchFunctionMode):
 
     def others(self, model: nn.Module) -> list[str]:
         """The keys of a model that were not written."""
-        state = model.state_dict(keep_vars=True)
-        return [
-            key for key, value in state.items() if id(value) not in self.tensors and "num_batches_tracked" not in key
-        ]
+        unwritten = (key for key, value in model.state_dict(keep_vars=True).items() if id(value) not in self.tensors)
+        return [key for key in unwritten if "num_batches_tracked" not in key]
 
 
 def _differs_in_classifier(name: str, message: str) -> bool:
@@ -172,7 +158,7 @@ def _differs_in_classifier(name: str, message: str) -> bool:
 
 
 def _classifiers(name: str) -> tuple[str, ...]:
-    """What the keys of a timm model's classifiers start with."""
+    """Beginnings of the keys of a timm model's classifiers."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -180,6 +166,6 @@ def _classifiers(name: str) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
-def _shorten(error: object, limit: int = 600) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _shorten(error: "BaseException | str", limit: int = 600) -> str:
+    text = one_line(error)
     return text if len(text) <= limit else f"{text[:limit]} ..."

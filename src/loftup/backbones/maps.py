@@ -1,16 +1,18 @@
 """Models that make feature maps themselves: timm's other families, torch.hub's DINOv2 and v3, AutoBackbone."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LoftUpError
-from .vit import IMAGENET, Source, Triple, pair, pick_layer
+from .vit import IMAGENET, Scaling, Source, pair, pick_layer
 
 __all__ = ["evaluating", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
 
@@ -18,7 +20,7 @@ __all__ = ["evaluating", "hub_dino", "timm_features", "timm_stages", "transforme
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
-def timm_config(model: Any) -> tuple[str, tuple[Triple, Triple], dict[str, Any]]:
+def timm_config(model: Any) -> tuple[str, Scaling, dict[str, Any]]:
     """The full name, the scaling and the whole pretrained configuration of a timm model."""
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
@@ -46,32 +48,29 @@ class FixedSize:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         name, _, config = timm_config(model)
         self.strict = next((m for m in model.modules() if getattr(m, "strict_img_size", False)), None)
         self.size = tuple(config.get("input_size", ()))[1:] if config.get("fixed_input_size") else None
         classes = [type(m) for m in (model, getattr(model, "model", None)) if m is not None]
-        accepted = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-        options = [f"{key}={value}" for choice in FLEXIBLE for key, value in choice.items() if key in accepted]
+        parameters = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+        options = [f"{key}={value}" for choice in FLEXIBLE for key, value in choice.items() if key in parameters]
         build = f"timm.create_model({config.get('architecture', '...')!r}, {(options or ['img_size=(H, W)'])[0]})"
         self.name = name or type(model).__name__
         self.remedy = f"build it with {build}" + (", or with load_backbone, which does so" if options else "")
 
-    def check(self, image: Tensor) -> None:
-        """Raise where a patch embedding is going to refuse the image."""
-        size = getattr(self.strict, "img_size", None)
-        if size is not None and tuple(image.shape[2:]) != pair(size):
-            raise self.error(image, pair(size))
-
     def error(self, image: Tensor, size: tuple[int, ...]) -> LoftUpError:
         """The error for an image of another size."""
-        got, wanted = "x".join(map(str, image.shape[2:])), "x".join(map(str, size))
-        return LoftUpError(f"{self.name} was built for images of {wanted} and does not take {got}; {self.remedy}")
+        got, expected = "x".join(map(str, image.shape[2:])), "x".join(map(str, size))
+        return LoftUpError(f"{self.name} was built for images of {expected} and does not take {got}; {self.remedy}")
 
-    def run(self, model: nn.Module, image: Tensor, call: Any) -> Any:
+    def run(self, call: Any, image: Tensor) -> Any:
         """``call(image)``, with failures that come from the image's size explained."""
-        self.check(image)
+        strict_size = getattr(self.strict, "img_size", None)
+        if strict_size is not None and tuple(image.shape[2:]) != pair(strict_size):
+            raise self.error(image, pair(strict_size))
         try:
-            return call(match_weights(image, model))
+            return call(match_weights(image, self.model))
         except torch.cuda.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -90,20 +89,12 @@ class TimmStages:
     model: Any
     stage: int
     norm: bool
-    fixed: FixedSize
+    size: FixedSize
 
     def __call__(self, image: Tensor) -> Tensor:
-        return self.fixed.run(self.model, image, self._stage)  # type: ignore[no-any-return]
-
-    def _stage(self, image: Tensor) -> Tensor:
-        (stage,) = self.model.forward_intermediates(
-            image,
-            indices=[self.stage],
-            norm=self.norm,
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        options = {"indices": [self.stage], "norm": self.norm, "output_fmt": "NCHW"}
+        run = functools.partial(self.model.forward_intermediates, stop_early=True, intermediates_only=True, **options)
+        (stage,) = self.size.run(run, image)
         return stage  # type: ignore[no-any-return]
 
 
@@ -119,17 +110,10 @@ def timm_stages(model: Any, layer: int | None) -> Source | None:
     name, scaling, _ = timm_config(model)
     index = pick_layer(layer, len(info), name or type(model).__name__)
     isotropic = len({stage["reduction"] for stage in info}) == 1
-    channels = info[index].get("num_chs_norm", info[index]["num_chs"]) if isotropic else info[index]["num_chs"]
-    return Source(
-        features=TimmStages(model, index - len(info), isotropic, FixedSize(model)),
-        channels=channels,
-        patch_size=info[index]["reduction"],
-        layers=len(info),
-        layer=None if layer is None else index,
-        name=name,
-        scaling=scaling,
-        standard=index == len(info) - 1,
-    )
+    stage, last = info[index], index == len(info) - 1
+    channels = stage.get("num_chs_norm", stage["num_chs"]) if isotropic else stage["num_chs"]
+    features = TimmStages(model, index - len(info), isotropic, FixedSize(model))
+    return Source(features, channels, stage["reduction"], len(info), index, name, scaling, standard=last)
 
 
 @dataclass
@@ -138,10 +122,10 @@ class TimmFeatures:
 
     model: Any
     position: int
-    fixed: FixedSize
+    size: FixedSize
 
     def __call__(self, image: Tensor) -> Tensor:
-        maps = self.fixed.run(self.model, image, self.model)
+        maps = self.size.run(self.model, image)
         stage: Tensor = (list(maps.values()) if isinstance(maps, dict) else list(maps))[self.position]
         return stage.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else stage
 
@@ -153,21 +137,13 @@ def timm_features(model: Any, layer: int | None) -> Source | None:
         return None
     name, scaling, _ = timm_config(model)
     count = len(info.info)
-    given = [index % count for index in info.out_indices]
-    index = given[-1] if layer is None else pick_layer(layer, count, name or type(model).__name__)
-    if index not in given:
-        raise LoftUpError(f"layer {layer} of {name} is not among the stages it was built to give, out_indices={given}")
-    return Source(
-        features=TimmFeatures(model, given.index(index), FixedSize(model)),
-        channels=info.info[index]["num_chs"],
-        patch_size=info.info[index]["reduction"],
-        layers=count,
-        layer=None if layer is None else index,
-        name=name,
-        scaling=scaling,
-        # A ViT's maps come without the final norm, a CNN's from whatever stages were asked for.
-        standard=False,
-    )
+    stages = [index % count for index in info.out_indices]
+    index = stages[-1] if layer is None else pick_layer(layer, count, name or type(model).__name__)
+    if index not in stages:
+        raise LoftUpError(f"layer {layer} of {name} is not among the stages it was built to give, out_indices={stages}")
+    features, stage = TimmFeatures(model, stages.index(index), FixedSize(model)), info.info[index]
+    # A ViT's maps come without the final norm, a CNN's from whatever stages were asked for.
+    return Source(features, stage["num_chs"], stage["reduction"], count, index, name, scaling, standard=False)
 
 
 @dataclass
@@ -192,7 +168,7 @@ class HubDino:
         tokens: Tensor = output["x_norm_patchtokens"]
         if tokens.shape[1] != h * w:
             raise LoftUpError(f"{type(self.model).__name__} gave {tokens.shape[1]} patch tokens, expected {h} x {w}")
-        return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w).contiguous()
+        return rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w).contiguous()
 
 
 def hub_dino(model: Any, layer: int | None) -> Source | None:
@@ -204,15 +180,8 @@ def hub_dino(model: Any, layer: int | None) -> Source | None:
     count = int(getattr(model, "n_blocks", len(model.blocks)))  # blocks may be nested in chunks
     name = dinov2_name(width, count, patch_size, int(getattr(model, "num_register_tokens", 0)))
     index = pick_layer(layer, count, name or type(model).__name__)
-    return Source(
-        features=HubDino(model, None if layer is None else index),
-        channels=width,
-        patch_size=patch_size,
-        layers=count,
-        layer=None if layer is None else index,
-        name=name,
-        standard=index == count - 1,
-    )
+    features = HubDino(model, None if layer is None else index)
+    return Source(features, width, patch_size, count, index, name, standard=index == count - 1)
 
 
 @dataclass
@@ -228,7 +197,7 @@ class TransformersMaps:
 
 
 def transformers_backbone(model: Any, layer: int | None) -> Source | None:
-    """What ``transformers.AutoBackbone`` makes; ``layer`` is the place among its feature maps."""
+    """A model of ``transformers.AutoBackbone``; ``layer`` is the place among its feature maps."""
     if "BackboneMixin" not in {cls.__name__ for cls in type(model).__mro__}:
         return None
     name = str(getattr(model.config, "_name_or_path", "") or "")
@@ -236,29 +205,20 @@ def transformers_backbone(model: Any, layer: int | None) -> Source | None:
     index = pick_layer(layer, count, name or type(model).__name__)
     features = TransformersMaps(model, index)
     channels, stride = measure(model, features)
-    return Source(
-        features=features,
-        channels=channels,
-        patch_size=stride,
-        layers=count,
-        layer=None if layer is None else index,
-        name=name,
-        standard=False,
-    )
+    return Source(features, channels, stride, count, index, name, standard=False)
 
 
 def measure(model: nn.Module, features: TransformersMaps) -> tuple[int, int]:
     """Channels and stride of a map, from one run on a black picture: configurations do not state the stride."""
-    side = 224
-    weight = next(model.parameters())
+    image = torch.zeros(1, 3, 224, 224, device=next(model.parameters()).device)
     with evaluating(model), torch.no_grad():
-        maps = features(torch.zeros(1, 3, side, side, device=weight.device))
+        maps = features(image)
     if maps.ndim != 4:
         raise LoftUpError(
             f"the feature maps of this {type(model).__name__} have shape {tuple(maps.shape)}, expected (B, C, h, w); "
             "build it with reshape_hidden_states=True"
         )
-    return maps.shape[1], side // maps.shape[2]
+    return maps.shape[1], image.shape[2] // maps.shape[2]
 
 
 @contextlib.contextmanager

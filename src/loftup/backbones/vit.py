@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LoftUpError
+from ..weights.catalogue import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
     "ANTIALIASED",
@@ -23,6 +25,7 @@ __all__ = [
     "WITH_OFFSET",
     "Layout",
     "PlainViT",
+    "Scaling",
     "Source",
     "Triple",
     "part",
@@ -31,61 +34,40 @@ __all__ = [
 ]
 
 Triple = tuple[float, float, float]
-IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Scaling = tuple[Triple, Triple]  # mean and std of images in [0, 1]
+IMAGENET: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass
 class Source:
-    """What a family knows about a model that it recognised.
+    """The features of a model that a family recognised."""
 
-    Args:
-        features: image (B, 3, H, W), H and W multiples of ``patch_size``, to features (B, C, h, w).
-        channels: C.
-        patch_size: stride of the feature grid in pixels.
-        layers: how many layers there are to choose from.
-        layer: index of the chosen one, None for the family's own features.
-        name: the model's name where it can be known.
-        scaling: mean and std of the images that the model was trained on.
-        standard: these are the features that upsamplers published for ``name`` were trained on.
-    """
-
+    # Image (B, 3, H, W), H and W multiples of patch_size, to features (B, C, h, w).
     features: Callable[[Tensor], Tensor]
-    channels: int
-    patch_size: int
-    layers: int
-    layer: int | None
-    name: str = ""
-    scaling: tuple[Triple, Triple] = IMAGENET
-    standard: bool = True
+    channels: int  # C
+    patch_size: int  # stride of the feature grid in pixels
+    layers: int  # how many layers there are to choose from
+    layer: int  # index of the chosen one
+    name: str = ""  # the model's name where it can be known
+    scaling: Scaling = IMAGENET  # mean and std of the images that the model was trained on
+    standard: bool = True  # these are the features that upsamplers published for name were trained on
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dotted attribute paths of the parts of a plain ViT; "" where the family has no such part.
+    """Dotted attribute paths of the parts of a plain ViT; "" where the family has no such part."""
 
-    Args:
-        patch: the patch convolution.
-        blocks: the transformer blocks.
-        norm: the final norm.
-        tokens: prefix tokens (class, registers) in the order in which they are prepended; a None one is skipped.
-        position: position table, (1, n, D) or (n, D).
-        patch_norm: norm of the patch tokens before positions are added.
-        pre_norm: norm of all tokens before the first block.
-        rope: module that makes rotary position embeddings for an image, handed to every block.
-        block_norm: first norm inside a block.
-        attention: attention inside a block.
-    """
-
-    patch: str
-    blocks: str
-    norm: str
+    patch: str  # the patch convolution
+    blocks: str  # the transformer blocks
+    norm: str  # the final norm
+    # Prefix tokens (class, registers) in the order in which they are prepended; a None one is skipped.
     tokens: tuple[str, ...] = ()
-    position: str = ""
-    patch_norm: str = ""
-    pre_norm: str = ""
-    rope: str = ""
-    block_norm: str = "norm1"
-    attention: str = "attn"
+    position: str = ""  # position table, (1, n, D) or (n, D)
+    patch_norm: str = ""  # norm of the patch tokens before positions are added
+    pre_norm: str = ""  # norm of all tokens before the first block
+    rope: str = ""  # module that makes rotary position embeddings for an image, handed to every block
+    block_norm: str = "norm1"  # first norm inside a block
+    attention: str = "attn"  # attention inside a block
 
 
 @dataclass(frozen=True)
@@ -104,20 +86,13 @@ ANTIALIASED = Resampling(antialias=True, offset=0.0)
 
 def part(model: Any, path: str) -> Any:
     """The attribute at a dotted path; None where the path is empty or leads nowhere."""
-    if not path:
-        return None
     for name in path.split("."):
         model = getattr(model, name, None)
     return model
 
 
 def pick_layer(layer: int | None, count: int, name: str) -> int:
-    """Resolve ``layer`` (None: the last, negative: from the end) among ``count`` layers.
-
-    Raises:
-        TypeError: not an integer.
-        LoftUpError: out of range.
-    """
+    """Resolve ``layer`` (None: the last, negative: from the end) among ``count``; TypeError or LoftUpError if none."""
     if layer is None:
         return count - 1
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -128,43 +103,33 @@ def pick_layer(layer: int | None, count: int, name: str) -> int:
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], how: Resampling) -> Tensor:
-    """Resample position embeddings to another grid, in float32 at least.
+    """Resample position embeddings (1, M * N, D) from a grid ``old`` (M, N), in reading order, to ``new`` (h, w).
 
-    Args:
-        table: (1, M * N, D), one row per cell of the ``old`` grid, in reading order.
-        old: (M, N).
-        new: (h, w).
-        how: antialiasing and offset.
-
-    Returns:
-        (1, h * w, D) in the dtype of ``table``; the same values where the grids agree.
+    The result is (1, h * w, D) in the dtype of ``table``, by way of float32 at least; the table where the grids agree.
     """
     if old == new:
         return table
-    cells = table.to(torch.promote_types(table.dtype, torch.float32)).reshape(1, *old, -1).permute(0, 3, 1, 2)
-    if how.offset:
-        # The scale factor itself enters the sampling positions, so that this is not the same as giving the size.
-        scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
-        cells = F.interpolate(cells, scale_factor=scale, mode="bicubic", antialias=how.antialias)
-    else:
-        cells = F.interpolate(cells, size=new, mode="bicubic", antialias=how.antialias)
+    cells = rearrange(table.to(torch.promote_types(table.dtype, torch.float32)), "1 (m n) d -> 1 d m n", m=old[0])
+    # The scale factor itself enters the sampling positions, so that an offset is not the same as giving the size.
+    scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
+    target: dict[str, Any] = {"scale_factor": scale} if how.offset else {"size": new}
+    cells = F.interpolate(cells, **target, mode="bicubic", antialias=how.antialias)
     assert cells.shape[-2:] == new, (cells.shape, new)
-    return cells.flatten(2).transpose(1, 2).to(table.dtype)
+    return rearrange(cells, "1 d h w -> 1 (h w) d").to(table.dtype)
 
 
 def table_grid(model: Any, count: int) -> tuple[int, int]:
     """The (rows, columns) of a position table with ``count`` entries: as the model says, else a square."""
-    stated = [part(model, "patch_embed.grid_size"), part(model, "grid_size")]
+    grids = [part(model, "patch_embed.grid_size"), part(model, "grid_size")]
     if (config := getattr(model, "config", None)) is not None and hasattr(config, "image_size"):
         sizes = (pair(config.image_size), pair(config.patch_size))
-        stated.append(tuple(side // patch for side, patch in zip(*sizes, strict=True)))
+        grids.append(tuple(side // patch for side, patch in zip(*sizes, strict=True)))
     side = math.isqrt(count)
-    for rows, columns in [*(grid for grid in stated if grid), (side, side)]:
+    for rows, columns in [*(grid for grid in grids if grid), (side, side)]:
         if rows * columns == count:
             return int(rows), int(columns)
-    raise LoftUpError(
-        f"the position table of this {type(model).__name__} has {count} entries, which form no known grid"
-    )
+    kind = type(model).__name__
+    raise LoftUpError(f"the position table of this {kind} has {count} entries, which form no known grid")
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -174,24 +139,15 @@ def pair(value: Any) -> tuple[int, int]:
 
 @dataclass
 class PlainViT:
-    """A plain ViT as a function from an image (B, 3, H, W) to features (B, C, H / patch, W / patch).
+    """A plain ViT as a function from an image (B, 3, H, W) to features (B, C, H / patch, W / patch)."""
 
-    Args:
-        trunk: the object that ``layout``'s paths start from.
-        layout: where its parts are.
-        resampling: how its position table is fitted to the grid.
-        last: index of the block whose output is taken.
-        positioned: how many prefix tokens have an entry of their own at the front of the position table.
-        value_path: take the last block's value path (see :func:`value_path`) instead of its output.
-        projection: owner and path of the projection behind the final norm: a module, or a matrix (D, C).
-    """
-
-    trunk: Any
-    layout: Layout
-    resampling: Resampling
-    last: int
-    positioned: int
-    value_path: bool = False
+    trunk: Any  # the object that layout's paths start from
+    layout: Layout  # where its parts are
+    resampling: Resampling  # how its position table is fitted to the grid
+    last: int  # index of the block whose output is taken
+    table_tokens: int  # how many prefix tokens have an entry of their own at the front of the position table
+    value_path: bool = False  # take the last block's value path (see value_path) instead of its output
+    # Owner and path of the projection behind the final norm: a module, or a matrix (D, C).
     projection: tuple[Any, str] | None = None
 
     def __post_init__(self) -> None:
@@ -214,7 +170,7 @@ class PlainViT:
         if self.projection:
             project = part(*self.projection)
             features = project(features) if isinstance(project, nn.Module) else features @ project
-        return features.transpose(1, 2).reshape(len(features), -1, h, w).contiguous()
+        return rearrange(features, "b (h w) c -> b c h w", h=h, w=w).contiguous()
 
     @property
     def patch(self) -> Any:
@@ -231,26 +187,25 @@ class PlainViT:
         """
         patches = self.patch(image).to(image.dtype)
         grid = (patches.shape[2], patches.shape[3])
-        patches = patches.flatten(2).transpose(1, 2)
+        patches = rearrange(patches, "b d h w -> b (h w) d")
         if (patch_norm := self._part("patch_norm")) is not None:
             patches = patch_norm(patches)
-        found = [token for path in self.layout.tokens if (token := part(self.trunk, path)) is not None]
-        prefix = torch.cat([token.reshape(1, -1, patches.shape[-1]) for token in found], 1) if found else None
+        width = patches.shape[-1]
+        parts = (part(self.trunk, path) for path in self.layout.tokens)
+        tokens = [token.reshape(1, -1, width) for token in parts if token is not None]
+        prefix = torch.cat(tokens, 1) if tokens else patches.new_empty(1, 0, width)
         if (table := self._part("position")) is not None:
-            table = table.reshape(1, -1, table.shape[-1])
-            own, table = table[:, : self.positioned], table[:, self.positioned :]
-            if prefix is not None:
-                prefix = torch.cat([prefix[:, : self.positioned] + own, prefix[:, self.positioned :]], 1)
+            table, n = table.reshape(1, -1, width), self.table_tokens
+            prefix, table = torch.cat([prefix[:, :n] + table[:, :n], prefix[:, n:]], 1), table[:, n:]
             table = resample_positions(table, table_grid(self.trunk, table.shape[1]), grid, self.resampling)
             patches = patches + table.to(patches.dtype)
-        if prefix is not None:
-            patches = torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], 1)
+        patches = torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], 1)
         if (pre_norm := self._part("pre_norm")) is not None:
             patches = pre_norm(patches)
         return patches, grid
 
     def encode(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Run the blocks up to the last one wanted, (B, n, D) to (B, n, D)."""
+        """Run the blocks up to ``last``, (B, n, D) to (B, n, D)."""
         rope = self._part("rope")
         extra = {} if rope is None else {"position_embeddings": rope(image)}
         blocks = list(self._part("blocks"))[: self.last + 1]
@@ -270,23 +225,18 @@ class PlainViT:
 def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
     """out_proj(v_proj(norm(x))) for every token: no attention, no residual, no MLP ("MaskCLIP")."""
     tokens = getattr(block, layout.block_norm)(tokens)
-    values: Tensor
     attention: Any = getattr(block, layout.attention)
     if isinstance(attention, nn.MultiheadAttention):
         assert attention.in_proj_weight is not None
         weight = attention.in_proj_weight.chunk(3)[2]
         bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
-        values = attention.out_proj(F.linear(tokens, weight, bias))
-    elif hasattr(attention, "v_proj"):
-        values = attention.out_proj(attention.v_proj(tokens))
-    else:
-        values = attention.proj(attention.qkv(tokens).chunk(3, dim=-1)[2])
-    return values
+        return attention.out_proj(F.linear(tokens, weight, bias))  # type: ignore[no-any-return]
+    if hasattr(attention, "v_proj"):
+        return attention.out_proj(attention.v_proj(tokens))  # type: ignore[no-any-return]
+    return attention.proj(attention.qkv(tokens).chunk(3, dim=-1)[2])  # type: ignore[no-any-return]
 
 
-def plain_source(
-    vit: PlainViT, layer: int | None, count: int, name: str, scaling: tuple[Triple, Triple], clip: bool = False
-) -> Source:
+def plain_source(vit: PlainViT, count: int, name: str, scaling: Scaling, clip: bool = False) -> Source:
     """Sizes of a plain ViT, read off its parts."""
     stride = vit.patch.stride
     if stride[0] != stride[1]:
@@ -295,14 +245,6 @@ def plain_source(
     if vit.projection:
         project = part(*vit.projection)
         channels = project.out_features if isinstance(project, nn.Module) else project.shape[1]
-    return Source(
-        features=vit,
-        channels=channels,
-        patch_size=stride[0],
-        layers=count,
-        layer=None if layer is None else vit.last,
-        name=name,
-        scaling=scaling,
-        # Upsamplers for CLIP were trained on the projected value path alone; for the others, on the last block.
-        standard=vit.projection is not None if clip else vit.last == count - 1,
-    )
+    # Upsamplers for CLIP were trained on the projected value path alone; for the others, on the last block.
+    standard = vit.projection is not None if clip else vit.last == count - 1
+    return Source(vit, channels, stride[0], count, vit.last, name, scaling, standard)

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..errors import FAILURES, one_line
 from ..version import __version__
 from . import demo, eval, features, listing, masks, train
-from .errors import FAILURES, one_line
 
 __all__ = ["main"]
 
@@ -25,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loftup {arguments.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; files already written are whole, run again to resume" * (
-            arguments.command in ("features", "masks", "eval")
-        )
+        resumes = arguments.command in ("features", "masks", "eval")
+        again = "; files already written are whole, run again to resume" if resumes else ""
         print(f"\nloftup {arguments.command}: interrupted{again}", file=sys.stderr)
         return 130
 

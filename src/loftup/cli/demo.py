@@ -25,11 +25,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Write the picture; returns the exit status.
-
-    Raises:
-        ValueError: options of a backbone without the backbone; a file or name that cannot be used.
-    """
     import torch.nn.functional as F
 
     from ..pictures import check_suffix, open_picture, require_pillow
@@ -40,9 +35,9 @@ def _run(arguments: argparse.Namespace) -> int:
     check_suffix(arguments.output)
     picture = open_picture(arguments.image or PHOTO)
     weights = _weights(arguments)
-    backbone, (up,) = load_models(arguments, weights)
+    backbone, up = load_models(arguments, weights)
     start = time.perf_counter()
-    low, (dense,) = upsample_picture(arguments, backbone, [up], picture)
+    low, dense = upsample_picture(arguments, backbone, up, picture)
     seconds = time.perf_counter() - start
     size = (dense.shape[-2], dense.shape[-1])
     name = backbone.name or arguments.backbone
@@ -54,12 +49,9 @@ def _run(arguments: argparse.Namespace) -> int:
         _caption(weights): dense,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    shown = picture.resize(size[::-1], pil.Resampling.BICUBIC)
-    compare(shown, maps).save(arguments.output)
-    print(
-        f"{arguments.backbone}: {tuple(low.shape[1:])} -> {tuple(dense.shape[1:])} in {seconds:.1f} s; "
-        f"wrote {arguments.output}"
-    )
+    compare(picture.resize(size[::-1], pil.Resampling.BICUBIC), maps).save(arguments.output)
+    shapes = f"{tuple(low.shape[1:])} -> {tuple(dense.shape[1:])}"
+    print(f"{arguments.backbone}: {shapes} in {seconds:.1f} s; wrote {arguments.output}")
     return 0
 
 
@@ -68,8 +60,8 @@ def _weights(arguments: argparse.Namespace) -> str:
     if arguments.backbone is not None:
         return str(arguments.weights or arguments.backbone)
     of_backbone = ("backbone_weights", "layer", "option", "mean", "std")
-    if given := [name for name in of_backbone if getattr(arguments, name) not in (None, [])]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    strays = [name for name in of_backbone if getattr(arguments, name) not in (None, [])]
+    if options := ", ".join(f"--{name.replace('_', '-')}" for name in strays):
         raise ValueError(f"{options} without --backbone: name the backbone too, such as --backbone dinov2_vits14")
     arguments.backbone = TINY
     weights = "" if arguments.weights else f" and the upsampler {ANY!r}"

@@ -17,12 +17,10 @@ def add_parser(commands: Any) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, entry in TASKS.items():
         task = tasks.add_parser(name, help=entry.help)
-        if entry.data:
-            task.add_argument(
-                "--dataset", required=True, metavar="NAME:PATH", help="see loftup eval list; or synthetic"
-            )
-        add_backbone_options(task)
         add = task.add_argument
+        if entry.data:
+            add("--dataset", required=True, metavar="NAME:PATH", help="see loftup eval list; or synthetic")
+        add_backbone_options(task)
         add("--upsampler", required=True, metavar="U[,U...]", help="[LABEL=]NAME[:ARGUMENT], see loftup eval list")
         add("--seeds", type=positive, metavar="N", help="how many times heads are trained (default: the task's)")
         add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="of the task's protocol")

@@ -3,16 +3,16 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FAILURES, one_line
 from ..files import stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
 from ..version import __version__
 from ..weights.catalogue import TINY, TINY_BACKBONE
 from ..weights.names import in_package, resolve
-from .errors import FAILURES, one_line
 from .options import add_model_options
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from .models import load_models
 
-    images = list(_expand(arguments.images))
+    images = _expand(arguments.images)
     targets = _targets(images, arguments.output)
     settings = _settings(arguments)
     waiting = [image for image in images if arguments.overwrite or not _finished(targets[image], image, settings)]
@@ -45,12 +45,12 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{skipped} of {len(images)} images are finished already", file=sys.stderr)
     if not waiting:
         return 0
-    backbone, ups = load_models(arguments)
+    backbone, up = load_models(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = 0
     for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
         try:
-            _write_features(arguments, backbone, ups, image, targets[image], settings)
+            write_atomically(targets[image], _features(arguments, backbone, up, image, settings))
         except FAILURES as error:
             failed += 1
             tqdm.write(f"loftup features: {image}: {one_line(error)}", file=sys.stderr)
@@ -58,68 +58,51 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _write_features(
-    arguments: argparse.Namespace,
-    backbone: "Backbone",
-    ups: "Sequence[LoftUp]",
-    image: Path,
-    target: Path,
-    settings: dict[str, str],
-) -> None:
+def _features(
+    arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", image: Path, settings: dict[str, str]
+) -> bytes:
+    """The content of a features file."""
     import torch
     from safetensors.torch import save
 
     from ..pictures import open_picture
     from .models import upsample_picture
 
-    read = {"image": image.name, "image_file": stamp(image)}
-    _, (high,) = upsample_picture(arguments, backbone, ups, open_picture(image))
+    source = {"image": image.name, "image_file": stamp(image)}
+    _, high = upsample_picture(arguments, backbone, up, open_picture(image))
     half = high[0].to(torch.float16)
     if not bool(half.isfinite().all()):
         raise ValueError(f"features reach {high.abs().max():.3g}, beyond what float16 holds")
-    metadata = {**settings, **read, "size": f"{half.shape[-2]}x{half.shape[-1]}"}
-    write_atomically(target, save({"features": half.cpu().contiguous()}, metadata=metadata))
+    metadata = {**settings, **source, "size": f"{half.shape[-2]}x{half.shape[-1]}"}
+    return save({"features": half.cpu().contiguous()}, metadata=metadata)
 
 
-def _expand(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files as given, folders as the images directly in them, each once; an empty folder is an error."""
-    seen = set()
-    for path in _files(paths):
-        # The name is kept: two links to one file are two images.
-        if (place := path.parent.resolve() / path.name) not in seen:
-            seen.add(place)
-            yield path
-
-
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
+def _expand(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders as the images directly in them, each once; an empty folder is an error."""
+    images: dict[Path, Path] = {}
     for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
             raise ValueError(f"no images in the folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-        yield from images
+        for file in files:
+            # The name is kept: two links to one file are two images.
+            images.setdefault(file.parent.resolve() / file.name, file)
+    return list(images.values())
 
 
 def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    targets = {image: folder / f"{image.name}.safetensors" for image in images}
     sources: dict[Path, Path] = {}
-    for image, target in targets.items():
-        if target in sources:
-            raise ValueError(
-                f"{sources[target]} and {image} would both be written to {target}; run them to two folders"
-            )
-        sources[target] = image
-    return targets
+    for image in images:
+        target = folder / f"{image.name}.safetensors"
+        if (other := sources.setdefault(target, image)) != image:
+            raise ValueError(f"{other} and {image} would both be written to {target}; run them to two folders")
+    return {image: target for target, image in sources.items()}
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """The settings that decide the content of a features file, as safetensors metadata.
-
-    Raises:
-        LoftUpError: the name of the weights cannot be resolved; see :func:`loftup.weights.names.resolve`.
-    """
+    """The settings that decide the content of a features file, as safetensors metadata."""
     file = arguments.backbone_weights
     if file is not None:
         backbone_weights = resolve(Path(file), strict=True).identity()
@@ -150,14 +133,9 @@ def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
         with safe_open(target, framework="pt") as handle:
             before = handle.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(
-            f"{target} exists but is no safetensors file ({error}); remove it or pass --overwrite"
-        ) from error
-    changes = [
-        f"{key} {before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
-    ]
-    if changes:
-        raise ValueError(
-            f"{target} was written with other settings ({'; '.join(changes)}); pass --overwrite or another folder"
-        )
+        reason = f"exists but is no safetensors file ({error})"
+        raise ValueError(f"{target} {reason}; remove it or pass --overwrite") from error
+    different = [(key, before.get(key), value) for key, value in settings.items() if before.get(key) != value]
+    if changes := "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in different):
+        raise ValueError(f"{target} was written with other settings ({changes}); pass --overwrite or another folder")
     return True

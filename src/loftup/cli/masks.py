@@ -18,9 +18,8 @@ def add_parser(commands: Any) -> None:
     add("-o", "--output", type=Path, metavar="DIR", help="copy the pictures there, beside their masks; default: FOLDER")
     maker = parser.add_mutually_exclusive_group()
     maker.add_argument("--sam", metavar="MODEL", help="by a SAM model of transformers: name on the Hub, or folder")
-    maker.add_argument(
-        "--felzenszwalb", action="store_true", help="by Felzenszwalb's segments (the default: it needs no download)"
-    )
+    segments = "by Felzenszwalb's segments (the default: it needs no download)"
+    maker.add_argument("--felzenszwalb", action="store_true", help=segments)
     add("--scales", nargs="+", type=float, metavar="K", help="Felzenszwalb: sizes of segments (default: 300 600 1200)")
     add("--sigma", type=float, metavar="S", help="Felzenszwalb: smoothing in pixels (default: 0.8)")
     add("--min-size", type=positive, metavar="N", help="Felzenszwalb: smallest segment in pixels (default: 100)")

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,28 +16,22 @@ from ..weights.hub import UnreachableError
 
 __all__ = ["backbone_of", "check_device", "load_models", "upsample_picture"]
 
+LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
-def load_models(arguments: argparse.Namespace, *names: str) -> tuple[Backbone, list[LoftUp]]:
-    """Backbone and upsamplers on the device, checked against each other.
 
-    Args:
-        arguments: of the command; ``arguments.backbone`` is the backbone.
-        names: of the upsamplers' weights; left out, the one that the options name.
-    """
+def load_models(arguments: argparse.Namespace, weights: str = "") -> tuple[Backbone, LoftUp]:
+    """Backbone and upsampler on the device, checked against each other; without ``weights`` those of the options."""
     check_device(arguments.device)
     try:
-        ups = [_upsampler(arguments, name) for name in names or (arguments.weights or arguments.backbone,)]
+        up = _upsampler(arguments, weights or arguments.weights or arguments.backbone)
     except UnreachableError as error:
         if arguments.backbone_weights or arguments.backbone == TINY:
             raise
-        raise UnreachableError(
-            f"{error}. The backbone's weights are needed too{_repository(arguments.backbone)}: give both --weights and "
-            "--backbone-weights"
-        ) from error
+        too = f"The backbone's weights are needed too{_repository(arguments.backbone)}"
+        raise UnreachableError(f"{error}. {too}: give both --weights and --backbone-weights") from error
     backbone = backbone_of(arguments)
-    for up in ups:
-        Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
-    return backbone, ups
+    Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
+    return backbone, up
 
 
 def _upsampler(arguments: argparse.Namespace, name: str) -> LoftUp:
@@ -71,10 +64,8 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(
-            f"cannot use the device {device!r}: {str(error).splitlines()[0]}; expected cpu, cuda, cuda:1 or another "
-            "device that torch has here"
-        ) from error
+        expected = "expected cpu, cuda, cuda:1 or another device that torch has here"
+        raise ValueError(f"cannot use the device {device!r}: {str(error).splitlines()[0]}; {expected}") from error
 
 
 def _repository(backbone: str) -> str:
@@ -88,19 +79,17 @@ def _repository(backbone: str) -> str:
 
 
 def upsample_picture(
-    arguments: argparse.Namespace, backbone: Backbone, ups: Sequence[LoftUp], image: Any
-) -> tuple[Tensor, list[Tensor]]:
-    """Features of a PIL image or path, (1, C, h, w), and what each upsampler makes of them, (1, C, H, W)."""
+    arguments: argparse.Namespace, backbone: Backbone, up: LoftUp, image: Any
+) -> tuple[Tensor, Tensor]:
+    """Features of a PIL image or path, (1, C, h, w), and upsampled, (1, C, H, W)."""
     large = backbone.preprocess(image)
     height, width = large.shape[-2:]
-    size = tuple(arguments.size) if arguments.size else _within(height, width, 512)
-    scale = arguments.input / min(height, width)
-    small = backbone.preprocess(image, size=(max(1, round(height * scale)), max(1, round(width * scale))))
+
+    def scaled(scale: float) -> tuple[int, int]:
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    size = tuple(arguments.size) if arguments.size else scaled(min(1.0, LONGEST / max(height, width)))
+    small = backbone.preprocess(image, size=scaled(arguments.input / min(height, width)))
     with torch.inference_mode():
         features = backbone(small.to(arguments.device))
-        return features, [up(features, large.to(arguments.device), size=size) for up in ups]
-
-
-def _within(height: int, width: int, longest: int) -> tuple[int, int]:
-    scale = min(1.0, longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+        return features, up(features, large.to(arguments.device), size=size)

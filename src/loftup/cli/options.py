@@ -12,8 +12,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = "dinov2_vits14") -> None:
     """Options that name a backbone and a device; with no default, what comes in the package is meant."""
     add = parser.add_argument
-    shown = "%(default)s" if default else "tiny and its upsamplers, all in the package"
-    add("--backbone", default=default, metavar="NAME", help=f"loftup's or timm's name (default: {shown})")
+    text = "%(default)s" if default else "tiny and its upsamplers, all in the package"
+    add("--backbone", default=default, metavar="NAME", help=f"loftup's or timm's name (default: {text})")
     add("--backbone-weights", metavar="FILE", help="local weights of the backbone; default: from the Hub")
     add("--layer", type=int, metavar="K", help="stage or block of the backbone to take; default: its last")
     add("--option", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="passed to timm, repeatable")
@@ -26,26 +26,13 @@ def add_model_options(parser: argparse.ArgumentParser, backbone: str | None = "d
     """Options that name a backbone, an upsampler, sizes, device and dtype; ``backbone`` is the default one."""
     add_backbone_options(parser, backbone)
     add = parser.add_argument
-    add(
-        "--weights",
-        metavar="NAME|PATH",
-        help="LoftUp weights: name (any: for every backbone), repository, folder, file; default: --backbone's",
-    )
+    kinds = "name (any: for every backbone), repository, folder, file"
+    add("--weights", metavar="NAME|PATH", help=f"LoftUp weights: {kinds}; default: --backbone's")
     add("--strict", action="store_true", help="refuse a backbone without LoftUp weights of its own; else it gets any")
-    add(
-        "--size",
-        nargs=2,
-        type=positive,
-        metavar=("H", "W"),
-        help="of the result; default: the image's, at most 512 long",
-    )
-    add(
-        "--input",
-        type=positive,
-        default=224,
-        metavar="N",
-        help="short side of the backbone's input (default: %(default)s)",
-    )
+    longest = "the image's, at most 512 long"
+    add("--size", nargs=2, type=positive, metavar=("H", "W"), help=f"of the result; default: {longest}")
+    short = "short side of the backbone's input (default: %(default)s)"
+    add("--input", type=positive, default=224, metavar="N", help=short)
     add("--dtype", choices=DTYPES, default="float32", help="of the LoftUp network (default: %(default)s)")
 
 

@@ -19,24 +19,16 @@ __all__ = ["TASKS", "Task"]
 
 @dataclass(frozen=True)
 class Task:
-    """An entry of TASKS.
+    """An entry of TASKS."""
 
-    Args:
-        name: of the task, and of the function (backbone, upsampler, dataset, config) that does it.
-        help: one line for the command.
-        module: of :mod:`loftup.eval.tasks`, which holds the function.
-        config: class of the protocol's settings, in that module.
-        data: kind of the samples, of :data:`loftup.eval.datasets.base.KINDS`; empty for a task without a dataset,
-            whose function takes none.
-        metrics: table of the numbers by name, in that module.
-    """
-
-    name: str
-    help: str
-    module: str
-    config: str
+    name: str  # of the task, and of the function (backbone, upsampler, dataset, config) that does it
+    help: str  # one line for the command
+    module: str  # of loftup.eval.tasks, which holds the function
+    config: str  # class of the protocol's settings, in that module
+    # Kind of the samples, of loftup.eval.datasets.base.KINDS; empty for a task without a dataset, whose function takes
+    # none.
     data: str = ""
-    metrics: str = "METRICS"
+    metrics: str = "METRICS"  # table of the numbers by name, in that module
 
     def load(self) -> "tuple[Callable[..., Result], Any, dict[str, Metric]]":
         """The function, the class of its config and its metrics."""

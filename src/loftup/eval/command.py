@@ -60,7 +60,6 @@ def _table(arguments: argparse.Namespace) -> int:
     makers = {".md": markdown, ".csv": comma_separated}
     if arguments.output.suffix not in makers:
         raise LoftUpError(f"expected a file with one of the suffixes {', '.join(makers)}, got {arguments.output}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output, makers[arguments.output.suffix](results, metrics).encode())
     return 0
 

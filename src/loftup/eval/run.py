@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..backbones import Backbone
-from ..errors import LoftUpError
+from ..errors import FAILURES, LoftUpError, one_line, translate
 from ..files import write_atomically
+from ..pictures import encode
 from ..version import __version__
 from .catalogue import TASKS
 from .datasets import open_dataset
@@ -29,13 +29,9 @@ from .figure import figure
 from .table import markdown
 from .upsamplers import Upsampler, create
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 __all__ = ["Comparison"]
 
 RESULTS, TABLE, FIGURE = "results.json", "results.md", "figure.png"
-FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 class Comparison:
@@ -104,7 +100,7 @@ class Comparison:
                 self._one(label, spec)
             except FAILURES as error:
                 failed += 1
-                say(f"{label}: failed: {' '.join(str(error).split()) or type(error).__name__}")
+                say(f"{label}: failed: {one_line(error)}")
                 continue
             self._write()
             say(f"{label}: {self._line(self.rows[label])}")
@@ -126,7 +122,7 @@ class Comparison:
         for index, pictures in enumerate(result.pictures):
             for caption, picture in pictures.items():
                 column = _column(label) if caption == "ours" else caption
-                _save(picture, self.folder / "pictures" / f"{index:02d}_{column}.png")
+                write_atomically(self.folder / "pictures" / f"{index:02d}_{column}.png", encode(picture))
 
     def _create(self, spec: str) -> Upsampler:
         if spec == "perfect":
@@ -145,30 +141,27 @@ class Comparison:
 
     def _write(self) -> None:
         results = {**self.identity, "upsamplers": self.rows, "environment": _environment(self.config.device)}
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
         write_atomically(self.folder / TABLE, markdown([results]).encode())
         grid = figure(self.folder / "pictures", {label: _column(label) for label in self.rows})
         if grid is not None:
-            _save(grid, self.folder / FIGURE)
+            write_atomically(self.folder / FIGURE, encode(grid))
 
     def _resume(self) -> None:
         file = self.folder / RESULTS
         if not file.is_file():
             return
-        try:
+        remedy = "remove it, or give --overwrite"
+        with translate((ValueError, KeyError), lambda error: f"{file} is damaged ({error}); {remedy}"):
             results = json.loads(file.read_text("utf-8"))
             previous = {key: results[key] for key in self.identity}
             self.rows = results["upsamplers"]
-        except (ValueError, KeyError) as error:
-            raise LoftUpError(f"{file} is damaged ({error}); remove it, or give --overwrite") from error
         # As JSON has it: tuples are lists there.
         current = json.loads(json.dumps(self.identity))
         if previous != current:
             differences = ", ".join(_differences(previous, current))
-            raise LoftUpError(
-                f"{file} was made with other settings ({differences}); give another -o, or --overwrite to forget it"
-            )
+            remedy = "give another -o, or --overwrite to forget it"
+            raise LoftUpError(f"{file} was made with other settings ({differences}); {remedy}")
 
 
 def _config(kind: Any, settings: Mapping[str, Any], task: str) -> Any:
@@ -181,10 +174,8 @@ def _config(kind: Any, settings: Mapping[str, Any], task: str) -> Any:
         number = isinstance(usual, float) and isinstance(value, int) and not isinstance(value, bool)
         if not number and not isinstance(value, type(usual)):
             raise LoftUpError(f"{name} of {task} is {usual!r} by default, got {value!r} of another kind")
-    try:
+    with translate((ValueError, TypeError), lambda error: f"the settings of {task}: {error}"):
         return kind(**settings)
-    except (ValueError, TypeError) as error:
-        raise LoftUpError(f"the settings of {task}: {error}") from error
 
 
 def _specs(upsamplers: str) -> list[tuple[str, str]]:
@@ -204,13 +195,6 @@ def _specs(upsamplers: str) -> list[tuple[str, str]]:
 def _column(label: str) -> str:
     """Part of a picture's file name that says which upsampler it is of."""
     return "of_" + re.sub(r"[^\w.-]", "_", label)
-
-
-def _save(picture: "Image.Image", path: Path) -> None:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

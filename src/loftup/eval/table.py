@@ -58,9 +58,8 @@ def markdown(all_results: Sequence[Results], metrics: Sequence[str] | None = Non
         headings = " | ".join(metric.heading for metric in columns.values())
         lines = [f"### {_title(group[0])}", "", _protocol(group[0]), ""]
         lines += [f"| upsampler | {headings} | parameters | s in all |", "|---|" + "---:|" * (len(columns) + 2)]
-        best = {
-            name: _best(metric, [row["metrics"].get(name) for row in rows.values()]) for name, metric in columns.items()
-        }
+        measured = [row["metrics"] for row in rows.values()]
+        best = {name: _best(metric, [each.get(name) for each in measured]) for name, metric in columns.items()}
         for label, row in rows.items():
             cells = []
             for name, metric in columns.items():
@@ -123,9 +122,8 @@ def _title(results: Results) -> str:
 
 def _protocol(results: Results) -> str:
     settings = [f"{key} {value}" for key, value in results["config"].items() if key not in ("pictures", "device")]
-    backbone = [
-        f"{key} {value}" for key, value in results["backbone"].items() if key not in ("name", "layer") and value
-    ]
+    options = {key: value for key, value in results["backbone"].items() if key not in ("name", "layer")}
+    backbone = [f"{key} {value}" for key, value in options.items() if value]
     return f"Protocol: {', '.join(settings)}." + (f" Backbone: {', '.join(backbone)}." if backbone else "")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..backbones import Backbone, wrap
-from ..errors import LoftUpError
+from ..errors import LoftUpError, translate
 from ..files import write_atomically
 
 __all__ = ["Clip", "OpenClip", "embed", "templates"]
@@ -45,17 +45,14 @@ class OpenClip:
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
-        try:
+        with translate(ImportError, 'texts need open_clip: pip install "loftup[eval]"'):
             import open_clip
-        except ImportError as error:
-            raise LoftUpError('texts need open_clip: pip install "loftup[eval]"') from error
         model, _, pretrained = name.partition("/")
         if not pretrained:
             raise LoftUpError(f"expected a CLIP as MODEL/PRETRAINED, got {name!r}; write ViT-B-16/openai")
         try:
-            self.model: Any = open_clip.create_model(
-                model, pretrained=pretrained, force_quick_gelu=pretrained == "openai"
-            )
+            quick = pretrained == "openai"
+            self.model: Any = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
             self._tokenize = open_clip.get_tokenizer(model)
         except Exception as error:  # the Hub's client and open_clip raise many kinds
             raise LoftUpError(f"cannot load the CLIP {name!r} of open_clip: {error}") from error
@@ -104,6 +101,5 @@ def embed(clip: Clip, classes: Sequence[str], sentences: Sequence[str], cache: P
         texts = [sentence.format(synonym.strip()) for synonym in name.split(",") for sentence in sentences]
         vectors.append(F.normalize(F.normalize(clip.texts(texts).float(), dim=-1).mean(0), dim=0).cpu())
     result = torch.stack(vectors)
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save({"vectors": result}))
     return result

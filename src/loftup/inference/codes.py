@@ -19,36 +19,28 @@ COARSE_TILE = 8  # side of the smallest tile of coarse codes
 
 @dataclass(frozen=True)
 class Blocks:
-    """One axis cut into blocks, each of pixels of one cell. A cell has several blocks if it has many pixels.
+    """One axis cut into blocks, each of pixels of one cell. A cell has several blocks if it has many pixels."""
 
-    Attributes:
-        cells: (n,) int64, the cell of each block.
-        spans: first pixel and number of pixels of each block; the number may be 0.
-        pixels: (n, P) int64, filled up by repeating.
-        weights: (n, P), that average a cell's pixels; 0 for what was filled up.
-        offsets: (n, P), of the pixels' centres from their cell's, in cells.
-    """
-
-    cells: Tensor
-    spans: list[tuple[int, int]]
-    pixels: Tensor
-    weights: Tensor
-    offsets: Tensor
+    cells: Tensor  # (n,) int64, the cell of each block
+    spans: list[tuple[int, int]]  # first pixel and number of pixels of each block; the number may be 0
+    pixels: Tensor  # (n, P) int64, filled up by repeating
+    weights: Tensor  # (n, P), that average a cell's pixels; 0 for what was filled up
+    offsets: Tensor  # (n, P), of the pixels' centres from their cell's, in cells
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def part(self, own: slice) -> "Blocks":
+    def part(self, span: slice) -> "Blocks":
         """Some blocks that follow each other."""
-        return Blocks(self.cells[own], self.spans[own], self.pixels[own], self.weights[own], self.offsets[own])
+        return Blocks(self.cells[span], self.spans[span], self.pixels[span], self.weights[span], self.offsets[span])
 
     def with_pixels(self) -> "Blocks":
         """The blocks that have pixels of their own."""
-        own = [index for index, (_, count) in enumerate(self.spans) if count]
-        if len(own) == len(self):
+        filled = [index for index, (_, count) in enumerate(self.spans) if count]
+        if len(filled) == len(self):
             return self
-        spans = [self.spans[index] for index in own]
-        return Blocks(self.cells[own], spans, self.pixels[own], self.weights[own], self.offsets[own])
+        spans = [self.spans[index] for index in filled]
+        return Blocks(self.cells[filled], spans, self.pixels[filled], self.weights[filled], self.offsets[filled])
 
     @property
     def range(self) -> tuple[int, int]:
@@ -91,17 +83,11 @@ def rectangles(tall: int, wide: int, most: int) -> Iterator[tuple[slice, slice]]
 
 @dataclass(frozen=True)
 class Codes:
-    """The guidance codes of one image, full resolution made where it is read.
+    """The guidance codes of one image, full resolution made where it is read."""
 
-    Attributes:
-        net: makes them.
-        image: (1, 3, H, W) scaled.
-        coarse: (1, D, ceil(H / 2), ceil(W / 2)).
-    """
-
-    net: UniversalNetwork
-    image: Tensor
-    coarse: Tensor
+    net: UniversalNetwork  # makes them
+    image: Tensor  # (1, 3, H, W) scaled
+    coarse: Tensor  # (1, D, ceil(H / 2), ceil(W / 2))
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """The codes of a rectangle of pixels, (rows, columns, D)."""
@@ -131,8 +117,8 @@ class Codes:
         fine = self.net.encoder.fine_codes(patches(F.pad(self.image, (1, 1, 1, 1)), y + 1, x + 1))[..., 1, 1]
         around = patches(F.pad(self.coarse, (1, 1, 1, 1), mode="replicate"), y // 2 + 1, x // 2 + 1)
         coarse = F.interpolate(around, scale_factor=2, mode="bilinear", align_corners=False)
-        picked = torch.arange(len(y), device=y.device)
-        return fine + coarse[picked, :, 2 + y % 2, 2 + x % 2]
+        pixels = torch.arange(len(y), device=y.device)
+        return fine + coarse[pixels, :, 2 + y % 2, 2 + x % 2]
 
     def blocks(self, down: Blocks, across: Blocks) -> Tensor:
         """The codes of a rectangle of blocks, (n * m, P * Q, D)."""

@@ -33,23 +33,14 @@ IN_CACHE = 24 * 2**20  # bytes that one step works on, on a CPU
 
 @dataclass(frozen=True)
 class Grid:
-    """What attention needs of the cells of one image: rows of a table, padded by the radius at every side.
+    """Keys and values of the cells of one image: rows of a table, padded by the radius at every side."""
 
-    Attributes:
-        keys: ((h + 2r) * (w + 2r), D + heads).
-        directions: ((h + 2r) * (w + 2r), C).
-        values: ((h + 2r) * (w + 2r), E), the features, or a linear head's values for them.
-        settings: of the picture.
-        width: w + 2r.
-        side: of a window, 2r + 1.
-    """
-
-    keys: Tensor
-    directions: Tensor
-    values: Tensor
-    settings: Settings
-    width: int
-    side: int
+    keys: Tensor  # ((h + 2r) * (w + 2r), D + heads)
+    directions: Tensor  # ((h + 2r) * (w + 2r), C)
+    values: Tensor  # ((h + 2r) * (w + 2r), E), the features, or a linear head's values for them
+    settings: Settings  # of the picture
+    width: int  # w + 2r
+    side: int  # of a window, 2r + 1
 
     def windows(self, table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Windows around cells, (n, K, E); ``rows`` and ``columns`` broadcast to the n cells."""
@@ -61,17 +52,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Piece:
-    """The output of a rectangle of blocks.
+    """The output of a rectangle of blocks."""
 
-    Attributes:
-        values: (n, m, E, P, Q).
-        down: the n blocks.
-        across: the m blocks.
-    """
-
-    values: Tensor
-    down: Blocks
-    across: Blocks
+    values: Tensor  # (n, m, E, P, Q)
+    down: Blocks  # the n blocks
+    across: Blocks  # the m blocks
 
     @property
     def box(self) -> Box:
@@ -133,9 +118,9 @@ class Job:
             down, across = (cut_blocks(axis, longest, dtype) for axis in axes)
             pixels = down.pixels.shape[1] * across.pixels.shape[1]
             tables = window * (channels + values.shape[1] + depth + window)
-            self.attended = item * (pixels * ((net.heads + 5) * window + depth + values.shape[1]) + tables)
-            self.encoded = item * pixels * (4 * depth + 2 * net.encoder.fine.out_channels)
-            if max(self.attended, self.encoded) <= budget // 2:
+            self.attention_bytes = item * (pixels * ((net.heads + 5) * window + depth + values.shape[1]) + tables)
+            self.code_bytes = item * pixels * (4 * depth + 2 * net.encoder.fine.out_channels)
+            if max(self.attention_bytes, self.code_bytes) <= budget // 2:
                 break
             if longest <= SHORTEST:
                 raise too_small(budget)
@@ -143,9 +128,9 @@ class Job:
         self.points_at_once = max(1, self.limit // (item * (tables + pixels)))
         self.codes = encode(net, channels_last(net.scale(guidance).to(dtype)), budget)
         self.down, self.across = down.with_pixels(), across.with_pixels()
-        all_filled = self.down is down and self.across is across
-        stored = item * depth * pixels * len(down) * len(across)
-        self.stored: list[Tensor] | None = [] if keep and all_filled and stored <= budget // 2 else None
+        no_empty = self.down is down and self.across is across
+        total = item * depth * pixels * len(down) * len(across)
+        self.stored: list[Tensor] | None = [] if keep and no_empty and total <= budget // 2 else None
         self.grid = self._grid(down, across, features, values)
 
     def _grid(self, down: Blocks, across: Blocks, features: Tensor, values: Tensor) -> Grid:
@@ -153,7 +138,7 @@ class Job:
         h, w = features.shape[-2:]
         mean = self.codes.coarse.new_zeros(h, w, depth)
         square = mean.new_zeros(h, w, 1 + net.heads)
-        for tall, wide in rectangles(len(down), len(across), self.limit // self.encoded):
+        for tall, wide in rectangles(len(down), len(across), self.limit // self.code_bytes):
             rows, columns = down.part(tall), across.part(wide)
             x = self.codes.blocks(rows, columns)
             if self.stored is not None:
@@ -165,20 +150,20 @@ class Job:
             square.index_put_(where, squares.view(shape), accumulate=True)
         prepared = net.assemble(features, mean[None], square[None])
         r = net.radius
-        averaged = prepared.values
+        table = prepared.values
         if values is not features:
-            averaged = F.pad(values.movedim(1, -1).to(mean.dtype), (0, 0, r, r, r, r))
-        keys, directions, averaged = (t.flatten(0, 2) for t in (prepared.keys, prepared.directions, averaged))
-        return Grid(keys, directions, averaged, prepared.settings, w + 2 * r, 2 * r + 1)
+            table = F.pad(values.movedim(1, -1).to(mean.dtype), (0, 0, r, r, r, r))
+        keys, directions, table = (t.flatten(0, 2) for t in (prepared.keys, prepared.directions, table))
+        return Grid(keys, directions, table, prepared.settings, w + 2 * r, 2 * r + 1)
 
     def pieces(self) -> Iterator[Piece]:
         """The output, rectangle by rectangle."""
         stored = iter(self.stored or ())
-        for tall, wide in rectangles(len(self.down), len(self.across), self.limit // self.encoded):
+        for tall, wide in rectangles(len(self.down), len(self.across), self.limit // self.code_bytes):
             down, across = self.down.part(tall), self.across.part(wide)
             x = self.codes.blocks(down, across) if self.stored is None else next(stored)
             x = x.view(len(down), len(across), *x.shape[1:])
-            for rows, columns in rectangles(len(down), len(across), self.limit // self.attended):
+            for rows, columns in rectangles(len(down), len(across), self.limit // self.attention_bytes):
                 yield self._attend(x[rows, columns], down.part(rows), across.part(columns))
 
     def at(self, y: Tensor, x: Tensor) -> Tensor:
@@ -236,10 +221,10 @@ class Windows:
         limit = budget(memory, image.device)
         values = canvas.values()
         for index in range(len(image)):
-            own = slice(index, index + 1)
+            single = slice(index, index + 1)
             with self.arithmetic():
-                guidance = resize_guidance(image[own], canvas.size)
-                job = Job(self.network, features[own], guidance, values[own], limit)
+                guidance = resize_guidance(image[single], canvas.size)
+                job = Job(self.network, features[single], guidance, values[single], limit)
                 pieces = job.pieces()
             while True:
                 with self.arithmetic():
@@ -253,8 +238,8 @@ class Windows:
         width = size[1]
         with self.arithmetic():
             for index in range(len(image)):
-                own = slice(index, index + 1)
-                guidance, values = resize_guidance(image[own], size), features[own]
+                single = slice(index, index + 1)
+                guidance, values = resize_guidance(image[single], size), features[single]
                 job = Job(self.network, values, guidance, values, budget(None, image.device), keep=False)
                 at = job.at
                 out[index] = sample(points[index], size, job.points_at_once, lambda p, at=at: at(p // width, p % width))  # type: ignore[misc]

@@ -39,19 +39,12 @@ SHORTEST_MEAN = 1e-2  # squared length of a mean direction below which agreement
 
 @dataclass(frozen=True)
 class CellAxis:
-    """How the pixels of one axis belong to its cells.
+    """How the pixels of one axis belong to its cells."""
 
-    Attributes:
-        pixels: (n, P) int64, the pixels of every cell, filled up by repeating; a cell without any has its nearest.
-        weights: (n, P) float32, that average them; 0 for what was filled up.
-        offsets: (n, P) float32, of the pixels' centres from the cell's, in cells.
-        places: (N,) int64, where each pixel is in the flattened (n, P).
-    """
-
-    pixels: Tensor
-    weights: Tensor
-    offsets: Tensor
-    places: Tensor
+    pixels: Tensor  # (n, P) int64, the pixels of every cell, filled up by repeating; a cell without any has its nearest
+    weights: Tensor  # (n, P) float32, that average them; 0 for what was filled up
+    offsets: Tensor  # (n, P) float32, of the pixels' centres from the cell's, in cells
+    places: Tensor  # (N,) int64, where each pixel is in the flattened (n, P)
 
 
 def cell_of(pixel: Any, length: int, cells: int) -> Any:
@@ -111,7 +104,7 @@ class GuidanceEncoder(nn.Module):
         return self.coarse_out(x)  # type: ignore[no-any-return]
 
     def fine_codes(self, image: Tensor) -> Tensor:
-        """What the full resolution adds: (B, 3, H, W) to (B, D, H, W)."""
+        """The part of the codes at full resolution: (B, 3, H, W) to (B, D, H, W)."""
         return self.colour(image) + self.fine_out(F.relu(self.fine(image)))  # type: ignore[no-any-return]
 
     def forward(self, image: Tensor) -> Tensor:
@@ -123,34 +116,21 @@ class GuidanceEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What attention needs of one batch, per cell; padded by the radius at every side.
+    """Keys and values of one batch for attention, per cell; padded by the radius at every side."""
 
-    Attributes:
-        keys: (B, h + 2r, w + 2r, D + heads), mean codes, then each head's constant.
-        directions: (B, h + 2r, w + 2r, C), standardised features of length 1.
-        values: (B, h + 2r, w + 2r, C), the features.
-        settings: of every picture, not padded.
-    """
-
-    keys: Tensor
-    directions: Tensor
-    values: Tensor
-    settings: "Settings"
+    keys: Tensor  # (B, h + 2r, w + 2r, D + heads), mean codes, then each head's constant
+    directions: Tensor  # (B, h + 2r, w + 2r, C), standardised features of length 1
+    values: Tensor  # (B, h + 2r, w + 2r, C), the features
+    settings: "Settings"  # of every picture, not padded
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a picture's statistics make of the heads.
+    """The heads' settings that follow from a picture's statistics."""
 
-    Attributes:
-        sharpness: (B, 1 + heads), 1 / (2 width^2) of the bells in cells.
-        strength: (B, heads), factor on the agreement.
-        shares: (B, heads), added to what the pixels' codes say of each head's share.
-    """
-
-    sharpness: Tensor
-    strength: Tensor
-    shares: Tensor
+    sharpness: Tensor  # (B, 1 + heads), 1 / (2 width^2) of the bells in cells
+    strength: Tensor  # (B, heads), factor on the agreement
+    shares: Tensor  # (B, heads), added to what the pixels' codes say of each head's share
 
 
 class UniversalNetwork(nn.Module):
@@ -270,7 +250,7 @@ class UniversalNetwork(nn.Module):
         return total
 
     def _axis_scores(self, offsets: Tensor, settings: Settings) -> Tensor:
-        """What one axis adds to the scores: (..., n, P) offsets to (B, 1 + heads, ..., n, side, P).
+        """The share of one axis in the scores: (..., n, P) offsets to (B, 1 + heads, ..., n, side, P).
 
         A bell around the pixel, and the logarithm of one that reaches 0 where a cell leaves the window.
         """
@@ -370,10 +350,7 @@ def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     """Mean cosine (B,) of cells a few steps apart along either axis, of (B, h, w, C); 1 where no two are."""
     pairs = [
         (a * b).sum(-1).flatten(1)
-        for a, b in (
-            (directions[:, step:], directions[:, :-step]),
-            (directions[:, :, step:], directions[:, :, :-step]),
-        )
+        for a, b in ((directions[:, step:], directions[:, :-step]), (directions[:, :, step:], directions[:, :, :-step]))
     ]
     means = [x.mean(1) for x in pairs if x.shape[1]]
     return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))

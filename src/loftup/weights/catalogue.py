@@ -15,6 +15,7 @@ __all__ = [
     "TINY_BACKBONE",
     "Checkpoint",
     "find_checkpoint",
+    "fitting",
     "known_names",
     "list_pretrained",
 ]
@@ -113,6 +114,12 @@ def find_checkpoint(name: str) -> Checkpoint | None:
 def known_names() -> list[str]:
     """Every name that :func:`find_checkpoint` accepts, for error messages."""
     return list(_BY_NAME)
+
+
+def fitting(channels: int) -> str:
+    """The published weights for a number of channels, as the end of an error message; "" if there are none."""
+    names = [repr(checkpoint.name) for checkpoint in _PUBLISHED if checkpoint.channels == channels]
+    return f"; for {channels} channels: {', '.join(names)}" if names else ""
 
 
 def list_pretrained() -> list[Checkpoint]:

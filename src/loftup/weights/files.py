@@ -1,11 +1,12 @@
 """Reading and writing LoftUp weights: every layout in circulation, from a file, a folder or a Hub repository."""
 
+import functools
 import json
 import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, translate
 from ..files import write_atomically
 from ..networks.config import Config, UniversalConfig, read_config
 from ..version import __version__
@@ -30,17 +31,11 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights as a file has them.
+    """Weights as a file has them."""
 
-    Attributes:
-        config: of the network.
-        state: keys ``upsampler.*`` and ``channelnorm.*``, not yet compared with the network's.
-        file: that they come from.
-    """
-
-    config: Config
-    state: StateDict
-    file: Path
+    config: Config  # of the network
+    state: StateDict  # keys upsampler.* and channelnorm.*, not yet compared with the network's
+    file: Path  # that they come from
 
 
 def read_weights(
@@ -54,46 +49,35 @@ def read_weights(
     """Read the weights that a name stands for; arguments and errors are those of :meth:`LoftUp.from_pretrained`."""
     if channel_norm not in (None, "identity"):
         raise ValueError(f'channel_norm must be None or "identity", got {channel_norm!r}')
-    checkpoint, path, config = source.checkpoint, source.path, None
-    name = ""
+    checkpoint, path = source.checkpoint, source.path
     if checkpoint is not None and checkpoint.in_package:
         if revision is not None:
-            raise LoftUpError(
-                f"{checkpoint.name!r} comes with the package and has no revisions, got revision={revision!r}; leave it "
-                "out"
-            )
-        files, config = _candidates(_reader(checkpoint.folder), f"the installed folder {checkpoint.folder}")
-    elif path is not None and path.is_file():
-        files = iter([path])
-    elif path is not None:
-        files, config = _candidates(_reader(path), str(path))
-    else:
-        repo = source.repo if checkpoint is None else checkpoint.repo
-        assert repo is not None
-        hub = Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        if checkpoint is None:
-            files, config = _candidates(_or_no_folder(hub), f"the Hub repository {repo!r}")
-        elif (file := hub.fetch(checkpoint.file)) is None:
-            raise LoftUpError(f"{hub} holds no {checkpoint.file!r}; is the revision right?")
-        else:
-            files, name = iter([file]), checkpoint.name
-    return _first_complete(files, config, channel_norm, name)
+            reason = "comes with the package and has no revisions"
+            raise LoftUpError(f"{checkpoint.name!r} {reason}, got revision={revision!r}; leave it out")
+        path = checkpoint.folder
+    if path is not None and path.is_file():
+        return _first_complete([path], None, channel_norm)
+    if path is not None:
+        where = f"the installed folder {path}" if source.path is None else str(path)
+        files, config = _candidates(lambda file: path / file if (path / file).is_file() else None, where)
+        return _first_complete(files, config, channel_norm)
+    repo = source.repo if checkpoint is None else checkpoint.repo
+    assert repo is not None
+    hub = Repository(repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    if checkpoint is None:
+        files, config = _candidates(functools.partial(_fetch, hub), f"the Hub repository {repo!r}")
+        return _first_complete(files, config, channel_norm)
+    if (file := hub.fetch(checkpoint.file)) is None:
+        raise LoftUpError(f"{hub} holds no {checkpoint.file!r}; is the revision right?")
+    return _first_complete([file], None, channel_norm, checkpoint.name)
 
 
-def _reader(folder: Path) -> Callable[[str], Path | None]:
-    return lambda file: folder / file if (folder / file).is_file() else None
-
-
-def _or_no_folder(repository: Repository) -> Callable[[str], Path | None]:
-    """``repository.fetch`` for what might have been meant as a folder."""
-
-    def fetch(file: str) -> Path | None:
-        try:
-            return repository.fetch(file)
-        except LoftUpError as error:
-            raise type(error)(f"{error}; and there is no local folder of that name") from error
-
-    return fetch
+def _fetch(hub: Repository, file: str) -> Path | None:
+    """``hub.fetch`` for what might have been meant as a folder."""
+    try:
+        return hub.fetch(file)
+    except LoftUpError as error:
+        raise type(error)(f"{error}; and there is no local folder of that name") from error
 
 
 def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterator[Path], dict[str, Any] | None]:
@@ -108,16 +92,14 @@ def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterat
             raise LoftUpError(f"{config_file} holds a {type(config).__name__}, expected a JSON object")
         if "model_type" in config or "architecture" in config:
             kind = config.get("model_type") or config.get("architecture")
-            raise LoftUpError(
-                f"{where} holds a {kind!r} model, not LoftUp weights; published LoftUp weights: {', '.join(PUBLISHED)}"
-            )
+            published = f"published LoftUp weights: {', '.join(PUBLISHED)}"
+            raise LoftUpError(f"{where} holds a {kind!r} model, not LoftUp weights; {published}")
 
     def files() -> Iterator[Path]:
         empty = True
-        for name in (SAFETENSORS, PICKLE):
-            if (file := fetch(name)) is not None:
-                empty = False
-                yield file
+        for file in filter(None, map(fetch, (SAFETENSORS, PICKLE))):
+            empty = False
+            yield file
         if empty:
             raise LoftUpError(f"{where} holds neither {SAFETENSORS} nor {PICKLE}")
 
@@ -125,42 +107,41 @@ def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterat
 
 
 def _first_complete(
-    files: Iterator[Path], config: dict[str, Any] | None, channel_norm: Literal["identity"] | None, backbone: str
+    files: Iterable[Path],
+    config: dict[str, Any] | None,
+    channel_norm: Literal["identity"] | None,
+    backbone: str = "",
 ) -> StoredWeights:
     """Take the first file that has (or, on request, lacks) the channel norm."""
-    refused = []
+    others = []
     for file in files:
         state, in_header = read_state(file)
-        settings = in_header or _settings(config, file)
+        settings = in_header or ({} if config is None else _described(config, f"the {CONFIG} beside {file}"))
         if settings.get("values") == "features" or UNIVERSAL_KEY in state:
             if channel_norm:
-                raise LoftUpError(
-                    f"{file} is of a network without a channel norm, got channel_norm={channel_norm!r}; leave it out"
-                )
+                got = f"got channel_norm={channel_norm!r}"
+                raise LoftUpError(f"{file} is of a network without a channel norm, {got}; leave it out")
             return _stored(state, settings, file, backbone)
-        wanted = channel_norm or settings.get("channel_norm", "layer")
-        has_norm = any(key.startswith("channelnorm.") for key in state)
-        if has_norm == (wanted == "layer"):
-            return _stored(state, {**settings, "channel_norm": wanted}, file, backbone)
-        refused.append(str(file))
+        norm = channel_norm or settings.get("channel_norm", "layer")
+        if any(key.startswith("channelnorm.") for key in state) == (norm == "layer"):
+            return _stored(state, {**settings, "channel_norm": norm}, file, backbone)
+        others.append(str(file))
     if channel_norm == "identity":
-        raise LoftUpError(f'{", ".join(refused)} has a channel norm; leave channel_norm="identity" out')
+        raise LoftUpError(f'{", ".join(others)} has a channel norm; leave channel_norm="identity" out')
     raise LoftUpError(
-        f"{', '.join(refused)} lacks the channel norm (channelnorm.norm.weight and .bias): it holds the inner module "
+        f"{', '.join(others)} lacks the channel norm (channelnorm.norm.weight and .bias): it holds the inner module "
         f"alone, and loading it would give wrong features without an error. Use the repository's {PICKLE}; or, if your "
         'features are normalised already, say channel_norm="identity"'
     )
 
 
-def _settings(config: dict[str, Any] | None, file: Path) -> dict[str, Any]:
-    """Architecture fields of a config.json, without what other programs may have added."""
-    if config is None:
-        return {}
+def _described(values: Any, where: str) -> dict[str, Any]:
+    """All architecture fields, from those that a file holds beside what :func:`save` adds."""
     try:
-        fields = {key: value for key, value in config.items() if key not in ("library_name", "loftup_version")}
+        fields = {key: value for key, value in values.items() if key not in ("library_name", "loftup_version")}
         return read_config(fields).to_dict()
     except (TypeError, ValueError, AttributeError) as error:
-        raise LoftUpError(f"the {CONFIG} beside {file} does not describe a LoftUp network: {error}") from error
+        raise LoftUpError(f"{where} does not describe a LoftUp network: {error}") from error
 
 
 def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
@@ -178,16 +159,15 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
     else:
         state = _read_pickle(file)
         if METADATA_KEY in state:
-            config = _header_config(state[METADATA_KEY], file)
+            config = _described(state[METADATA_KEY], f"the config in {file}")
     if isinstance(state.get("state_dict"), dict):
         # A training checkpoint also holds the backbone (model.0.*), losses and downsamplers: not ours to load.
-        nested: dict[str, Any] = state["state_dict"]
-        renamed = {re.sub(r"^model\.1\.norm\.", "channelnorm.norm.", key): value for key, value in nested.items()}
+        entries: dict[str, Any] = state["state_dict"]
+        renamed = {re.sub(r"^model\.1\.norm\.", "channelnorm.norm.", key): value for key, value in entries.items()}
         state = {key: value for key, value in renamed.items() if key.startswith(("upsampler.", "channelnorm."))}
         if not state:
-            raise LoftUpError(
-                f"{file} is a training checkpoint without upsampler.* entries; its keys begin {_some(nested)}"
-            )
+            kind = "a training checkpoint without upsampler.* entries"
+            raise LoftUpError(f"{file} is {kind}; its keys begin {_some(entries)}")
     if strangers := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         raise LoftUpError(f"{file} is not a state dict of tensors: {_some(strangers)} hold other things")
     if state and not any(key.startswith(("upsampler.", "channelnorm.")) for key in state):
@@ -207,17 +187,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
         raise LoftUpError(_unreadable(file, error)) from error
     if METADATA_KEY not in metadata:
         return state, None
-    try:
-        return state, _header_config(json.loads(metadata[METADATA_KEY]), file)
-    except json.JSONDecodeError as error:
-        raise LoftUpError(f"the config in {file} is damaged: {error}") from error
-
-
-def _header_config(values: Any, file: Path) -> dict[str, Any]:
-    try:
-        return read_config(values).to_dict()
-    except (TypeError, ValueError, AttributeError) as error:
-        raise LoftUpError(f"the config in {file} does not describe a LoftUp network: {error}") from error
+    with translate(json.JSONDecodeError, lambda error: f"the config in {file} is damaged: {error}"):
+        return state, _described(json.loads(metadata[METADATA_KEY]), f"the config in {file}")
 
 
 def _read_pickle(file: Path) -> dict[str, Any]:
@@ -249,10 +220,8 @@ def _some(keys: Any, most: int = 8) -> str:
 def infer_config(state: StateDict) -> dict[str, Any]:
     """Read the architecture off the tensors' shapes; heads cannot be seen and stay at the published 4.
 
-    Of the universal network heads can be seen, but not the radius, which stays at the default.
-
-    Raises:
-        KeyError: the state dict lacks the tensors that tell.
+    Of the universal network heads can be seen, but not the radius, which stays at the default. KeyError: tensors that
+    tell are missing.
     """
     if UNIVERSAL_KEY in state:
         heads, codes = state[UNIVERSAL_KEY].shape
@@ -260,11 +229,8 @@ def infer_config(state: StateDict) -> dict[str, Any]:
         return {"values": "features", "heads": heads, "code_width": codes // (1 + heads), "encoder_width": width}
     channels, width = state["upsampler.ca_transformer.layers.0.1.net.1.weight"].shape
     blocks = {match[1] for key in state if (match := re.match(r"upsampler\.ca_transformer\.layers\.(\d+)\.", key))}
-    fields: dict[str, Any] = {
-        "channels": channels,
-        "blocks": len(blocks),
-        "image_frequencies": state["upsampler.fourier_feat.1.biases"].shape[-1],
-    }
+    frequencies = state["upsampler.fourier_feat.1.biases"].shape[-1]
+    fields: dict[str, Any] = {"channels": channels, "blocks": len(blocks), "image_frequencies": frequencies}
     if "upsampler.lr_pe" in state:
         return {**fields, "position_code": "learnable", "lr_size": round(state["upsampler.lr_pe"].shape[1] ** 0.5)}
     return {**fields, "position_code": "sine", "feature_frequencies": (width - channels) // 4}
@@ -284,17 +250,13 @@ def _stored(state: StateDict, settings: dict[str, Any], file: Path, backbone: st
 def check_fit(weights: StoredWeights, expected: StateDict) -> None:
     """Raise LoftUpError unless the weights are those of a network with the state dict ``expected``, in one dtype."""
     state, file = weights.state, weights.file
-    problems = [
-        f"missing: {_some(sorted(set(expected) - set(state)))}" if set(expected) - set(state) else "",
-        f"unexpected: {_some(sorted(set(state) - set(expected)))}" if set(state) - set(expected) else "",
-        *(
-            f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-            for key in expected
-            if key in state and state[key].shape != expected[key].shape
-        ),
-    ]
-    if any(problems):
-        raise LoftUpError(f"{file} does not fit this LoftUp network: {'; '.join(filter(None, problems))}")
+    differences = {"missing": set(expected) - set(state), "unexpected": set(state) - set(expected)}
+    problems = [f"{name}: {_some(sorted(keys))}" for name, keys in differences.items() if keys]
+    for key in expected:
+        if key in state and state[key].shape != expected[key].shape:
+            problems.append(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")
+    if problems:
+        raise LoftUpError(f"{file} does not fit this LoftUp network: {'; '.join(problems)}")
     dtypes = {value.dtype for key, value in state.items() if not key.endswith("num_batches_tracked")}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         raise LoftUpError(
@@ -308,12 +270,11 @@ def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> 
     from safetensors.torch import save as to_bytes
 
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     fields = config.to_dict()
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_atomically(folder / SAFETENSORS, to_bytes(plain, {"format": "pt", METADATA_KEY: json.dumps(fields)}))
-    described = {**fields, "library_name": "loftup", "loftup_version": __version__}
-    write_atomically(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+    content = {**fields, "library_name": "loftup", "loftup_version": __version__}
+    write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def push(config: Config, state: StateDict, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
@@ -329,7 +290,7 @@ def model_card(config: Config, repo: str) -> str:
     universal = isinstance(config, UniversalConfig)
     backbone = config.backbone or ("any vision backbone" if universal else "a vision backbone")
     channels = "C" if universal else str(config.channels)
-    described = "any C" if universal else f"C = {channels}"
+    width = "any C" if universal else f"C = {channels}"
     return f"""---
 library_name: loftup
 pipeline_tag: image-feature-extraction
@@ -338,7 +299,7 @@ tags: [feature-upsampling, loftup]
 
 # LoftUp for {backbone}
 
-Upsamples features of {backbone} ({described}) to any resolution, guided by the image.
+Upsamples features of {backbone} ({width}) to any resolution, guided by the image.
 
 ```python
 from loftup import LoftUp

@@ -1,10 +1,11 @@
 """The Hub, with its errors turned into what to do about them."""
 
 import os
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, translate
 from ..version import __version__
 
 __all__ = ["Repository", "UnreachableError", "upload"]
@@ -14,35 +15,23 @@ OFFLINE_HELP = (
     "local_files_only=True (on the command line: set the environment variable HF_HUB_OFFLINE=1), or pass the path of "
     "the file or folder instead of the name (on the command line: --weights PATH and --backbone-weights FILE)"
 )
+CLIENT: dict[str, Any] = {"library_name": "loftup", "library_version": __version__}
 
 
 class UnreachableError(LoftUpError):
     """A file is not in the cache, and the Hub does not answer or must not be asked."""
 
 
+@dataclass
 class Repository:
-    """Files of one Hub repository, through the Hub's cache.
+    """Files of one Hub repository, through the Hub's cache."""
 
-    Args:
-        repo: repository id, "user/name".
-        revision: branch, tag or commit; None means the default branch.
-        cache_dir: where files are kept; None means the Hub's default cache.
-        local_files_only: never ask the network.
-    """
-
-    def __init__(
-        self,
-        repo: str,
-        *,
-        revision: str | None = None,
-        cache_dir: "str | os.PathLike[str] | None" = None,
-        local_files_only: bool = False,
-    ) -> None:
-        self.repo = repo
-        self.revision = revision
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.local_files_only = local_files_only
-        self.unreachable = False
+    repo: str  # "user/name"
+    _: KW_ONLY
+    revision: str | None = None  # branch, tag or commit; None means the default branch
+    cache_dir: "str | os.PathLike[str] | None" = None  # where files are kept; None means the Hub's default cache
+    local_files_only: bool = False  # never ask the network
+    unreachable: bool = field(default=False, init=False)  # the Hub has not answered
 
     def __str__(self) -> str:
         return f"the Hub repository {self.repo!r}" + (f" at revision {self.revision!r}" if self.revision else "")
@@ -57,47 +46,34 @@ class Repository:
         import huggingface_hub as hf
         from huggingface_hub import errors
 
+        cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
+        where: dict[str, Any] = {"revision": self.revision, "cache_dir": cache_dir}
+        # Once the client has given up after its retries, further files come from the cache alone.
+        client: dict[str, Any] = {"local_files_only": self.local_files_only or self.unreachable, **CLIENT}
         try:
-            path = hf.hf_hub_download(
-                self.repo,
-                file,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                # Once the client has given up after its retries, further files come from the cache alone.
-                local_files_only=self.local_files_only or self.unreachable,
-                library_name="loftup",
-                library_version=__version__,
-            )
-            return Path(path)
+            return Path(hf.hf_hub_download(self.repo, file, **where, **client))
         except errors.LocalEntryNotFoundError as error:
-            known = hf.try_to_load_from_cache(self.repo, file, cache_dir=self.cache_dir, revision=self.revision)
-            if known is hf._CACHED_NO_EXIST:
+            if hf.try_to_load_from_cache(self.repo, file, **where) is hf._CACHED_NO_EXIST:
                 self.unreachable = True
                 return None
+            message = f"the Hub cannot be reached for {file!r} of {self}. {OFFLINE_HELP}"
             if self.local_files_only:
-                raise UnreachableError(
-                    f"{file!r} of {self} is not in the Hub cache, and local_files_only=True"
-                ) from error
-            raise UnreachableError(f"the Hub cannot be reached for {file!r} of {self}. {OFFLINE_HELP}") from error
-        except errors.GatedRepoError as error:
-            raise LoftUpError(
-                f"{self} is gated: ask for access on its page, then log in with `hf auth login`"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise LoftUpError(
-                f"there is no Hub repository {self.repo!r}, or it is private (then log in with `hf auth login`); "
-                "`loftup list` shows the published weights"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise LoftUpError(f"the Hub repository {self.repo!r} has no revision {self.revision!r}") from error
+                message = f"{file!r} of {self} is not in the Hub cache, and local_files_only=True"
+            raise UnreachableError(message) from error
         except errors.EntryNotFoundError:
             return None
-        except errors.HFValidationError as error:
-            raise LoftUpError(f"{self.repo!r} is not a valid Hub repository id: {error}") from error
         except Exception as error:  # requests, httpx, disk: which ones differs between versions of the client
-            raise LoftUpError(
-                f"downloading {file!r} of {self} failed: {error}. Try again: what has arrived is kept. {OFFLINE_HELP}"
-            ) from error
+            login = "log in with `hf auth login`"
+            messages = {
+                errors.GatedRepoError: f"{self} is gated: ask for access on its page, then {login}",
+                errors.RepositoryNotFoundError: f"there is no Hub repository {self.repo!r}, or it is private (then "
+                f"{login}); `loftup list` shows the published weights",
+                errors.RevisionNotFoundError: f"the Hub repository {self.repo!r} has no revision {self.revision!r}",
+                errors.HFValidationError: f"{self.repo!r} is not a valid Hub repository id: {error}",
+                Exception: f"downloading {file!r} of {self} failed: {error}. Try again: what has arrived is kept. "
+                f"{OFFLINE_HELP}",
+            }
+            raise LoftUpError(next(text for kind, text in messages.items() if isinstance(error, kind))) from error
 
 
 def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
@@ -106,10 +82,8 @@ def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_m
 
     if token is None and hf.get_token() is None:
         raise LoftUpError("pushing needs a Hub token: log in with `hf auth login` or pass token=")
-    api = hf.HfApi(token=token, library_name="loftup", library_version=__version__)
-    try:
+    api = hf.HfApi(token=token, **CLIENT)
+    with translate(Exception, lambda error: f"pushing to the Hub repository {repo!r} failed: {error}"):  # as in fetch
         target = api.create_repo(repo, private=private, exist_ok=True).repo_id
         commit: Any = api.upload_folder(repo_id=target, folder_path=folder, commit_message=commit_message)
-    except Exception as error:  # as in fetch
-        raise LoftUpError(f"pushing to the Hub repository {repo!r} failed: {error}") from error
     return str(commit.commit_url)

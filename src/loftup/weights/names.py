@@ -1,4 +1,4 @@
-"""What a name means: the one place that turns it into weights of the catalogue, a file, or a Hub repository."""
+"""The meaning of a name: the one place that turns it into weights of the catalogue, a file, or a Hub repository."""
 
 import difflib
 import hashlib
@@ -18,24 +18,17 @@ SAFETENSORS, PICKLE, CONFIG = "model.safetensors", "pytorch_model.bin", "config.
 
 @dataclass(frozen=True)
 class WeightsName:
-    """The weights that a name stands for: of the catalogue, or a local path, or a Hub repository.
+    """The weights that a name stands for: of the catalogue, or a local path, or a Hub repository."""
 
-    Attributes:
-        asked: the name as it was given.
-        checkpoint: of the catalogue.
-        path: of a file or folder.
-        repo: id of a Hub repository.
-        substitute: a sentence that says that "any" takes the place of missing weights, and why; "" where it does not.
-    """
-
-    asked: str
-    checkpoint: Checkpoint | None = None
-    path: Path | None = None
-    repo: str | None = None
+    asked: str  # the name as it was given
+    checkpoint: Checkpoint | None = None  # of the catalogue
+    path: Path | None = None  # of a file or folder
+    repo: str | None = None  # id of a Hub repository
+    # A sentence that says that "any" takes the place of missing weights, and why; "" where it does not.
     substitute: str = ""
 
     def identity(self) -> str:
-        """What tells these weights from others, for metadata: a name as it is, files with size and time."""
+        """Tell these weights from others, for metadata: a name as it is, files with size and time."""
         if self.checkpoint is not None and self.checkpoint.in_package:
             note = " for want of its own" if self.substitute else ""
             return f"{self.checkpoint.name} {in_package(self.checkpoint.folder)}{note}"
@@ -46,7 +39,7 @@ class WeightsName:
 
 
 def in_package(folder: Path) -> str:
-    """What tells weights in the package from those of another version, as text."""
+    """Tell weights in the package from those of another version, as text."""
     return f"in the package, {hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()[:12]}"
 
 
@@ -80,32 +73,25 @@ def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsNa
 
 
 def resolve_backbone(name: str | None, kind: str, usable: bool, strict: bool = False) -> WeightsName:
-    """Find the weights for a backbone object.
+    """Find the weights for a backbone object by its name, None where it cannot be known; ``kind`` is its class.
 
-    Args:
-        name: the backbone's, or None where it cannot be known.
-        kind: class of the object, for the message.
-        usable: whether it is a backbone at all; others are always refused.
-        strict: as for :func:`resolve`.
-
-    Raises:
-        LoftUpError: there are none, and "any" must not take their place.
+    LoftUpError: there are none, and "any" must not take their place, by ``strict`` or as the object is not ``usable``.
     """
     if name is not None and (checkpoint := find_checkpoint(name)):
         return WeightsName(name, checkpoint=checkpoint)
-    described = f"named {name!r}" if name else f"a {kind} without a recognised name"
-    return _any_for(name or kind, described, strict or not usable)
+    subject = f"named {name!r}" if name else f"a {kind} without a recognised name"
+    return _any_for(name or kind, subject, strict or not usable)
 
 
-def _any_for(asked: str, described: str, strict: bool) -> WeightsName:
+def _any_for(asked: str, subject: str, strict: bool) -> WeightsName:
     if strict:
         raise LoftUpError(
-            f"no published LoftUp weights for this backbone ({described}); there are weights for "
+            f"no published LoftUp weights for this backbone ({subject}); there are weights for "
             f"{', '.join(PUBLISHED)}. If it is one of these under another name, pass that name; for weights of your "
             f"own, pass their path; {ANY!r} is an upsampler for features of any backbone"
         )
     sentence = (
-        f"no LoftUp weights of its own for this backbone ({described}): using {ANY!r}, which takes features of any "
+        f"no LoftUp weights of its own for this backbone ({subject}): using {ANY!r}, which takes features of any "
         "backbone. strict=True refuses instead; to train weights for this one, see `loftup train --help`"
     )
     return WeightsName(asked, checkpoint=CATALOGUE[ANY], substitute=sentence)
@@ -134,8 +120,8 @@ def _looks_like_path(name: str) -> bool:
 def _unknown(name: str) -> str:
     import timm
 
-    lowered = {known.lower(): known for known in [*timm.list_models(), *known_names()]}
-    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)]
+    names = {name.lower(): name for name in [*timm.list_models(), *known_names()]}
+    near = [names[match] for match in difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.6)]
     meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return (
         f"unknown LoftUp weights {name!r}; {meant}In the package: {', '.join(IN_PACKAGE)} ({ANY!r} takes features of "

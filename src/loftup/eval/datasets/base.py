@@ -120,3 +120,8 @@ class Dataset(Generic[T]):
     val: Sequence[T]
     classes: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
+
+    def check_classes(self) -> None:
+        """Raise ValueError if the classes have no names."""
+        if not self.classes:
+            raise ValueError(f"{self.name} names no classes, expected one name for every label")

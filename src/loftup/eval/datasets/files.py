@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import open_picture, require_pillow
 
 __all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
@@ -15,14 +15,14 @@ __all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_ima
 def expect_folder(folder: Path, content: str) -> Path:
     """The folder, or LoftUpError if there is none."""
     if not folder.is_dir():
-        raise LoftUpError(f"expected a folder with {content} at {folder}, found {_found(folder)}")
+        raise LoftUpError(f"expected a folder with {content} at {folder}, found {_content_of(folder)}")
     return folder
 
 
 def expect_file(file: Path, content: str) -> Path:
     """The file, or LoftUpError if there is none."""
     if not file.is_file():
-        raise LoftUpError(f"expected {content} at {file}, found {_found(file)}")
+        raise LoftUpError(f"expected {content} at {file}, found {_content_of(file)}")
     return file
 
 
@@ -43,10 +43,8 @@ def read_lines(file: Path, content: str) -> list[str]:
 def read_image(file: Path) -> Tensor:
     """(3, H, W) uint8."""
     expect_file(file, "a picture")
-    try:
+    with translate(OSError, str):
         return torch.from_numpy(np.array(open_picture(file))).movedim(-1, 0).contiguous()
-    except OSError as error:
-        raise LoftUpError(str(error)) from error
 
 
 def read_map(file: Path, content: str = "a label map") -> Tensor:
@@ -69,7 +67,7 @@ def check_size(values: Tensor, file: Path, image: Tensor, picture: Path) -> None
         )
 
 
-def _found(path: Path) -> str:
+def _content_of(path: Path) -> str:
     if path.exists():
         return "a file" if path.is_file() else "a folder"
     parent = path.parent

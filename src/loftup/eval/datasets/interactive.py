@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from .base import Dataset, InteractiveSample, Samples
 from .files import check_size, expect_file, list_files, read_image, read_lines, read_map
 from .registry import register
@@ -100,10 +100,8 @@ def sbd(root: Path) -> Dataset[InteractiveSample]:
 
 def _instances(file: Path) -> Tensor:
     expect_file(file, "SBD's instances")
-    try:
+    with translate(ImportError, 'SBD\'s .mat files need SciPy: pip install "loftup[eval]"'):
         from scipy.io import loadmat
-    except ImportError as error:
-        raise LoftUpError('SBD\'s .mat files need SciPy: pip install "loftup[eval]"') from error
     try:
         return torch.from_numpy(loadmat(str(file))["GTinst"]["Segmentation"][0, 0].astype("int64"))
     except Exception as error:  # SciPy raises many kinds on a damaged file

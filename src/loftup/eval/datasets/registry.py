@@ -1,12 +1,11 @@
 """Datasets by name, open to others."""
 
-import difflib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, suggest
 from ..catalogue import TASKS
 from .base import KINDS, Dataset
 
@@ -62,8 +61,7 @@ def open_dataset(spec: str, task: str) -> Dataset[Any]:
     name, _, path = spec.partition(":")
     choices = names(task)
     if name not in choices:
-        near = difflib.get_close_matches(name, choices, n=3)
-        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(choices)}"
+        hint = suggest(name, choices, 3).rstrip() or f"expected {', '.join(choices)}"
         raise LoftUpError(f"there is no dataset {name!r} for {task}; {hint}")
     if name == "synthetic":
         from .synthetic import synthetic

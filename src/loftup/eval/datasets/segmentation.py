@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import LoftUpError
 from .base import Dataset, Samples, SegmentationSample
-from .files import check_size, expect_file, expect_folder, list_files, read_image, read_lines, read_map
+from .files import check_size, expect_folder, list_files, read_image, read_lines, read_map
 from .registry import register
 
 __all__ = ["ade20k", "camvid", "cityscapes", "coco_stuff", "voc"]
@@ -79,11 +79,9 @@ def cityscapes(root: Path) -> Dataset[SegmentationSample]:
 
     def split(name: str) -> Pairs:
         pictures = list_files(root / "leftImg8bit" / name, "*/*_leftImg8bit.png", "Cityscapes pictures")
-        labels = root / "gtFine" / name
-        files = [
-            (p, labels / p.parent.name / p.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")) for p in pictures
-        ]
-        return _pairs(files, decode)
+        cities = [root / "gtFine" / name / picture.parent.name for picture in pictures]
+        names = [picture.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png") for picture in pictures]
+        return _pairs([(p, city / file) for p, city, file in zip(pictures, cities, names, strict=True)], decode)
 
     return _dataset("cityscapes", split("train"), split("val"))
 
@@ -123,14 +121,11 @@ def ade20k(root: Path) -> Dataset[SegmentationSample]:
         files = [(picture, root / "annotations" / name / f"{picture.stem}.png") for picture in pictures]
         return _pairs(files, lambda values: values - 1)
 
-    classes = tuple(
-        line.split("\t")[-1].split(",")[0].strip()
-        for line in read_lines(expect_file(root / "objectInfo150.txt", "ADE20K's list of classes"), "classes")[1:]
-    )
+    file = root / "objectInfo150.txt"
+    lines = read_lines(file, "ADE20K's list of classes")[1:]
+    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
     if len(classes) != 150:
-        raise LoftUpError(
-            f"{root / 'objectInfo150.txt'} names {len(classes)} classes, expected a heading and 150 lines"
-        )
+        raise LoftUpError(f"{file} names {len(classes)} classes, expected a heading and 150 lines")
     return Dataset("ade20k", split("training"), split("validation"), classes)
 
 

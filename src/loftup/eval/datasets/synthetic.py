@@ -48,21 +48,13 @@ class _Shape:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A scene as a pinhole camera sees it.
+    """A scene as a pinhole camera sees it."""
 
-    Args:
-        image: (3, H, W) uint8.
-        classes: (H, W) int64, indices into CLASSES.
-        objects: (H, W) int64: 0 background, 1, 2, ... the shapes.
-        depth: (H, W) float32 in metres.
-        normals: (3, H, W) float32, unit vectors that face the camera; those of balls as seen from far away.
-    """
-
-    image: Tensor
-    classes: Tensor
-    objects: Tensor
-    depth: Tensor
-    normals: Tensor
+    image: Tensor  # (3, H, W) uint8
+    classes: Tensor  # (H, W) int64, indices into CLASSES
+    objects: Tensor  # (H, W) int64: 0 background, 1, 2, ... the shapes
+    depth: Tensor  # (H, W) float32 in metres
+    normals: Tensor  # (3, H, W) float32, unit vectors that face the camera; those of balls as seen from far away
 
 
 def render(seed: int, size: int, time: float = 0.0) -> Rendered:
@@ -82,9 +74,8 @@ def render(seed: int, size: int, time: float = 0.0) -> Rendered:
     depth = ground.clamp(max=WALL)
     classes = (ground >= WALL).long()
     objects = torch.zeros_like(classes)
-    normals = torch.where(
-        classes == 0, torch.tensor([0.0, -1, 0])[:, None, None], torch.tensor([0.0, 0, -1])[:, None, None]
-    )
+    upwards, towards = (torch.tensor(values)[:, None, None] for values in ([0.0, -1, 0], [0.0, 0, -1]))
+    normals = torch.where(classes == 0, upwards, towards)
     # Textures live on the surfaces: of the ground and the wall, in metres.
     points = rays * depth
     albedo = torch.where(

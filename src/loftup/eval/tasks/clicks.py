@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import translate
 
 __all__ = ["Click", "click_maps", "first_click", "inside_click", "next_click", "similarity_maps"]
 
@@ -62,8 +62,8 @@ def next_click(prediction: Tensor, truth: Tensor, clicks: list[Click]) -> Click 
     free = torch.ones_like(prediction)
     for click in clicks:
         free[click.row, click.column] = False
-    missed, taken = (truth == 1) & ~prediction, (truth == 0) & prediction
-    depths = [_distance(error) * free for error in (missed, taken)]
+    misses, extras = (truth == 1) & ~prediction, (truth == 0) & prediction
+    depths = [_distance(error) * free for error in (misses, extras)]
     positive = bool(depths[0].max() > depths[1].max())
     deepest = depths[0] if positive else depths[1]
     return _farthest(deepest, positive) if deepest.max() > 0 else None
@@ -120,10 +120,8 @@ def _inside(mask: Tensor) -> Tensor:
 
 def _distance(mask: Tensor) -> Tensor:
     """Distance (H, W) of every pixel of a mask to the nearest one that is not, beyond the border included."""
-    try:
+    with translate(ImportError, 'clicks need SciPy: pip install "loftup[eval]"'):
         from scipy.ndimage import distance_transform_edt
-    except ImportError as error:
-        raise LoftUpError('clicks need SciPy: pip install "loftup[eval]"') from error
     padded = F.pad(mask, (1, 1, 1, 1))
     return torch.from_numpy(distance_transform_edt(padded.numpy()))[1:-1, 1:-1]
 

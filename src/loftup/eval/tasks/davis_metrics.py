@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import translate
 from ...train.run.probe import confusion_matrix, intersection_over_union
 
 __all__ = ["Statistics", "boundary_f", "boundary_map", "jaccard", "object_statistics"]
@@ -18,17 +18,11 @@ BINS = 4  # of the decay
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one object's values over the frames, NaN where no frame is judged.
+    """Of one object's values over the frames, NaN where no frame is judged."""
 
-    Args:
-        mean: of the values.
-        recall: share of the frames with a value above 0.5.
-        decay: mean of the first quarter of the frames less that of the last: what is lost over time.
-    """
-
-    mean: float
-    recall: float
-    decay: float
+    mean: float  # of the values
+    recall: float  # share of the frames with a value above 0.5
+    decay: float  # mean of the first quarter of the frames less that of the last: what is lost over time
 
 
 def jaccard(prediction: Tensor, truth: Tensor, void: Tensor | None = None) -> float:
@@ -101,8 +95,6 @@ def _judged(prediction: Tensor, truth: Tensor, void: Tensor | None) -> tuple[Ten
 
 def _dilated(mask: Tensor, radius: float) -> Tensor:
     """Pixels within a radius of the mask, as a dilation by a disk; the mask has at least one pixel."""
-    try:
+    with translate(ImportError, 'the boundary measure needs SciPy: pip install "loftup[eval]"'):
         from scipy.ndimage import distance_transform_edt
-    except ImportError as error:
-        raise LoftUpError('the boundary measure needs SciPy: pip install "loftup[eval]"') from error
     return torch.from_numpy(distance_transform_edt(~mask.numpy()) <= radius)

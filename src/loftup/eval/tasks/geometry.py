@@ -74,10 +74,7 @@ class GeometryConfig(GridConfig):
 
 
 def depth(
-    backbone: Backbone,
-    upsampler: Upsampler,
-    dataset: Dataset[GeometrySample],
-    config: GeometryConfig | None = None,
+    backbone: Backbone, upsampler: Upsampler, dataset: Dataset[GeometrySample], config: GeometryConfig | None = None
 ) -> Result:
     """Train heads that predict depth on the training split and judge them on the validation split.
 
@@ -94,10 +91,7 @@ def depth(
 
 
 def normals(
-    backbone: Backbone,
-    upsampler: Upsampler,
-    dataset: Dataset[GeometrySample],
-    config: GeometryConfig | None = None,
+    backbone: Backbone, upsampler: Upsampler, dataset: Dataset[GeometrySample], config: GeometryConfig | None = None
 ) -> Result:
     """Train heads that predict surface normals on the training split and judge them on the validation split.
 

@@ -97,8 +97,7 @@ def open_vocabulary(
     config = config or OpenVocabularyConfig()
     if not len(dataset.val):
         raise ValueError(f"{dataset.name} has no validation pictures")
-    if not dataset.classes:
-        raise ValueError(f"{dataset.name} names no classes, expected one name for every label")
+    dataset.check_classes()
     clip = clip or OpenClip(config.clip, config.device)
     texts = embed(clip, dataset.classes, templates()).to(config.device)
     confusion = Confusion(len(dataset.classes), config.boundary)

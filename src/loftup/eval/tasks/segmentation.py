@@ -59,10 +59,7 @@ class SegmentationConfig(GridConfig):
     rate: float = 1e-4
     points: int = 500
     probes: list[str] = field(default_factory=lambda: ["upsampled"])
-    seeds: int = 3
     boundary: int = 3
-    pictures: int = 4
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.training not in ("dense", "samples"):
@@ -95,16 +92,13 @@ def segmentation(
     config = config or SegmentationConfig()
     probing = Probing(backbone, upsampler, dataset, config)
     probing.check_splits()
-    if not dataset.classes:
-        raise ValueError(f"{dataset.name} names no classes, expected one name for every label")
-    heads: dict[str, list[nn.Linear]] = {}
+    dataset.check_classes()
     if config.training == "samples":
         heads = probing.train_on_samples()
     else:
+        heads = probing.train_on_samples(("lowres",)) if "lowres" in config.probes else {}
         if "upsampled" in config.probes:
             heads["upsampled"] = [probing.train_densely(seed) for seed in range(config.seeds)]
-        if "lowres" in config.probes:
-            heads |= probing.train_on_samples(("lowres",))
     return probing.judge({probe: heads[probe] for probe in config.probes})
 
 
@@ -214,10 +208,8 @@ class Probing(GridTask):
 
     def unlabelled(self) -> ValueError:
         """The error for a training split that teaches nothing."""
-        return ValueError(
-            f"none of the {len(self.dataset.train)} pictures of {self.dataset.name}'s training split has a labelled "
-            "pixel to learn from"
-        )
+        pictures = f"{len(self.dataset.train)} pictures of {self.dataset.name}'s training split"
+        return ValueError(f"none of the {pictures} has a labelled pixel to learn from")
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

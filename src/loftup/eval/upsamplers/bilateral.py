@@ -1,5 +1,7 @@
 """Joint bilateral upsampling without learned parameters."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from .registry import Upsampler, register
 __all__ = ["JointBilateral"]
 
 
+@dataclass
 class JointBilateral:
     """Every pixel is a mean of the cells around, weighted by their distance and by how alike the colours are.
 
@@ -25,10 +28,9 @@ class JointBilateral:
         radius: how many cells around the pixel's own one count, in each direction.
     """
 
-    def __init__(self, colour: float = 0.1, spatial: float = 0.75, radius: int = 2) -> None:
-        self.colour = colour
-        self.spatial = spatial
-        self.radius = radius
+    colour: float = 0.1
+    spatial: float = 0.75
+    radius: int = 2
 
     def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) and the image (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
@@ -68,8 +70,8 @@ def _joint_bilateral(backbone: Backbone, argument: str) -> Upsampler:
     except ValueError:
         colour = 0
     if colour <= 0:
+        expected = "the range kernel's deviation, a positive number for colours in [0, 1]"
         raise LoftUpError(
-            f"the argument of 'joint_bilateral' is the range kernel's deviation, a positive number for colours in "
-            f"[0, 1], got {argument!r}; write joint_bilateral:0.1"
+            f"the argument of 'joint_bilateral' is {expected}, got {argument!r}; write joint_bilateral:0.1"
         )
     return JointBilateral(colour)

@@ -1,7 +1,7 @@
 """FeatUp's implicit upsampler: a small network fitted to one image."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -25,6 +25,7 @@ FREQUENCIES = 10
 VIEWS_KEPT = 200
 
 
+@dataclass
 class ImplicitUpsampler:
     """Fit an MLP from Fourier features of position and colour to dense features, for every image anew.
 
@@ -45,15 +46,12 @@ class ImplicitUpsampler:
         losses: mean squared error of every step of the last image fitted, in variances of the components.
     """
 
-    def __init__(
-        self, backbone: Backbone, steps: int = 1000, components: int = 128, rate: float = 3e-3, seed: int = 0
-    ) -> None:
-        self.backbone = backbone
-        self.steps = steps
-        self.components = components
-        self.rate = rate
-        self.seed = seed
-        self.losses: list[float] = []
+    backbone: Backbone
+    steps: int = 1000
+    components: int = 128
+    rate: float = 3e-3
+    seed: int = 0
+    losses: list[float] = field(default_factory=list, init=False)
 
     def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) and the image (B, 3, H, W) in [0, 1] to (B, C, H', W'); every image is fitted."""
@@ -146,10 +144,8 @@ def _network(channels: int, width: int = 320) -> nn.Sequential:
 
 def _code(guidance: Tensor) -> Tensor:
     """(B, 3, H, W) to position and colour with sines and cosines of ``FREQUENCIES`` octaves."""
-    coordinates = grid_coordinates(guidance.shape[-2], guidance.shape[-1], guidance.device).expand(
-        len(guidance), -1, -1, -1
-    )
-    values = torch.cat([coordinates, 2 * MinMaxScale()(guidance)], 1)
+    coordinates = grid_coordinates(guidance.shape[-2], guidance.shape[-1], guidance.device)
+    values = torch.cat([coordinates.expand(len(guidance), -1, -1, -1), 2 * MinMaxScale()(guidance)], 1)
     octaves = 2.0 ** torch.linspace(-1, 6, FREQUENCIES, device=guidance.device)
     angles = rearrange(values[:, None] * octaves[:, None, None, None], "b k c h w -> b (k c) h w") * math.pi / 2
     return torch.cat([values, angles.sin(), angles.cos()], 1)
@@ -158,8 +154,8 @@ def _code(guidance: Tensor) -> Tensor:
 @register("featup_implicit")
 def _featup_implicit(backbone: Backbone, argument: str) -> Upsampler:
     if argument and not (argument.isdecimal() and int(argument)):
+        expected = "the number of steps an image, a positive integer"
         raise LoftUpError(
-            f"the argument of 'featup_implicit' is the number of steps an image, a positive integer, got {argument!r}; "
-            "write featup_implicit:1000"
+            f"the argument of 'featup_implicit' is {expected}, got {argument!r}; write featup_implicit:1000"
         )
     return ImplicitUpsampler(backbone, int(argument or 1000))

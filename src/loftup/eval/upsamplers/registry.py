@@ -1,6 +1,5 @@
 """Upsamplers by name, open to others."""
 
-import difflib
 from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol
@@ -8,13 +7,13 @@ from typing import Protocol
 from torch import Tensor
 
 from ...backbones import Backbone
-from ...errors import LoftUpError
+from ...errors import LoftUpError, suggest
 
 __all__ = ["Factory", "Upsampler", "create", "names", "register"]
 
 
 class Upsampler(Protocol):
-    """What every upsampler is: a callable, often an ``nn.Module`` in ``eval()`` mode.
+    """The form of every upsampler: a callable, often an ``nn.Module`` in ``eval()`` mode.
 
     One that need not make the whole map may also have ``at(features, image, points, size)`` and take ``head=``, as
     :class:`loftup.LoftUp` does; :mod:`loftup.eval.features` uses them where they are.
@@ -82,9 +81,8 @@ def create(spec: str, backbone: Backbone) -> Upsampler:
         LoftUpError: there is no such name, or its factory refuses the argument or the backbone.
     """
     name, _, argument = spec.partition(":")
-    known = names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(repr(text) for text in near)}?" if near else f"expected {', '.join(known)}"
+    choices = names()
+    if name not in choices:
+        hint = suggest(name, choices, 3).rstrip() or f"expected {', '.join(choices)}"
         raise LoftUpError(f"there is no upsampler {name!r}; {hint}")
     return _FACTORIES[name](backbone, argument)

@@ -1,6 +1,7 @@
 """Upsamplers without parameters: interpolation of the features, and larger inputs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -48,6 +49,7 @@ class LowResolution(Interpolation):
         super().__init__("nearest")
 
 
+@dataclass
 class LargeInput:
     """The backbone's features of a larger image, interpolated bilinearly: the expensive way to finer features.
 
@@ -56,17 +58,14 @@ class LargeInput:
         factor: how many times larger the image is made, in each direction (bicubically).
     """
 
-    def __init__(self, backbone: Backbone, factor: int = 2) -> None:
-        self.backbone = backbone
-        self.factor = factor
+    backbone: Backbone
+    factor: int = 2
 
     def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) and the image (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
-        height, width = image.shape[-2:]
-        large = F.interpolate(
-            image, (self.factor * height, self.factor * width), mode="bicubic", align_corners=False
-        ).clamp(0, 1)
-        finer = extract(self.backbone, large).to(features.dtype)
+        enlarged = (self.factor * image.shape[-2], self.factor * image.shape[-1])
+        large = F.interpolate(image, enlarged, mode="bicubic", align_corners=False)
+        finer = extract(self.backbone, large.clamp(0, 1)).to(features.dtype)
         return F.interpolate(finer, size, mode="bilinear", align_corners=False)
 
 
@@ -84,9 +83,8 @@ for _mode in ("nearest", "bilinear", "bicubic"):
 @register("large_input")
 def _large_input(backbone: Backbone, argument: str) -> Upsampler:
     if argument and not (argument.isdecimal() and int(argument) > 1):
-        raise LoftUpError(
-            f"the factor of 'large_input' must be an integer above 1, got {argument!r}; write large_input:2"
-        )
+        expected = "must be an integer above 1"
+        raise LoftUpError(f"the factor of 'large_input' {expected}, got {argument!r}; write large_input:2")
     return LargeInput(backbone, int(argument or 2))
 
 

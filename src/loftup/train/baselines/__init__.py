@@ -9,9 +9,8 @@ from .resize_conv import ResizeConv
 
 __all__ = ["ARCHITECTURES", "LearnedConfig", "LearnedUpsampler", "build", "card"]
 
-ARCHITECTURES: dict[str, type[LearnedUpsampler]] = {
-    kind.architecture: kind for kind in (FeatUpJBU, LiFT, ResizeConv, LIIF)
-}
+KINDS: tuple[type[LearnedUpsampler], ...] = (FeatUpJBU, LiFT, ResizeConv, LIIF)
+ARCHITECTURES = {kind.architecture: kind for kind in KINDS}
 
 
 def build(config: LearnedConfig) -> LearnedUpsampler:
@@ -21,9 +20,8 @@ def build(config: LearnedConfig) -> LearnedUpsampler:
         LoftUpError: there is no such architecture.
     """
     if config.architecture not in ARCHITECTURES:
-        raise LoftUpError(
-            f"there is no architecture {config.architecture!r}; expected loftup, {', '.join(ARCHITECTURES)}"
-        )
+        names = ", ".join(ARCHITECTURES)
+        raise LoftUpError(f"there is no architecture {config.architecture!r}; expected loftup, {names}")
     return ARCHITECTURES[config.architecture](config)
 
 

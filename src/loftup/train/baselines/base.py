@@ -92,12 +92,7 @@ class LearnedUpsampler(nn.Module):
         return self.channelnorm.norm.weight.device
 
     def forward(
-        self,
-        features: Tensor,
-        image: Tensor,
-        size: Size = None,
-        *,
-        head: Callable[[Tensor], Tensor] | None = None,
+        self, features: Tensor, image: Tensor, size: Size = None, *, head: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """Upsample features, as :meth:`loftup.LoftUp.forward` does.
 
@@ -152,7 +147,6 @@ class LearnedUpsampler(nn.Module):
         from safetensors.torch import save
 
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         fields = {**self.config.to_dict(), "library_name": "loftup", "loftup_version": __version__}
         write_atomically(folder / SAFETENSORS, save(state, {"format": "pt"}))

@@ -63,8 +63,8 @@ def _message(detail: Any, key: str, where: str) -> str:
             f"{repr(section) if section else 'the top level'}: {', '.join(_fields(detail['loc'][:-1]))}"
         )
     if detail["type"] == "dataclass_type":
-        such = _fields(detail["loc"])[0]
-        return f"{key!r} in {where} holds {detail['input']!r}, expected keys and values such as {such}"
+        example = _fields(detail["loc"])[0]
+        return f"{key!r} in {where} holds {detail['input']!r}, expected keys and values such as {example}"
     expected = detail["msg"]
     for formal, plain in WORDS.items():
         expected = expected.replace(formal, plain)

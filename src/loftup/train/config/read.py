@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from .check import near, validated
 from .schema import TrainConfig
 
@@ -37,10 +37,8 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
         LoftUpError: there is no such file, it is not YAML, a key is unknown, a value is of the wrong type or out of
             range, or omegaconf is missing (extra ``train``).
     """
-    try:
+    with translate(ImportError, 'training configs need omegaconf: pip install "loftup[train]"'):
         from omegaconf import DictConfig, OmegaConf
-    except ImportError as error:
-        raise LoftUpError('training configs need omegaconf: pip install "loftup[train]"') from error
     file = _find(source)
     changes = {}
     for override in overrides:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...backbones import Backbone
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...files import write_atomically
 from ..config import TrainConfig
 
@@ -65,13 +65,9 @@ class FeatureCache:
         from safetensors.torch import save
 
         path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        remedy = "make room, or leave data.cache out"
+        with translate(OSError, lambda error: f"cannot write features to {path}: {error.strerror}; {remedy}"):
             write_atomically(path, save({"features": features.cpu().contiguous()}))
-        except OSError as error:
-            raise LoftUpError(
-                f"cannot write features to {path}: {error.strerror}; make room, or leave data.cache out"
-            ) from error
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

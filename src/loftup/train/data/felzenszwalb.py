@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import translate
 from .regions import LabelMap, centres
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ def felzenszwalb_map(
     Raises:
         LoftUpError: scikit-image is missing (extra ``masks``).
     """
-    try:
+    with translate(ImportError, 'Felzenszwalb masks need scikit-image: pip install "loftup[masks]"'):
         from skimage.segmentation import felzenszwalb
-    except ImportError as error:
-        raise LoftUpError('Felzenszwalb masks need scikit-image: pip install "loftup[masks]"') from error
     pixels = _reduced(_array(image), side)
     labels = felzenszwalb(pixels, scale=scale, sigma=sigma, min_size=min_size)
     height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)

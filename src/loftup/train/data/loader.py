@@ -90,11 +90,7 @@ def _collate_or_fail(samples: Sequence[Sample] | LoftUpError) -> Batch | LoftUpE
 
 
 def loader(
-    config: TrainConfig,
-    backbone: Backbone | Sequence[Backbone],
-    first_step: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    config: TrainConfig, backbone: Backbone | Sequence[Backbone], first_step: int = 0, rank: int = 0, world: int = 1
 ) -> "DataLoader[Sample]":
     """Batches of one process, the ``rank``-th of ``world``, from a step on, each a :class:`Batch` on the CPU.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import IMAGE_SUFFIXES, open_picture, require_pillow, to_rgb
 from .regions import UnreadableError
 
@@ -99,8 +99,9 @@ def label_maps(names: Sequence[str], folder: "str | os.PathLike[str]") -> tuple[
                 "keep one kind"
             )
     pairs = {pictures[stem][0]: maps[stem] for stem in both}
-    alone = [name for group in (maps, pictures) for stem, files in group.items() if stem not in both for name in files]
-    return dict(sorted(pairs.items())), alone
+    groups = (files for group in (maps, pictures) for stem, files in group.items() if stem not in both)
+    singles = [name for files in groups for name in files]
+    return dict(sorted(pairs.items())), singles
 
 
 def _is_png(name: str) -> bool:
@@ -109,10 +110,8 @@ def _is_png(name: str) -> bool:
 
 def read_picture(path: Path) -> Tensor:
     """Read a picture as (3, H, W) uint8 RGB, upright; UnreadableError if that fails."""
-    try:
+    with translate((OSError, LoftUpError), str, UnreadableError):
         return _tensor(open_picture(path))
-    except (OSError, LoftUpError) as error:
-        raise UnreadableError(str(error)) from error
 
 
 def decode_picture(content: bytes, name: str) -> Tensor:

@@ -25,25 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices that all pictures of a step share.
+    """Choices that all pictures of a step share."""
 
-    Attributes:
-        backbone: number of the backbone, of several.
-        size: side S of the backbone's square input in pixels.
-        output: side O of the student's output in pixels.
-        window: output pixels that the loss sees, whole feature cells; None means all.
-        crops: of the teacher, squares in output pixels.
-        factor: k of the high-resolution consistency; 0 without it.
-        region: what the backbone sees enlarged k times, in k-ths of feature cells; None without it.
-    """
-
-    backbone: int
-    size: int
-    output: int
-    window: Box | None
-    crops: tuple[Box, ...]
-    factor: int
-    region: Box | None
+    backbone: int  # number of the backbone, of several
+    size: int  # side S of the backbone's square input in pixels
+    output: int  # side O of the student's output in pixels
+    window: Box | None  # output pixels that the loss sees, whole feature cells; None means all
+    crops: tuple[Box, ...]  # of the teacher, squares in output pixels
+    factor: int  # k of the high-resolution consistency; 0 without it
+    region: Box | None  # what the backbone sees enlarged k times, in k-ths of feature cells; None without it
 
 
 def make_plan(config: TrainConfig, patch_size: int | Sequence[int], step: int) -> Plan:

@@ -46,17 +46,11 @@ class Masks(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its masks.
+    """A picture with its masks."""
 
-    Attributes:
-        name: unique within its source, for messages and caches.
-        image: (3, H, W) uint8 RGB, upright.
-        masks: of the same height and width.
-    """
-
-    name: str
-    image: Tensor
-    masks: Masks
+    name: str  # unique within its source, for messages and caches
+    image: Tensor  # (3, H, W) uint8 RGB, upright
+    masks: Masks  # of the same height and width
 
 
 class LabelMap:

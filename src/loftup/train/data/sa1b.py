@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import translate
 from ...files import write_atomically
 from .regions import Picture, RleMasks, UnreadableError
 
@@ -115,10 +115,8 @@ def read_sa1b(name: str, image: Tensor, content: bytes, where: str) -> Picture:
 
 def require_pycocotools() -> Any:
     """The module ``pycocotools.mask``, or a LoftUpError that names the extra."""
-    try:
+    with translate(ImportError, 'run-length codes need pycocotools: pip install "loftup[masks]"'):
         from pycocotools import mask
-    except ImportError as error:
-        raise LoftUpError('run-length codes need pycocotools: pip install "loftup[masks]"') from error
     return mask
 
 

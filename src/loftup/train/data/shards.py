@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import IMAGE_SUFFIXES
 from .picture_files import decode_picture, find_files
 from .regions import Picture, UnreadableError
@@ -39,21 +39,21 @@ class SA1BShards:
     def __init__(self, path: "str | os.PathLike[str]") -> None:
         self.shards = _expand(path)
         self.root = Path(os.path.commonpath([shard.parent for shard in self.shards]))
-        names, places, alone = [], [], 0
+        names, places, singles = [], [], 0
         for number, shard in enumerate(self.shards):
             for key, members in _members(shard).items():
                 if len(members) < 2:
-                    alone += 1
+                    singles += 1
                     continue
                 names.append(f"{shard.relative_to(self.root).as_posix()}/{key}")
                 places.append([number, *members["picture"], *members["json"]])
         if not names:
             raise LoftUpError(
-                f"no picture in {path} has a json beside it: {len(self.shards)} tar files, {alone} members without a "
+                f"no picture in {path} has a json beside it: {len(self.shards)} tar files, {singles} members without a "
                 "partner; expected members NAME.jpg and NAME.json as in SA-1B"
             )
-        if alone:
-            log.warning("%s: left out %d members without a partner (picture or json)", path, alone)
+        if singles:
+            log.warning("%s: left out %d members without a partner (picture or json)", path, singles)
         self._names, self._places = np.array(names), np.array(places)
 
     def __len__(self) -> int:
@@ -80,18 +80,14 @@ def is_pattern(path: "str | os.PathLike[str]") -> bool:
 
 
 def _expand(path: "str | os.PathLike[str]") -> list[Path]:
-    try:
+    with translate(ImportError, 'tar files need webdataset: pip install "loftup[train]"'):
         from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise LoftUpError('tar files need webdataset: pip install "loftup[train]"') from error
     text = os.path.expanduser(path)
     if os.path.isdir(text):
         shards = [Path(text) / name for name in find_files(text, [".tar"])]
     else:
         patterns = [text] if os.path.exists(text) else expand_urls(text)
-        matches = {
-            pattern: [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) for pattern in patterns
-        }
+        matches = {name: [name] if os.path.exists(name) else sorted(glob.glob(name)) for name in patterns}
         if missing := [pattern for pattern, files in matches.items() if not files]:
             raise LoftUpError(f"no tar file {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
         shards = [Path(file) for files in matches.values() for file in files]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...pictures import IMAGE_SUFFIXES
 from .felzenszwalb import SCALES, felzenszwalb_map
 from .picture_files import by_stem, find_files, find_pictures, label_maps, read_picture, stem_of
@@ -93,10 +93,8 @@ class SA1BFolder(_Folder):
         jsons = {stem_of(name) for name in find_files(folder, [".json"])}
         pairs = by_stem([name for name in pictures if stem_of(name) in jsons], folder)
         if not pairs:
-            raise LoftUpError(
-                f"none of the {len(pictures)} pictures in {folder} has a NAME.json beside it; make masks with: "
-                f"loftup masks {folder}"
-            )
+            remedy = f"make masks with: loftup masks {folder}"
+            raise LoftUpError(f"none of the {len(pictures)} pictures in {folder} has a NAME.json beside it; {remedy}")
         _say_left_out(folder, "pictures without a json", len(pictures) - len(pairs))
         _say_left_out(folder, "json files without a picture", len(jsons) - len(pairs))
         super().__init__(folder, list(pairs.values()))
@@ -111,10 +109,8 @@ class SA1BFolder(_Folder):
         name = self._name(index)
         path = self.path / name
         image, annotations = read_picture(path), path.with_suffix(".json")
-        try:
+        with translate(OSError, lambda error: f"cannot read {annotations}: {error.strerror}", UnreadableError):
             content = annotations.read_bytes()
-        except OSError as error:
-            raise UnreadableError(f"cannot read {annotations}: {error.strerror}") from error
         return read_sa1b(name, image, content, str(annotations))
 
 
@@ -134,12 +130,11 @@ class LabelFolder(_Folder):
 
     def __init__(self, path: "str | os.PathLike[str]") -> None:
         folder = Path(path).expanduser()
-        maps, alone = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
+        maps, singles = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
         if not maps:
-            raise LoftUpError(
-                f"none of the {len(alone)} pictures in {folder} has a label map NAME.png or NAME.segK.png beside it"
-            )
-        _say_left_out(folder, "pictures without a partner (picture or label map)", len(alone))
+            expected = "a label map NAME.png or NAME.segK.png beside it"
+            raise LoftUpError(f"none of the {len(singles)} pictures in {folder} has {expected}")
+        _say_left_out(folder, "pictures without a partner (picture or label map)", len(singles))
         super().__init__(folder, list(maps))
         self._maps = np.array(["\n".join(names) for names in maps.values()])  # one block of memory, too
 
@@ -206,15 +201,15 @@ class _LazyMasks:
         self._make = make
 
     @cached_property
-    def _made(self) -> Masks:
+    def _masks(self) -> Masks:
         return self._make()
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._masks)
 
     def crop(self, box: Region, size: tuple[int, int], keep: Sequence[int] | None = None) -> Tensor:
         """See :meth:`Masks.crop`."""
-        return self._made.crop(box, size, keep)
+        return self._masks.crop(box, size, keep)
 
 
 class Several:
@@ -299,9 +294,8 @@ def _kind(path: "str | os.PathLike[str]") -> str:
             "data.kind or validation.kind"
         )
     if not kinds and not pictures:
-        raise LoftUpError(
-            f"{folder} holds neither tar files nor pictures; looked for .tar, {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        suffixes = ", ".join([".tar", *sorted(IMAGE_SUFFIXES)])
+        raise LoftUpError(f"{folder} holds neither tar files nor pictures; looked for {suffixes}")
     return kinds[0] if kinds else "images"
 
 
@@ -315,9 +309,8 @@ def _read_labels(path: Path) -> NDArray[Any]:
     except Exception as error:  # as for pictures, a damaged file raises all kinds
         raise UnreadableError(f"cannot read the label map {path}: {error}") from error
     if labels.ndim != 2:
-        raise UnreadableError(
-            f"{path} has mode {mode!r}; expected a label map of one channel, 8 or 16 bits, or a palette"
-        )
+        expected = "a label map of one channel, 8 or 16 bits, or a palette"
+        raise UnreadableError(f"{path} has mode {mode!r}; expected {expected}")
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 

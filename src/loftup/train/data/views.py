@@ -25,56 +25,33 @@ ATTEMPTS = 10
 
 @dataclass
 class Crop:
-    """A crop for the teacher.
+    """A crop for the teacher."""
 
-    Attributes:
-        image: (B, 3, S, S) float32 in [0, 1].
-        masks: B tensors (M, S, S) bool.
-        box: where it lies in the student's output, in pixels.
-    """
-
-    image: Tensor
-    masks: list[Tensor]
-    box: Box
+    image: Tensor  # (B, 3, S, S) float32 in [0, 1]
+    masks: list[Tensor]  # B tensors (M, S, S) bool
+    box: Box  # where it lies in the student's output, in pixels
 
 
 @dataclass
 class Batch:
-    """Views of B pictures, as far as the objective's terms need them.
+    """Views of B pictures, as far as the objective's terms need them."""
 
-    Attributes:
-        step: of the optimizer.
-        names: of the pictures.
-        image: (B, 3, S, S) float32 in [0, 1], the student's.
-        guidance: (B, 3, O, O) float32 in [0, 1], the same view at the output's size.
-        masks: B tensors (M, O, O) bool; M is 0 where the objective takes no masks.
-        backbone: number of the one that is to see them, of several.
-        window: output pixels that the loss sees; None means all.
-        crops: the teacher's.
-        factor: k of the high-resolution consistency, 0 without it.
-        large: (B, 3, kS, kS), the view enlarged k times; or (B, 3, S, S), a part of it.
-        region: what ``large`` shows, in k-ths of feature cells.
-        features: the backbone's of ``image``, (C, h, w) each, where the cache has them; empty without a cache.
-        keys: of the pictures in the cache; empty without one.
-        unreadable: why pictures had to be replaced by others.
-        empty: pictures of which no view shows a mask, although the objective takes masks.
-    """
-
-    step: int
-    names: list[str]
-    image: Tensor
-    guidance: Tensor
-    masks: list[Tensor]
-    backbone: int = 0
-    window: Box | None = None
-    crops: list[Crop] = field(default_factory=list)
-    factor: int = 0
-    large: Tensor | None = None
-    region: Box | None = None
+    step: int  # of the optimizer
+    names: list[str]  # of the pictures
+    image: Tensor  # (B, 3, S, S) float32 in [0, 1], the student's
+    guidance: Tensor  # (B, 3, O, O) float32 in [0, 1], the same view at the output's size
+    masks: list[Tensor]  # B tensors (M, O, O) bool; M is 0 where the objective takes no masks
+    backbone: int = 0  # number of the one that is to see them, of several
+    window: Box | None = None  # output pixels that the loss sees; None means all
+    crops: list[Crop] = field(default_factory=list)  # the teacher's
+    factor: int = 0  # k of the high-resolution consistency, 0 without it
+    large: Tensor | None = None  # (B, 3, kS, kS), the view enlarged k times; or (B, 3, S, S), a part of it
+    region: Box | None = None  # what large shows, in k-ths of feature cells
+    # The backbone's of image, (C, h, w) each, where the cache has them; empty without a cache.
     features: list[Tensor | None] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    empty: int = 0
+    keys: list[str] = field(default_factory=list)  # of the pictures in the cache; empty without one
+    unreadable: list[str] = field(default_factory=list)  # why pictures had to be replaced by others
+    empty: int = 0  # pictures of which no view shows a mask, although the objective takes masks
 
     @property
     def skipped(self) -> int:
@@ -186,20 +163,10 @@ class TrainingViews(Dataset[Sample]):
             large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * patch_size)
         cache = self.caches[plan.backbone] if self.caches else None
         key = cache.key(image) if cache else None
-        return Sample(
-            step=step,
-            plan=plan,
-            name=picture.name,
-            image=image,
-            guidance=guidance,
-            masks=masks,
-            crops=crops,
-            large=large,
-            features=cache.read(key) if cache and key else None,
-            key=key,
-            unreadable=unreadable,
-            empty=bool(takes_masks) and not visible,
-        )
+        features = cache.read(key) if cache and key else None
+        empty = bool(takes_masks) and not visible
+        name = picture.name
+        return Sample(step, plan, name, image, guidance, masks, crops, large, features, key, unreadable, empty)
 
     def __getitems__(self, places: Sequence[Place]) -> list[Sample] | LoftUpError:
         """Make the samples of a batch for a loader, or say why there are none, as a value.
@@ -248,8 +215,8 @@ class _Cropper:
         from PIL import Image
 
         top, left, bottom, right = self._region(box, whole)
-        resized = self.picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-        image = torch.from_numpy(np.array(resized)).movedim(-1, 0).float() / 255
+        pixels = self.picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        image = torch.from_numpy(np.array(pixels)).movedim(-1, 0).float() / 255
         return image.flip(-1) if self.view.mirrored else image
 
     def masks(self, box: Region, whole: int, size: int, limit: int, generator: torch.Generator) -> Tensor:
@@ -268,14 +235,10 @@ class _Cropper:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Put the samples of one step together."""
     first = samples[0]
-    crops = [
-        Crop(
-            image=torch.stack([sample.crops[index][0] for sample in samples]),
-            masks=[sample.crops[index][1] for sample in samples],
-            box=box,
-        )
-        for index, box in enumerate(first.plan.crops)
-    ]
+    crops = []
+    for index, box in enumerate(first.plan.crops):
+        images, masks = zip(*(sample.crops[index] for sample in samples), strict=True)
+        crops.append(Crop(torch.stack(images), list(masks), box))
     image = torch.stack([sample.image for sample in samples])
     same = first.plan.output == first.plan.size
     large = [sample.large for sample in samples if sample.large is not None]

@@ -1,9 +1,9 @@
 """``loftup masks``: class-agnostic masks for a folder of pictures."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...pictures import encode
 from ..data.regions import Picture, UnreadableError
 from ..data.sa1b import write_file
 from ..data.sources import SA1BFolder
@@ -43,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _maker(arguments: argparse.Namespace) -> MaskMaker:
     names, others = (SAM, FELZENSZWALB) if arguments.sam else (FELZENSZWALB, SAM)
-    if foreign := [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]:
+    if strays := [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]:
         raise ValueError(
-            f"{', '.join(foreign)} would do nothing: "
+            f"{', '.join(strays)} would do nothing: "
             + ("a SAM model is asked for" if arguments.sam else "Felzenszwalb's masks are asked for; see --sam")
         )
     options: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -57,9 +58,7 @@ def _maker(arguments: argparse.Namespace) -> MaskMaker:
 
 
 def _tell(report: MaskReport, target: Path) -> None:
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
+    say = functools.partial(print, file=sys.stderr)
     for name, reason in report.failed.items():
         say(f"loftup masks: {name}: {reason}")
     if report.finished:
@@ -67,9 +66,8 @@ def _tell(report: MaskReport, target: Path) -> None:
     if empty := report.counts.count(0):
         say(f"{empty} pictures have no masks at all")
     masks = f" (median {median(report.counts):.0f} masks)" if report.counts else ""
-    say(
-        f"made the masks of {len(report.counts)} of {len(report.counts) + len(report.failed)} pictures{masks}: {target}"
-    )
+    count = len(report.counts)
+    say(f"made the masks of {count} of {count + len(report.failed)} pictures{masks}: {target}")
 
 
 def _write_previews(source: SA1BFolder, folder: Path) -> int:
@@ -86,10 +84,7 @@ def _write_previews(source: SA1BFolder, folder: Path) -> int:
         except UnreadableError as error:
             unreadable.append(str(error))
             continue
-        paths[index].parent.mkdir(parents=True, exist_ok=True)
-        stream = BytesIO()
-        overlay(picture).save(stream, "JPEG", quality=90)
-        write_file(paths[index], stream.getvalue())
+        write_file(paths[index], encode(overlay(picture), "JPEG", quality=90))
     for reason in unreadable:
         print(f"loftup masks: no preview: {reason}", file=sys.stderr)
     if there := len(paths) - len(waiting):
@@ -118,10 +113,10 @@ def overlay(picture: Picture, keep: Sequence[int] | None = None, opacity: float 
     height, width = picture.image.shape[1:]
     indices = range(len(picture.masks)) if keep is None else keep
     colours = torch.randint(256, (len(picture.masks), 3), generator=torch.Generator().manual_seed(0)).float()
-    drawn: Tensor = picture.image.float()
+    canvas: Tensor = picture.image.float()
     for index in indices:
         # One at a time: a hundred masks at the size of SA-1B's pictures would be 340 MB.
         for mask in picture.masks.crop((0, 0, height, width), (height, width), [index]):
-            mixed = opacity * colours[index][:, None, None] + (1 - opacity) * picture.image
-            drawn = torch.where(mask, mixed, drawn)
-    return Image.fromarray(drawn.round().to(torch.uint8).movedim(0, -1).numpy())
+            blend = opacity * colours[index][:, None, None] + (1 - opacity) * picture.image
+            canvas = torch.where(mask, blend, canvas)
+    return Image.fromarray(canvas.round().to(torch.uint8).movedim(0, -1).numpy())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import LoftUpError
+from ...errors import FAILURES, LoftUpError, one_line, translate
 from ...pictures import open_picture
 from ...version import __version__
 from ..data.picture_files import by_stem, find_pictures, label_maps
@@ -15,22 +15,14 @@ from .makers import MaskMaker
 
 __all__ = ["MaskReport", "check_outside", "make_masks"]
 
-# What a picture and the machine can cause; a wrong argument (TypeError) ends the run.
-FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
-
 
 @dataclass
 class MaskReport:
-    """Outcome of :func:`make_masks`.
+    """Outcome of :func:`make_masks`."""
 
-    Attributes:
-        counts: masks of each picture that was made, in the order of the pictures.
-        finished: pictures that were finished already.
-        failed: pictures that could not be read or segmented, with the reason.
-    """
-
-    counts: list[int] = field(default_factory=list)
-    finished: int = 0
+    counts: list[int] = field(default_factory=list)  # masks of each picture that was made, in the order of the pictures
+    finished: int = 0  # pictures that were finished already
+    # Pictures that could not be read or segmented, with the reason.
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,10 +58,10 @@ def make_masks(
     target = folder if output is None else Path(output).expanduser()
     check_outside(folder, target)
     names = find_pictures(folder)
-    if labelled := label_maps(names, folder)[0]:
-        name, (first, *_) = next(iter(labelled.items()))
+    if maps := label_maps(names, folder)[0]:
+        name, (first, *_) = next(iter(maps.items()))
         raise LoftUpError(
-            f"{len(labelled)} pictures in {folder} have label maps, such as {first} beside {name}: training takes "
+            f"{len(maps)} pictures in {folder} have label maps, such as {first} beside {name}: training takes "
             "those as masks, with data.kind=labels, and no others are needed. To make masks all the same, or if these "
             "are no label maps, take the .png files out"
         )
@@ -85,15 +77,13 @@ def make_masks(
         try:
             picture = open_picture(folder / name)
             annotations = maker(picture)
-        except FAILURES as error:
-            report.failed[name] = " ".join(str(error).split()) or type(error).__name__
+        except FAILURES as error:  # a wrong argument (TypeError) ends the run
+            report.failed[name] = one_line(error)
             continue
-        path = target / f"{stem}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         if target != folder:
             write_file(target / name, (folder / name).read_bytes())
         info = {"made_by": f"loftup {__version__}", "settings": settings[stem]}
-        write_sa1b(path, annotations, picture.width, picture.height, Path(name).name, info)
+        write_sa1b(target / f"{stem}.json", annotations, picture.width, picture.height, Path(name).name, info)
         report.counts.append(len(annotations))
     return report
 
@@ -114,15 +104,9 @@ def _finished(path: Path, picture: Path, settings: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     remedy = "overwrite it (--overwrite) or write to another folder"
-    try:
-        made_with = dict(json.loads(path.read_bytes())["info"]["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoftUpError(f"{path} was not made by loftup masks; {remedy}") from error
-    other = [
-        f"{key} {made_with.get(key)!r}, now {settings.get(key)!r}"
-        for key in sorted({*settings, *made_with})
-        if made_with.get(key) != settings.get(key)
-    ]
-    if other:
-        raise LoftUpError(f"{path} was made with other settings ({'; '.join(other)}); {remedy}")
+    with translate((ValueError, KeyError, TypeError), f"{path} was not made by loftup masks; {remedy}"):
+        before = dict(json.loads(path.read_bytes())["info"]["settings"])
+    pairs = {key: (before.get(key), settings.get(key)) for key in sorted({*settings, *before})}
+    if changes := [f"{key} {old!r}, now {new!r}" for key, (old, new) in pairs.items() if old != new]:
+        raise LoftUpError(f"{path} was made with other settings ({'; '.join(changes)}); {remedy}")
     return picture.exists()

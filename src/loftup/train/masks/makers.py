@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...files import stamp
 from ..data.felzenszwalb import SCALES, felzenszwalb_map
 from ..data.regions import LabelMap
@@ -116,10 +116,8 @@ class SamMaker:
 
 
 def _pipeline(model: str, device: str) -> Any:
-    try:
+    with translate(ImportError, 'SAM masks need transformers: pip install "loftup[masks]"'):
         from transformers import pipeline
-    except ImportError as error:
-        raise LoftUpError('SAM masks need transformers: pip install "loftup[masks]"') from error
     try:
         generator = pipeline("mask-generation", model=model, device=device)
         if not hasattr(generator.model, "get_image_embeddings"):  # transformers only logs that it is not supported

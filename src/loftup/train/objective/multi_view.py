@@ -17,17 +17,11 @@ __all__ = ["AttentionDownsampler", "Motion", "draw_motions"]
 
 @dataclass(frozen=True)
 class Motion:
-    """An affine view of an image: a part of it, enlarged to the image's size, mirrored or not.
+    """An affine view of an image: a part of it, enlarged to the image's size, mirrored or not."""
 
-    Attributes:
-        zoom: magnification, at least 1.
-        shift: of the part's centre off the image's, down and right, as shares of the sides.
-        mirrored: whether columns are reversed.
-    """
-
-    zoom: float
-    shift: tuple[float, float]
-    mirrored: bool
+    zoom: float  # magnification, at least 1
+    shift: tuple[float, float]  # of the part's centre off the image's, down and right, as shares of the sides
+    mirrored: bool  # whether columns are reversed
 
     def __call__(self, x: Tensor) -> Tensor:
         """Move (B, C, H, W), image or dense features alike, by bilinear sampling."""

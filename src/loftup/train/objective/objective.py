@@ -115,9 +115,8 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         compared: dict[str, Tensor] = {}
         if config.mask_bicubic.weight:
-            terms["mask_bicubic"], compared["bicubic"] = mask_bicubic(
-                config.mask_bicubic, output.dense, normalised, batch
-            )
+            loss, compared["bicubic"] = mask_bicubic(config.mask_bicubic, output.dense, normalised, batch)
+            terms["mask_bicubic"] = loss
         if config.high_resolution.weight:
             assert batch.large is not None
             target = self._normalise(see(batch.large))

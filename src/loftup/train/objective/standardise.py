@@ -15,15 +15,10 @@ FEWEST = 8  # channels that dropout leaves
 
 @dataclass(frozen=True)
 class Standardisation:
-    """An affine map of every channel of every picture.
+    """An affine map of every channel of every picture."""
 
-    Attributes:
-        mean: (B, C, 1, 1).
-        deviation: (B, C, 1, 1), above 0.
-    """
-
-    mean: Tensor
-    deviation: Tensor
+    mean: Tensor  # (B, C, 1, 1)
+    deviation: Tensor  # (B, C, 1, 1), above 0
 
     def __call__(self, features: Tensor) -> Tensor:
         """Map features (B, C, h, w) of the same pictures, on any grid."""

@@ -138,6 +138,5 @@ def push(folder: Path, repo: str) -> str:
         try:
             return upload(temporary, repo, private=False, token=None, commit_message="Add LoftUp weights")
         except LoftUpError as error:
-            raise LoftUpError(
-                f"{error}. The weights are in {folder}; push them with --resume --push-to-hub {repo}"
-            ) from error
+            remedy = f"push them with --resume --push-to-hub {repo}"
+            raise LoftUpError(f"{error}. The weights are in {folder}; {remedy}") from error

@@ -29,24 +29,9 @@ __all__ = [
 ]
 
 # A run goes on with these changed: files may have moved. The numbers of pictures, a step and in all, are checked apart.
-FREE = (
-    "output",
-    "hub",
-    "steps",
-    "save_every",
-    "log_every",
-    "keep",
-    "data.path",
-    "data.cache",
-    "data.workers",
-    "backbone.weights",
-    "backbones.weights",
-    "compile",
-    "checkpointing",
-    "validation",
-    "batch",
-    "accumulate",
-)
+PLACES = ("output", "hub", "data.path", "data.cache", "backbone.weights", "backbones.weights")
+PACE = ("steps", "save_every", "log_every", "keep", "data.workers", "compile", "checkpointing", "validation")
+FREE = (*PLACES, *PACE, "batch", "accumulate")
 
 
 @dataclass
@@ -91,7 +76,6 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         before = latest_checkpoint(path.parent)

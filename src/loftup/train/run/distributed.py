@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce  # each process needs the gradients of all
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...model import LoftUp
 
 __all__ = ["Processes", "SynchronisedBatchNorm2d", "synchronise_batch_norm"]
@@ -76,10 +76,8 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        try:
+        with translate(ImportError, 'training needs accelerate: pip install "loftup[train]"'):
             from accelerate import Accelerator, DistributedDataParallelKwargs
-        except ImportError as error:
-            raise LoftUpError('training needs accelerate: pip install "loftup[train]"') from error
         self._initialised = dist.is_initialized()
         gpu = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
         # Buffers are the same everywhere: statistics are frozen or taken together.

@@ -176,7 +176,7 @@ class _Run:
 
     def _loop(self, batches: Iterator[Batch], stop: StopSignal, bar: Any) -> None:
         config, progress = self.config, self.progress
-        started, seconds, steps = time.perf_counter(), 0.0, 0
+        start, seconds, steps = time.perf_counter(), 0.0, 0
         while progress.step < config.steps:
             before = time.perf_counter()
             number = self._step(batches, stop)
@@ -187,7 +187,7 @@ class _Run:
                 bar.set_postfix(self._log(steps / seconds), refresh=False)
                 seconds, steps = 0.0, 0
             now = time.perf_counter()
-            progress.seconds, started = progress.seconds + now - started, now
+            progress.seconds, start = progress.seconds + now - start, now
             due = progress.step % config.save_every == 0 or last or number
             if due:
                 self._save(best=False)
@@ -265,9 +265,8 @@ class _Run:
         for reason in unreadable:
             if self.warned < 5:
                 self.warned += 1
-                log.warning(
-                    "a picture is left out: %s%s", reason, "; further ones are only counted" * (self.warned == 5)
-                )
+                end = "; further ones are only counted" if self.warned == 5 else ""
+                log.warning("a picture is left out: %s%s", reason, end)
 
     def _log(self, rate: float) -> dict[str, str]:
         """Write a line of the log, given the steps a second; returns what the progress bar shows."""
@@ -282,10 +281,10 @@ class _Run:
 
         config, progress = self.config, self.progress
         counts = {name: getattr(progress, name) for name in ("unreadable", "empty", "nonfinite")}
-        used = learning_rate(config.optimizer, progress.step - 1, config.steps)
+        step_rate = learning_rate(config.optimizer, progress.step - 1, config.steps)
         if means:
-            self.table.add({"step": progress.step, "rate": used, **means, **counts})
-            self.board.add("train", {**means, "rate": used, **counts}, progress.step)
+            self.table.add({"step": progress.step, "rate": step_rate, **means, **counts})
+            self.board.add("train", {**means, "rate": step_rate, **counts}, progress.step)
         pictures = rate * config.batch * config.accumulate * self.processes.world
         self.board.add("speed", {"steps per second": rate, "pictures per second": pictures}, progress.step)
         if not sys.stderr.isatty():  # where the progress bar does not show

@@ -1,10 +1,11 @@
 """The folder of a run: new, to be resumed, or to be refused."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...files import write_atomically
 from ...weights.names import SAFETENSORS
 from ..config import TrainConfig, to_yaml
@@ -30,34 +31,28 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
     """
     folder = Path(config.output).expanduser()
     path = latest_checkpoint(folder / "checkpoints")
-    if not resume and (held := path.name if path else _held(folder)):
-        raise LoftUpError(
-            f"{folder} holds a run already ({held}); go on with it by --resume, or take another folder: output=..."
-        )
+    if not resume and (evidence := path.name if path else _evidence(folder)):
+        remedy = "go on with it by --resume, or take another folder: output=..."
+        raise LoftUpError(f"{folder} holds a run already ({evidence}); {remedy}")
     if config.hub:
         import huggingface_hub
 
         if huggingface_hub.get_token() is None:
-            raise LoftUpError(
-                f"pushing to {config.hub!r} needs a Hub token: log in with `hf auth login` before training"
-            )
+            remedy = "log in with `hf auth login` before training"
+            raise LoftUpError(f"pushing to {config.hub!r} needs a Hub token: {remedy}")
     state = load_checkpoint(path) if path else None
     if state is not None:
         _check_same(config, pictures, state, str(path))
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
     return state
 
 
 def write_config(config: TrainConfig) -> None:
     """Write the config into the folder of a run that can start; LoftUpError if that fails."""
     folder = Path(config.output).expanduser()
-    try:
+    with _writing(folder):
         write_atomically(folder / CONFIG, to_yaml(config).encode())
-    except OSError as error:
-        raise _unwritable(folder, error) from error
 
 
 def check_data(config: TrainConfig, state: dict[str, Any], count: int) -> None:
@@ -70,7 +65,7 @@ def check_data(config: TrainConfig, state: dict[str, Any], count: int) -> None:
         )
 
 
-def _held(folder: Path) -> str:
+def _evidence(folder: Path) -> str:
     """The file that tells of a run without checkpoints, "" if there is none."""
     table = folder / "log.csv"
     if table.is_file() and table.read_bytes().count(b"\n") > 1:
@@ -78,17 +73,18 @@ def _held(folder: Path) -> str:
     return SAFETENSORS if (folder / SAFETENSORS).exists() else ""
 
 
-def _unwritable(folder: Path, error: OSError) -> LoftUpError:
-    return LoftUpError(f"cannot write to the folder {folder}: {error}; set another with output=...")
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    remedy = "set another with output=..."
+    return translate(OSError, lambda error: f"cannot write to the folder {folder}: {error}; {remedy}")
 
 
 def _check_same(config: TrainConfig, pictures: int, state: dict[str, Any], path: str) -> None:
-    changed = differences(state["config"], dataclasses.asdict(config))
+    changes = differences(state["config"], dataclasses.asdict(config))
     if state["pictures"] != pictures:
-        changed.append(f"pictures a step (batch x accumulate x processes): {state['pictures']}, now {pictures}")
-    if changed:
+        changes.append(f"pictures a step (batch x accumulate x processes): {state['pictures']}, now {pictures}")
+    if changes:
         raise LoftUpError(
-            f"{path} was made with another config: {'; '.join(changed)}. Resume with the values of "
+            f"{path} was made with another config: {'; '.join(changes)}. Resume with the values of "
             f"{Path(config.output) / CONFIG}, or start a new run in another folder, from these weights with "
             f"model.pretrained={path}"
         )

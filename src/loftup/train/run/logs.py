@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import LoftUpError
+from ...errors import translate
 from ...files import write_atomically
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Table:
         Raises:
             LoftUpError: the file cannot be written.
         """
-        try:
+        with translate(OSError, lambda error: f"cannot write {self.path}: {error}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if row.keys() - self._columns:
                 rows = self._read()
@@ -52,8 +52,6 @@ class Table:
             else:
                 with self.path.open("a", newline="", encoding="utf-8") as stream:
                     stream.write(self._text([row]))
-        except OSError as error:
-            raise LoftUpError(f"cannot write {self.path}: {error}") from error
 
     def _read(self) -> list[dict[str, str]]:
         """The whole rows of the file; sets the columns."""
@@ -87,10 +85,8 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        try:
+        with translate(ImportError, 'training logs need tensorboard: pip install "loftup[train]"'):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise LoftUpError('training logs need tensorboard: pip install "loftup[train]"') from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, section: str, values: Mapping[str, float], step: int) -> None:

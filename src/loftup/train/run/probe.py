@@ -8,32 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Confusion",
-    "Scores",
-    "boundary_band",
-    "confusion_matrix",
-    "fit_probe",
-    "intersection_over_union",
-    "score",
-]
+__all__ = ["Confusion", "Scores", "boundary_band", "confusion_matrix", "fit_probe", "intersection_over_union", "score"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Percentages over all pixels with a label; NaN where there are none.
+    """Percentages over all pixels with a label; NaN where there are none."""
 
-    Args:
-        miou: mean over the classes that occur of intersection over union.
-        accuracy: share of pixels classified rightly.
-        boundary_miou: ``miou`` of the pixels near a label edge alone.
-        per_class: IoU of every class; NaN where it occurs neither in labels nor predictions.
-    """
-
-    miou: float
-    accuracy: float
-    boundary_miou: float
-    per_class: tuple[float, ...]
+    miou: float  # mean over the classes that occur of intersection over union
+    accuracy: float  # share of pixels classified rightly
+    boundary_miou: float  # miou of the pixels near a label edge alone
+    per_class: tuple[float, ...]  # IoU of every class; NaN where it occurs neither in labels nor predictions
 
 
 def fit_probe(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backbones import Backbone
-from ...errors import LoftUpError
+from ...errors import LoftUpError, translate
 from ...files import write_atomically
 from ...model import LoftUp
+from ...pictures import encode
 from ...viz import compare
 from ..config import TrainConfig
 from ..data.generators import seeded
@@ -45,14 +45,9 @@ class _Case:
 
 
 class _Cases:
-    """Centre crops of evenly spread pictures of a source, on a device.
+    """Centre crops of evenly spread pictures of a source, or of a share of them, on the backbone's device.
 
-    Args:
-        source: of the pictures.
-        config: of the run.
-        backbone: on the device.
-        keep: what to keep of a picture beside its crop, given the side S.
-        share: of the pictures.
+    ``keep`` makes what to keep of a picture beside its crop, given the side S.
     """
 
     def __init__(
@@ -77,7 +72,6 @@ class _Cases:
 
     def _read(self, source: Source, indices: Sequence[int], config: TrainConfig, backbone: Backbone) -> Iterator[_Case]:
         device = next(iter(backbone.parameters())).device
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (backbone.mean, backbone.std))
         for index in indices:
             try:
                 picture = source.read(index, seeded(config.seed, "validation", index))
@@ -89,7 +83,7 @@ class _Cases:
             image = F.interpolate(image, (self.size, self.size), mode="bicubic", align_corners=False, antialias=True)
             image = image.clamp(0, 1)
             with torch.no_grad():
-                features = backbone((image - mean) / std).float()
+                features = backbone(backbone.normalise(image)).float()
             yield _Case(picture.name, image, features, self._keep(picture, self.size))
 
 
@@ -271,9 +265,8 @@ class LinearProbe:
         def dense(features: Tensor) -> Tensor:
             return F.interpolate(features, (self._cases.size,) * 2, mode="bilinear", align_corners=False)
 
-        linear = self._fit(
-            [dense(case.features)[0, :, points[:, 0], points[:, 1]].mT for case, _, points in self._learn]
-        )
+        samples = [dense(case.features)[0, :, points[:, 0], points[:, 1]].mT for case, _, points in self._learn]
+        linear = self._fit(samples)
         with torch.no_grad():
             # A linear layer and bilinear interpolation commute.
             logits = (linear(case.features.movedim(1, -1)).movedim(-1, 1) for case, _ in self._judge)
@@ -302,10 +295,5 @@ def report(scores: Mapping[str, float]) -> str:
 
 def save_picture(picture: "Image.Image", path: Path) -> None:
     """Write a PNG, whole or not at all; LoftUpError if that fails."""
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise LoftUpError(f"cannot write {path}: {error}") from error
+    with translate(OSError, lambda error: f"cannot write {path}: {error}"):
+        write_atomically(path, encode(picture))
