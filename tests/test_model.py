@@ -288,6 +288,19 @@ def test_repr_names_the_essentials():
     assert "channels=24, width=44, backbone=''" in repr(LoftUp(24))
 
 
+@pytest.mark.parametrize("config", ["dinov2_vits14", None, {"channels": 24}])
+def test_a_module_is_made_of_a_config(config):
+    with pytest.raises(TypeError, match=r"LoftUp takes a config or a number of channels, got .*from_pretrained"):
+        LoftUp(config)
+
+
+def test_features_beyond_float16_reach_the_norm_of_a_half_precision_module():
+    up = randomised(SINE).half()
+    features, image = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(up(1e6 * features, image), up(features, image), atol=0.05, rtol=0.05)
+
+
 # Inference tensors, frozen weights, half-precision images
 
 

@@ -33,7 +33,7 @@ def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def check_inputs(
-    features: Tensor, image: Tensor, channels: int | None, device: torch.device, backbone: str = ""
+    features: Tensor, image: Tensor, channels: int | None, device: torch.device, backbone: str = "", stacklevel: int = 5
 ) -> None:
     """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights.
 
@@ -43,6 +43,7 @@ def check_inputs(
         channels: C that the weights expect; None for any.
         device: of the weights.
         backbone: that the weights belong to, for the message; may be empty.
+        stacklevel: of the warning; 5 for the caller of a module, whose call goes through three functions of PyTorch's.
     """
     for name, tensor, shape in (("features", features, "B, C, h, w"), ("image", image, "B, 3, H, W")):
         if not isinstance(tensor, Tensor):
@@ -86,7 +87,7 @@ def check_inputs(
                 f"the image is {str(image.dtype).removeprefix('torch.')}, whose rounding shows in the upsampled "
                 "features (bfloat16: 1 % of them, 11 % at worst); pass the image as it was read, in float32: features "
                 "and weights may stay in half precision",
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
         for name, tensor in (("features", features), ("image", image)):
             if not bool(tensor.isfinite().all()):

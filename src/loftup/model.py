@@ -13,7 +13,7 @@ from .inference.canvas import Canvas, Head, apply_head
 from .inference.choose import open_stream
 from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from .networks import build_network, build_norm
-from .networks.config import Config, LoftUpConfig
+from .networks.config import Config, LoftUpConfig, UniversalConfig
 
 if TYPE_CHECKING:
     from .weights.names import WeightsName
@@ -39,6 +39,11 @@ class LoftUp(nn.Module):
 
     def __init__(self, config: Config | int) -> None:
         super().__init__()
+        if not isinstance(config, int | LoftUpConfig | UniversalConfig):
+            raise TypeError(
+                f"LoftUp takes a config or a number of channels, got {config!r}; for trained weights by name: "
+                "LoftUp.from_pretrained(name)"
+            )
         self.config: Config = LoftUpConfig(config) if isinstance(config, int) else config
         self.upsampler = build_network(self.config)
         self.channelnorm = build_norm(self.config)
@@ -113,25 +118,23 @@ class LoftUp(nn.Module):
         """
         check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
         size = output_size(size, image)
-        if not self._whole_at_once(features, image):
+        reason = self._why_whole(features, image)
+        if reason is None:
             stream = open_stream(self.upsampler, backend)
             canvas = Canvas(features, size, head, out)
             stream.upsample(self._normalise(features), image, canvas, memory)
             return canvas.finish()
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
-                raise ValueError(
-                    f"{name}= is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile"
-                )
+                raise ValueError(f"{name}= is for inference, but {reason}")
         guidance, normalised = resize_guidance(image, size), self._normalise(features)
         dense = self.upsampler(normalised, guidance, checkpointing=self.activation_checkpointing).to(features.dtype)
         return dense if head is None else apply_head(head, dense)
 
     def _normalise(self, features: Tensor) -> Tensor:
-        dtype = self.upsampler.dtype
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and features.is_inference():
             features = features.clone()  # an ordinary tensor, which autograd can save
-        return self.channelnorm(features.to(dtype)).to(dtype)  # type: ignore[no-any-return]
+        return self.channelnorm(features).to(self.upsampler.dtype)  # type: ignore[no-any-return]
 
     def at(
         self, features: Tensor, image: Tensor, points: Tensor, size: Size = None, *, backend: str | None = None
@@ -160,13 +163,13 @@ class LoftUp(nn.Module):
             TypeError: as for :meth:`forward`.
             LoftUpError: ``backend`` cannot run here.
         """
-        check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
+        check_inputs(features, image, self.config.channels, self.device, self.config.backbone, stacklevel=3)
         height, width = output_size(size, image)
         check_points(points, features, height, width)
-        if self._whole_at_once(features, image):
+        if reason := self._why_whole(features, image):
             raise ValueError(
-                "up.at is for inference: call up.eval() and use torch.inference_mode(), outside torch.compile. With "
-                "gradients, sample the map: up(features, image, size)[..., y, x]"
+                f"up.at is for inference, but {reason}. With gradients, sample the map: up(features, image, size)[..., "
+                "y, x]"
             )
         stream = open_stream(self.upsampler, backend)
         with torch.inference_mode(False):
@@ -178,13 +181,28 @@ class LoftUp(nn.Module):
     def refresh(self) -> None:
         """Do nothing: inference follows every change of the weights by itself. Kept for older code."""
 
-    def _whole_at_once(self, features: Tensor, image: Tensor) -> bool:
-        if self.training or torch.compiler.is_compiling() or torch._C._get_tracing_state():
-            return True
+    def _why_whole(self, features: Tensor, image: Tensor) -> str | None:
+        """None for inference, else why the whole image is computed at once, and the way to inference."""
+        if self.training:
+            return "the module is in training mode: call up.eval()"
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return "the module is being compiled or exported"
         if any(module.training for module in self.modules() if isinstance(module, _BatchNorm)):
-            return True  # statistics of a band are not those of the image
-        wanted = features.requires_grad or image.requires_grad or any(p.requires_grad for p in self.parameters())
-        return torch.is_grad_enabled() and wanted
+            return (
+                "a batch norm inside is in training mode, and a band's statistics are not the image's: call up.eval()"
+            )
+        if torch.is_grad_enabled():
+            inputs: dict[str, list[Tensor]] = {
+                "features": [features],
+                "image": [image],
+                "weights": list(self.parameters()),
+            }
+            if names := [name for name, tensors in inputs.items() if any(x.requires_grad for x in tensors)]:
+                return (
+                    f"{' and '.join(names)} require a gradient: use torch.no_grad() or torch.inference_mode(), or "
+                    "freeze them with .requires_grad_(False)"
+                )
+        return None
 
     @classmethod
     def from_pretrained(
@@ -208,9 +226,9 @@ class LoftUp(nn.Module):
                 open_clip or transformers name; a backbone object of one of these libraries or from
                 :func:`loftup.wrap`; a timm name of any other backbone, which gets "any" with a warning; a Hub
                 repository id ("user/repo"); a folder or a file (``pytorch_model.bin``, ``.safetensors``, a training
-                checkpoint with ``state_dict``). Names win over folders of the same name: write "./name" for those, or
-                pass a ``Path``, which is never a name or a repository. A file without a config does not tell the
-                number of attention heads: the published 4 are assumed (:meth:`save_pretrained` stores the number).
+                checkpoint with ``state_dict``). Names of the catalogue win over folders: write "./name" for
+                those, or pass a ``Path``, which is never a name or a repository. A file without a config does not tell
+                the number of attention heads: the published 4 are assumed (:meth:`save_pretrained` stores the number).
             revision: branch, tag or commit of the Hub repository.
             cache_dir: where downloads are kept; None means the Hub's default cache.
             local_files_only: take files from the cache and never ask the network.

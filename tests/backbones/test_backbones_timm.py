@@ -233,8 +233,12 @@ def test_a_frozen_extractor_evaluates_and_gives_the_mode_back():
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    assert not together.requires_grad
     model.eval()
     torch.testing.assert_close(backbone(image), together)
+    image.requires_grad_(True)
+    backbone(image).sum().backward()
+    assert image.grad is not None
 
 
 def test_a_trainable_model_keeps_its_mode():

@@ -267,7 +267,12 @@ def test_what_is_for_inference_is_refused_where_gradients_are_wanted():
             up(features, image, **option)
     with pytest.raises(ValueError, match="up.at is for inference"):
         up.at(features, image, torch.zeros(1, 1, 2))
-    with torch.no_grad(), pytest.raises(ValueError, match="memory= is for inference: call up.eval()"):
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ValueError, match=r"memory= is for inference, but the module is in training mode: call up.eval\(\)"
+        ),
+    ):
         up.train()(features, image, memory=10**9)
 
 

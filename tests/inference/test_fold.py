@@ -41,7 +41,7 @@ def check_streams(up, memory=None):
     expected = whole(up)
     calls = []
     handle = up.upsampler.final_conv.register_forward_hook(lambda *_: calls.append(1))
-    result = streamed(up, memory=memory)
+    result = streamed(up, memory=memory if "whole image" not in str(explain(up)) else None)
     handle.remove()
     assert (result - expected).abs().max() <= 2e-5
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def test_hooks_inside_run(place):
     handle = up.upsampler.get_submodule(place).register_forward_hook(lambda module, given, output: 1.5 * output)
     assert (streamed(up) - before).abs().max() > 1e-3
     assert check_streams(up, memory=3 * 2**20) > 1
-    assert "with forward hooks or a forward of its own" in str(explain(up))
+    assert "with forward hooks or methods of its own" in str(explain(up))
     handle.remove()
     assert torch.equal(streamed(up), before)
     assert "module by module" not in str(explain(up))
@@ -81,7 +81,7 @@ def test_a_forward_of_the_objects_own_runs():
     layer = up.upsampler.ca_transformer.layers[0][1].net[1]
     layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
     check_streams(up)
-    assert "net.1 is a Linear with forward hooks or a forward of its own" in str(explain(up))
+    assert "net.1 is a Linear with forward hooks or methods of its own" in str(explain(up))
 
 
 def test_other_settings_of_a_known_layer_count():
@@ -153,6 +153,90 @@ def test_a_layer_in_training_mode_sees_the_whole_image():
     assert up.upsampler.first_conv[2].num_batches_tracked == batch + 1
 
 
+class Centred(nn.Identity):
+    """A layer that sees the whole image, under the name of one that does not."""
+
+    def forward(self, x):
+        return x - x.mean((2, 3), keepdim=True)
+
+
+class Wrapped(nn.Module):
+    """A convolution with a low-rank one beside it, as adapters wrap it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.low = layer, nn.Conv2d(layer.in_channels, layer.out_channels, 1)
+
+    def forward(self, x):
+        return self.layer(x) + self.low(x)
+
+
+@pytest.mark.parametrize("replace", [
+    lambda stem: stem.__setitem__(2, nn.Sequential(nn.BatchNorm2d(44).eval(), nn.Conv2d(44, 44, 3, padding=1))),
+    lambda stem: stem.__setitem__(6, nn.Sequential(nn.ReLU(), nn.Conv2d(44, 44, 3, padding=1))),
+    lambda stem: stem.__setitem__(4, nn.Conv2d(44, 44, 4, padding="same")),
+    lambda stem: stem.__setitem__(4, nn.Conv2d(44, 44, 3, padding=1, padding_mode="reflect")),
+])  # fmt: skip
+def test_convolutions_in_other_places_and_of_other_kinds_are_cut_right(replace):
+    up = randomised(SINE)
+    replace(up.upsampler.first_conv)
+    assert check_streams(up, memory=4 * 2**20) > 1
+
+
+@pytest.mark.parametrize("layer", [
+    Centred(),
+    nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Upsample((33, 46))),
+    nn.Conv2d(44, 44, 3, padding=1, padding_mode="circular"),
+])  # fmt: skip
+def test_layers_that_see_the_whole_image_get_it(layer):
+    up = randomised(SINE)
+    up.upsampler.first_conv[6] = layer
+    assert check_streams(up) == 1
+    with pytest.raises(ValueError, match=r"memory=1000 cannot be kept: this network is computed on the whole image"):
+        streamed(up, memory=1000)
+
+
+def test_methods_and_classes_of_ones_own_count():
+    up = randomised(SINE)
+    up.upsampler.head = lambda queries, height, width: 2 * type(up.upsampler).head(up.upsampler, queries, height, width)
+    assert check_streams(up) == 1
+
+    for up in (randomised(SINE), universal()):
+        expected = 2 * whole(up)
+        up.upsampler.__class__ = type("Doubled", (type(up.upsampler),), {
+            "forward": lambda self, *inputs, **options: 2 * super(type(self), self).forward(*inputs, **options)
+        })  # fmt: skip
+        assert (streamed(up) - expected).abs().max() <= 4e-5
+        assert "the whole image at once" in str(explain(up))
+
+
+def test_adapters_around_the_convolutions_of_any():
+    up = universal()
+    encoder = up.upsampler.encoder
+    encoder.coarse_out, encoder.fine = Wrapped(encoder.coarse_out), nn.Sequential(encoder.fine)
+    assert (streamed(up) - whole(up)).abs().max() <= 2e-5
+
+
+def test_hooks_on_all_modules_run_in_bands():
+    up = randomised(SINE)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        result = streamed(up, memory=3 * 2**20)
+    finally:
+        handle.remove()
+    assert seen.count("Stem") > 1
+    assert (result - whole(up)).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_on_the_network_of_any_runs_once(dtype):
+    up = universal().to(dtype)
+    before = streamed(up)
+    up.upsampler.register_forward_hook(lambda module, given, output: 2 * output)
+    torch.testing.assert_close(streamed(up), 2 * before, atol=1e-5, rtol=1e-5)
+
+
 # Stale weights
 
 
@@ -189,7 +273,15 @@ def changes():
         del layer.weight
         layer.weight = nn.Parameter(weight)
 
-    return [fused, data, numpy, dlpack, vector, average, swapped_rows, replaced]
+    def no_parameter(up):
+        norm = up.upsampler.ca_transformer.norm
+        weight = norm.weight.detach()
+        del norm.weight
+        norm.weight = weight * 3
+        streamed(up)
+        norm.weight = weight * -5
+
+    return [fused, data, numpy, dlpack, vector, average, swapped_rows, replaced, no_parameter]
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)

@@ -297,7 +297,7 @@ def test_two_backends_mean_the_same(backend):
 def test_other_backends_are_refused():
     up = universal()
     with torch.inference_mode():
-        with pytest.raises(LoftUpError, match="cannot run here: there are no Triton kernels for the network of 'any'"):
+        with pytest.raises(LoftUpError, match="cannot run here: it has no engine for the network of 'any'"):
             up(FEATURES, IMAGE, backend="triton")
         with pytest.raises(ValueError, match="unknown backend 'cuda'"):
             up(FEATURES, IMAGE, backend="cuda")
@@ -306,7 +306,7 @@ def test_other_backends_are_refused():
 def test_explain_says_what_runs():
     assert str(explain(universal())) == (
         "runs on backend 'torch'\ncpu: can run\ntorch: can run\n"
-        "triton: there are no Triton kernels for the network of 'any'\n"
+        "triton: it has no engine for the network of 'any'\n"
         "'cpu' and 'torch' are the same plain PyTorch here"
     )
 
@@ -356,6 +356,16 @@ def test_the_card_does_not_name_a_number_of_channels(hub):
     assert "(any C) to any resolution" in card
     assert "# (B, C, h, w) and (B, 3, H, W) to (B, C, H, W)" in card
     assert LoftUp.from_pretrained("me/any").config.channels is None
+
+
+@pytest.mark.parametrize("grid", [(h, w) for h in range(1, 8) for w in (1, 2)])
+def test_narrow_grids_with_gradients(grid):
+    up = universal().requires_grad_(True)
+    features, image = inputs(grid=grid, size=(40, 33))
+    dense = up(features, image)
+    dense.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(up(features, image), dense.detach(), atol=2e-5, rtol=1e-4)
 
 
 # Attention, pixel by pixel

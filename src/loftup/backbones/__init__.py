@@ -107,6 +107,7 @@ class Backbone(nn.Module):
         with contextlib.ExitStack() as stack:
             if not self.trainable:
                 stack.enter_context(evaluating(self.model))
+                stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and image.requires_grad))
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
@@ -179,7 +180,8 @@ def wrap(
         std: likewise.
         trainable: whether the model learns. A frozen extractor, the default, always computes in evaluation mode and
             gives the model its mode back afterwards: in training mode, as timm makes models, batch norms would use the
-            batch's statistics and change their own. True leaves the mode as it is. Parameters stay as they are.
+            batch's statistics and change their own. Its parameters get no gradients; an image that requires one does.
+            True leaves mode and gradients as they are.
 
     Returns:
         The backbone, in the training mode that the model is in.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError, one_line, suggest
-from ..weights.catalogue import PUBLISHED, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
+from ..weights.catalogue import ANY, PUBLISHED, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
 from .maps import FLEXIBLE
 
 __all__ = ["build", "build_tiny", "resolve"]
@@ -40,7 +40,8 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         return name, None
     if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
         return checkpoint.timm, checkpoint
-    meant = suggest(name, [*known_names(), *pretrained, *timm.list_models()], cutoff=0.5)
+    names = [known for known in known_names() if known != ANY]  # which is an upsampler
+    meant = suggest(name, [*names, *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
         f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
         "timm.list_models() and timm.list_pretrained()"

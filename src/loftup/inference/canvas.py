@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.layers import Box
-from .fold import is_plain
+from .fold import hooked_everywhere, is_plain
 
 __all__ = ["Canvas", "Head", "apply_head", "budget", "plain_arithmetic", "sample"]
 
@@ -141,7 +141,7 @@ def _commutes_with_averages(head: Head) -> bool:
         return False
     # Where its parameters' gradients are wanted, the map is kept for them.
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-    return is_plain(head) and not learns
+    return is_plain(head) and not hooked_everywhere() and not learns
 
 
 def sample(points: Tensor, size: tuple[int, int], most: int, compute: Callable[[Tensor], Tensor]) -> Tensor:

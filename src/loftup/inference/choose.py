@@ -1,6 +1,7 @@
 """The choice of how a network is computed in inference, and on which backend: the one place that decides."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,8 +21,6 @@ from .whole import Whole
 from .windows import Windows
 
 __all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "explain", "open_stream"]
-
-BACKENDS = ("cpu", "torch", "triton")
 
 
 class Stream(Protocol):
@@ -88,24 +87,26 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
         raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     device, dtype, notes = next(network.parameters()).device, _dtype(network), []
     reasons: dict[str, str | None]
-    if isinstance(network, LoftUpNetwork):
+    if type(network) is LoftUpNetwork:
         width = network.config.width // network.config.heads
         reasons = {name: can_run(name, device, dtype, width) for name in BACKENDS}
         if unfolded := why_not_folded(network):
             notes.append(f"{'module by module' if fits_bands(network) else 'the whole image at once'}: {unfolded}")
-            reasons |= {name: reasons[name] or "it takes folded weights alone" for name in ("cpu", "triton")}
+            folding = "it takes folded weights alone"
+            reasons = {name: reason if name == "torch" else reason or folding for name, reason in reasons.items()}
         if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
             notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
+        chosen = backend or ("torch" if reasons["cpu"] else "cpu")
     else:
-        plain = None if device.type == "cpu" else f"the weights are on {device}"
-        reasons = {"cpu": plain, "torch": None, "triton": "there are no Triton kernels for the network of 'any'"}
+        kind = "the network of 'any'" if type(network) is UniversalNetwork else f"a {type(network).__name__}"
+        reasons = dict.fromkeys(BACKENDS, f"it has no engine for {kind}")
+        reasons |= {"cpu": None if device.type == "cpu" else f"the weights are on {device}", "torch": None}
         if not _fits_windows(network):
-            notes.append("the whole image at once: a part of the network was replaced or has forward hooks")
+            notes.append(f"the whole image at once: a part of {kind} was replaced or has forward hooks")
         notes.append("'cpu' and 'torch' are the same plain PyTorch here")
+        chosen = "torch"
     if backend is not None and (reason := reasons[backend]):
         raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
-    folds = isinstance(network, LoftUpNetwork)
-    chosen = (backend or ("torch" if reasons["cpu"] else "cpu")) if folds else "torch"
     if reasons["triton"] is None and backend != "triton":
         reasons["triton"] = "can run, only if named: no GPU has checked its kernels yet"
     return Choice(chosen, reasons, tuple(notes))
@@ -114,38 +115,30 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
 def open_stream(network: nn.Module, backend: str | None) -> Stream:
     """A network as it is now, ready for inference on the backend that :func:`choose` gives; raises as that does."""
     name, dtype = choose(network, backend).backend, _dtype(network)
-    if not isinstance(network, LoftUpNetwork):
-        return Windows(network) if isinstance(network, UniversalNetwork) and _fits_windows(network) else Whole(network)
+    if type(network) is UniversalNetwork and _fits_windows(network):
+        return Windows(network)
+    if type(network) is not LoftUpNetwork or (why_not_folded(network) and not fits_bands(network)):
+        return Whole(network)
     if why_not_folded(network):
-        return Bands(network, ModuleEngine(network)) if fits_bands(network) else Whole(network)
-
-    def build(weights: FoldedNetwork) -> FoldedEngine:
-        if name == "triton":
-            from .engine_triton import TritonEngine
-
-            return TritonEngine(weights, dtype)
-        return (CpuEngine if name == "cpu" else FoldedEngine)(weights, dtype)
-
-    return Bands(network, cached(network, (name, dtype), build))
+        return Bands(network, ModuleEngine(network))
+    return Bands(network, cached(network, (name, dtype), lambda weights: BACKENDS[name].build(weights, dtype)))
 
 
 def can_run(backend: str, device: torch.device, dtype: torch.dtype, head_width: int = 1) -> str | None:
     """None if a backend of the published network can run on a device in a dtype, else the reason why not."""
-    short = str(dtype).removeprefix("torch.")
-    if backend == "cpu":
-        if device.type != "cpu":
-            return f"the weights are on {device}"
-        fitting = dtype in (torch.float32, torch.bfloat16)
-        return None if fitting else f"it computes in float32 and bfloat16, not {short}"
-    if backend == "torch":
-        return None
-    if (reason := _why_no_triton(device)) is not None:
+    kinds = BACKENDS[backend].dtypes
+    if (reason := BACKENDS[backend].why_not(device)) is not None:
         return reason
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the Triton kernels take float16, bfloat16 and float32, not {short}"
-    if head_width > 512:
+    if kinds and dtype not in kinds:
+        names = [str(kind).removeprefix("torch.") for kind in (*kinds, dtype)]
+        return f"it computes in {', '.join(names[:-2])} and {names[-2]}, not {names[-1]}"
+    if backend == "triton" and head_width > 512:
         return f"heads are {head_width} wide, the Triton kernels hold at most 512 in shared memory"
     return None
+
+
+def _why_no_cpu(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"the weights are on {device}"
 
 
 def _why_no_triton(device: torch.device) -> str | None:
@@ -173,6 +166,34 @@ def _why_no_triton(device: torch.device) -> str | None:
     return None
 
 
+def _triton_engine(weights: FoldedNetwork, dtype: torch.dtype) -> FoldedEngine:
+    from .engine_triton import TritonEngine
+
+    return TritonEngine(weights, dtype)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine of the published network.
+
+    Attributes:
+        build: the engine, from folded weights and the dtype to compute in.
+        why_not: None where it can run on a device, else the reason why not.
+        dtypes: that it computes in; none means all.
+    """
+
+    build: Callable[[FoldedNetwork, torch.dtype], FoldedEngine]
+    why_not: Callable[[torch.device], str | None]
+    dtypes: tuple[torch.dtype, ...] = ()
+
+
+BACKENDS = {
+    "cpu": Backend(CpuEngine, _why_no_cpu, (torch.float32, torch.bfloat16)),
+    "torch": Backend(FoldedEngine, lambda device: None),
+    "triton": Backend(_triton_engine, _why_no_triton, (torch.float16, torch.bfloat16, torch.float32)),
+}
+
+
 def _dtype(network: nn.Module) -> torch.dtype:
     """In which a network is computed: its own dtype, or autocast's where that is on and the network follows it."""
     own: torch.dtype = network.dtype  # type: ignore[assignment]
@@ -183,7 +204,7 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 def _fits_windows(network: nn.Module) -> bool:
     """Whether the universal network may be computed window by window."""
-    if not isinstance(network, UniversalNetwork) or not isinstance(network.encoder, GuidanceEncoder):
+    if type(network) is not UniversalNetwork or type(network.encoder) is not GuidanceEncoder:
         return False
     return network.encoder.halo is not None and all(map(is_plain, (network, network.encoder, network.scale)))
 

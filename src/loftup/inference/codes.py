@@ -145,7 +145,7 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
     assert encoder.halo is not None
     halo = encoder.halo // 2
     # Around a coarse pixel: 4 fine ones, before and after their ReLU, and a few arrays at half resolution.
-    pixel = image.element_size() * (4 * 3 + 8 * encoder.down.out_channels)
+    pixel = image.element_size() * (4 * 3 + 8 * net.config.encoder_width)
     tall, wide = height, width
     while min(height, tall + 2 * halo) * min(width, wide + 2 * halo) * pixel > budget:
         if max(tall, wide) <= COARSE_TILE:
@@ -156,7 +156,7 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
         else:
             wide = -(-wide // 2)
     coarse = torch.empty(
-        (1, encoder.coarse_out.out_channels, height, width),
+        (1, (1 + net.heads) * net.depth, height, width),
         dtype=image.dtype,
         device=image.device,
         memory_format=torch.channels_last,

@@ -92,9 +92,10 @@ class WinogradStem:
         low, high = max(0, left - engine.halo), min(whole, right + engine.halo)
         self.strip = slice(left - low, right - low)
         self.width = high - low
-        rows, columns = axis_coordinates(self.height), axis_coordinates(whole)[low:high]
+        rows, columns = (axis_coordinates(n, scaled.device) for n in scaled.shape[1:])
         self.step = min(_stem_rows(self.width), -(-band // TILE) * TILE)
         self.colours = rearrange(scaled[:, :, low:high], "c h w -> h w c").contiguous()
+        columns = columns[low:high]
         self.row_code = self._axis_code(rows, 0)  # (H, 2 F)
         count, code = engine.frequencies.numel(), engine.code_norm[0].numel()
         padded = _padded(self.width)

@@ -14,16 +14,19 @@ __all__ = ["ModuleEngine", "fits_bands"]
 
 
 def fits_bands(network: LoftUpNetwork) -> bool:
-    """Whether a network may be computed band by band: every module that may be replaced sees a known halo at most."""
-    containers = (network, network.fourier_feat)  # which bands go around
-    local = isinstance(network.first_conv, Stem) and network.first_conv.halo is not None
-    return local and reach(network.final_conv) == 0 and all(map(is_plain, containers))
+    """Whether a network may be computed band by band: stem and head see a known halo at most.
+
+    Modules of the blocks are taken to work token by token, as a replaced linear layer does.
+    """
+    local = type(network.first_conv) is Stem and network.first_conv.halo is not None
+    # Bands do not call these two as a whole.
+    return local and reach(network.final_conv) == 0 and is_plain(network) and is_plain(network.fourier_feat)
 
 
 class ModuleEngine:
     """An engine that calls the network's modules, band by band; see :class:`loftup.inference.engine.FoldedEngine`.
 
-    Hooks see one band at a time.
+    Hooks see one band at a time. Points cost the part of their row that lies between them.
 
     Args:
         network: for which :func:`fits_bands` has no objection.
@@ -42,7 +45,8 @@ class ModuleEngine:
     def rows(self, width: int, budget: int) -> int:
         """How many rows of a strip fit a budget in bytes; 0 if none does."""
         code = 10 * self.network.config.image_frequencies + 3
-        return max(0, budget // (width * 4 * (5 * code + 9 * self.width + 2 * self.channels)) - 2 * self.halo)
+        item = self.network.dtype.itemsize
+        return max(0, budget // (width * item * (5 * code + 9 * self.width + 2 * self.channels)) - 2 * self.halo)
 
     def keys_values(self, tokens: Tensor) -> Tensor:
         """The tokens (1, T, D): the modules project them."""
@@ -64,7 +68,7 @@ class ModuleEngine:
     def at(self, scaled: Tensor, memory: Tensor, pixels: Tensor) -> Tensor:
         """Features (n, C) at pixels, row by row of the image."""
         width = scaled.shape[2]
-        features = scaled.new_empty(len(pixels), self.channels)
+        features = scaled.new_empty(len(pixels), self.channels, dtype=self.network.dtype)
         for row in (pixels // width).unique().tolist():
             here = pixels // width == row
             columns = pixels[here] % width

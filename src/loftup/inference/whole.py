@@ -22,7 +22,12 @@ class Whole:
         return torch.no_grad()
 
     def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
-        """See :meth:`loftup.inference.bands.Bands.upsample`; ``memory`` cannot be kept to."""
+        """See :meth:`loftup.inference.bands.Bands.upsample`; a ``memory`` is refused, for it cannot be kept to."""
+        if memory is not None:
+            raise ValueError(
+                f"memory={memory} cannot be kept: this network is computed on the whole image at once, and "
+                "loftup.explain(up) says why; leave memory out"
+            )
         for index in range(len(image)):
             with self.arithmetic():
                 dense = self._dense(features, image, index, canvas.size)

@@ -118,8 +118,8 @@ class Job:
             down, across = (cut_blocks(axis, longest, dtype) for axis in axes)
             pixels = down.pixels.shape[1] * across.pixels.shape[1]
             tables = window * (channels + values.shape[1] + depth + window)
-            self.attention_bytes = item * (pixels * ((net.heads + 5) * window + depth + values.shape[1]) + tables)
-            self.code_bytes = item * pixels * (4 * depth + 2 * net.encoder.fine.out_channels)
+            self.attention_bytes = item * (pixels * ((net.heads + 4) * window + depth + values.shape[1]) + tables)
+            self.code_bytes = item * pixels * (4 * depth + net.config.encoder_width)
             if max(self.attention_bytes, self.code_bytes) <= budget // 2:
                 break
             if longest <= SHORTEST:

@@ -149,32 +149,32 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def reach(module: nn.Module) -> int | None:
-    """Pixels that a module's output sees to each side at most; None where that cannot be told."""
-    total = 0
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            total += max(
-                spacing * (side - 1) // 2 for spacing, side in zip(layer.dilation, layer.kernel_size, strict=True)
-            )
-        elif not next(layer.children(), None) and not isinstance(layer, POINTWISE):
-            return None
-    return total
-
-
 # Layers that compute every pixel from itself alone (batch norms in evaluation mode).
 POINTWISE = (
-    nn.BatchNorm2d,
-    nn.Dropout,
-    nn.ELU,
-    nn.GELU,
-    nn.Identity,
-    nn.LayerNorm,
-    nn.LeakyReLU,
-    nn.Linear,
-    nn.ReLU,
-    nn.SiLU,
+    *(nn.BatchNorm2d, nn.SyncBatchNorm, nn.Dropout, nn.ELU, nn.GELU, nn.Identity, nn.LayerNorm, nn.LeakyReLU),
+    *(nn.Linear, nn.ReLU, nn.SiLU, ChannelNorm, LayerNorm2d),
 )
+
+
+def reach(module: nn.Module) -> int | None:
+    """Pixels that a module's output sees to each side at most; None where that cannot be told.
+
+    Known are convolutions (and their subclasses, with what they hold), layers of :data:`POINTWISE`, and rows of these.
+    """
+    total = 0
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode == "circular":
+            return None
+        total = max(d * (side - 1) + 1 for d, side in zip(module.dilation, module.kernel_size, strict=True)) // 2
+    elif type(module) in POINTWISE:
+        return 0
+    elif not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return None
+    for part in map(reach, module.children()):
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 class Stem(nn.Sequential):
@@ -221,14 +221,13 @@ class Stem(nn.Sequential):
         Returns:
             (B, D, n, m).
         """
-        x = self.conv1(self.norm(code).to(dtype))
-        # A convolution pads with zeros; at a side that is not the image's border, what they touched is cut off.
-        if any(margins):
-            x, margins = trim(x, margins, reach(self.conv2) or 0)
-        x = self.conv2(self.relu1(self.batch_norm1(x)))
-        if any(margins):
-            x, margins = trim(x, margins, 0)
-        return self.relu2(self.batch_norm2(x))  # type: ignore[no-any-return]
+        x, layers = code, list(self)
+        for index, layer in enumerate(layers):
+            x = layer(x) if index else layer(x).to(dtype)
+            # Convolutions pad with zeros; at a side that is not the image's border, what they touched is cut off.
+            if any(margins):
+                x, margins = trim(x, margins, sum(reach(later) or 0 for later in layers[index + 1 :]))
+        return x
 
 
 def grow(box: Box, halo: int, height: int, width: int) -> tuple[Box, Margins]:

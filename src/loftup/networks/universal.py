@@ -237,7 +237,7 @@ class UniversalNetwork(nn.Module):
         def scores(head: int) -> Tensor:
             part = slice(head * depth, (head + 1) * depth)
             constant = constants[..., head] + rows[:, head] + columns[:, head]
-            return constant.view(*keys.shape[:2], p * q).baddbmm_(keys[..., part], pixels[:, part], alpha=2)
+            return constant.reshape(*keys.shape[:2], p * q).baddbmm_(keys[..., part], pixels[:, part], alpha=2)
 
         first = scores(0).softmax(1)
         agreement = (directions @ directions.mT) @ first
@@ -292,10 +292,15 @@ class UniversalNetwork(nn.Module):
             channels = features.shape[1] if values is None else values.shape[1]
             return features.new_empty(0, channels, bottom - top, right - left, dtype=self.dtype)
         if next(self.parameters()).dtype != self.dtype:
-            state = {name: parameter.to(self.dtype) for name, parameter in self.named_parameters()}
-            inputs = (features, guidance, box)
-            options = {"values": values, "checkpointing": checkpointing}
-            return torch.func.functional_call(self, state, inputs, options)  # type: ignore[no-any-return]
+            state = {f"network.{name}": parameter.to(self.dtype) for name, parameter in self.named_parameters()}
+            inputs = (features, guidance, box, values, checkpointing)
+            return torch.func.functional_call(_Compute(self), state, inputs)  # type: ignore[no-any-return]
+        return self.compute(features, guidance, box, values, checkpointing)
+
+    def compute(
+        self, features: Tensor, guidance: Tensor, box: Box | None, values: Tensor | None, checkpointing: bool
+    ) -> Tensor:
+        """As :meth:`forward`, in the dtype of the parameters."""
         device = features.device.type
         plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with plain:
@@ -344,6 +349,18 @@ class UniversalNetwork(nn.Module):
         weights = self.attend(queries, keys, directions, offsets_down, offsets_across[None], prepared.settings)
         x = (values.mT @ weights).view(batch, n, m, -1, p, q)
         return rearrange(x, "b n m c p q -> b c (n p) (m q)")
+
+
+class _Compute(nn.Module):
+    """The network's arithmetic without its hooks, which run around its own call."""
+
+    def __init__(self, network: UniversalNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """See :meth:`UniversalNetwork.compute`."""
+        return self.network.compute(*inputs)
 
 
 def _autocorrelation(directions: Tensor, step: int) -> Tensor:
