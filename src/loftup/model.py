@@ -178,9 +178,6 @@ class LoftUp(nn.Module):
             stream.at(self._normalise(features), image, (height, width), points, vectors)
         return vectors
 
-    def refresh(self) -> None:
-        """Do nothing: inference follows every change of the weights by itself. Kept for older code."""
-
     def _why_whole(self, features: Tensor, image: Tensor) -> str | None:
         """None for inference, else why the whole image is computed at once, and the way to inference."""
         if self.training:

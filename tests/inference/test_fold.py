@@ -124,7 +124,8 @@ def test_folding_backends_refuse_what_they_cannot_fold():
 def test_quantised_layers(up):
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(up), {nn.Linear}, dtype=torch.qint8)
     result = streamed(quantised)
-    assert (result - whole(quantised)).abs().max() <= 2e-5
+    # The range that activations are quantised in is that of a band here, of the whole image there.
+    assert (result - whole(quantised)).abs().max() <= 0.05
     assert (result - streamed(up)).abs().mean() < 0.1
 
 

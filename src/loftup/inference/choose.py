@@ -3,16 +3,15 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LoftUpError
 from ..networks.loftup import LoftUpNetwork
 from ..networks.universal import GuidanceEncoder, UniversalNetwork
 from .bands import Bands
-from .canvas import Canvas
 from .engine import FoldedEngine
 from .engine_cpu import CpuEngine
 from .engine_modules import ModuleEngine, fits_bands
@@ -23,20 +22,7 @@ from .windows import Windows
 __all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "explain", "open_stream"]
 
 
-class Stream(Protocol):
-    """A network ready for inference."""
-
-    def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
-        """Paint the upsampled features."""
-
-    def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
-        """Write the upsampled features at points into ``out``."""
-
-
-class HasNetwork(Protocol):
-    """A :class:`loftup.LoftUp`, as far as it matters here."""
-
-    upsampler: Any
+Stream = Bands | Windows | Whole  # a network ready for inference
 
 
 @dataclass(frozen=True)
@@ -53,11 +39,11 @@ class Choice:
         return "\n".join([*lines, *self.notes])
 
 
-def explain(up: HasNetwork, backend: str | None = None) -> Choice:
+def explain(up: Any, backend: str | None = None) -> Choice:
     """Say which backend inference with a LoftUp runs on, why not on the others, and what cannot be folded.
 
     Args:
-        up: the module, as it is now.
+        up: a :class:`loftup.LoftUp`, as it is now.
         backend: as for :meth:`loftup.LoftUp.forward`.
 
     Raises:
@@ -100,7 +86,7 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
     else:
         kind = "the network of 'any'" if type(network) is UniversalNetwork else f"a {type(network).__name__}"
         reasons = dict.fromkeys(BACKENDS, f"it has no engine for {kind}")
-        reasons |= {"cpu": None if device.type == "cpu" else f"the weights are on {device}", "torch": None}
+        reasons |= {"cpu": _why_no_cpu(device), "torch": None}
         if not _fits_windows(network):
             notes.append(f"the whole image at once: a part of {kind} was replaced or has forward hooks")
         notes.append("'cpu' and 'torch' are the same plain PyTorch here")

@@ -5,7 +5,7 @@ An engine turns guidance into queries (``stem``) and queries into features (``wr
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,10 @@ class FoldedEngine:
     def __init__(self, weights: FoldedNetwork, dtype: torch.dtype, stem_dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.stem_dtype = stem_dtype or dtype
-        self.heads, self.width, self.channels, self.halo = weights.heads, weights.width, weights.channels, weights.halo
+        self.heads, self.halo = weights.heads, weights.halo
+        self.width, self.channels = len(weights.conv2[1]), len(weights.head_norm[1])
         self.guidance = weights.code
+        self.arithmetic = partial(plain_arithmetic, weights.code[0].device)
         self.code_norm = _to(weights.code_norm, torch.promote_types(dtype, torch.float32))
         self.conv1, self.conv2 = _to(weights.conv1, self.stem_dtype), _to(weights.conv2, self.stem_dtype)
         self.blocks = [
@@ -51,10 +53,6 @@ class FoldedEngine:
         self.head = _to(weights.head, dtype) if weights.head else None
         self.final_norm = _to(weights.final_norm, dtype) if weights.final_norm else None
         self.head_norm = _to(weights.head_norm, dtype)
-
-    def arithmetic(self) -> AbstractContextManager[object]:
-        """The context to compute in: the engine has its dtype already."""
-        return plain_arithmetic(self.guidance[0].device)
 
     def rows(self, width: int, budget: int) -> int:
         """How many rows of a strip ``width`` pixels wide fit a budget of working memory in bytes; 0 if none does."""

@@ -1,7 +1,5 @@
 """The published network by its own modules, for one with parts that cannot be folded: replaced or hooked ones."""
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
@@ -38,9 +36,7 @@ class ModuleEngine:
         assert network.first_conv.halo is not None
         self.halo = network.first_conv.halo
 
-    def arithmetic(self) -> AbstractContextManager[object]:
-        """No gradients; autocast as the caller has it, for the modules follow it."""
-        return torch.no_grad()
+    arithmetic = staticmethod(torch.no_grad)  # autocast as the caller has it, for the modules follow it
 
     def rows(self, width: int, budget: int) -> int:
         """How many rows of a strip fit a budget in bytes; 0 if none does."""

@@ -48,16 +48,6 @@ class FoldedNetwork:
     final_norm: Pair | None  # in place of the head, for the learnable variant
     head_norm: Pair  # over C, eps 1e-6
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.conv2[0].shape[0]
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.head_norm[0].shape[0]
-
 
 def why_not_folded(network: LoftUpNetwork) -> str | None:
     """None where folding computes what the network's modules would, else the first module that it does not know.

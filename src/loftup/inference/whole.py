@@ -1,7 +1,5 @@
 """A network called on whole images: for networks with parts that may see further than a stream can tell."""
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
 
@@ -12,14 +10,10 @@ __all__ = ["Whole"]
 
 
 class Whole:
-    """One call of the network for each image; memory grows with the image."""
+    """One call of the network for each image, under the caller's autocast; memory grows with the image."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-
-    def arithmetic(self) -> AbstractContextManager[object]:
-        """No gradients; autocast as the caller has it."""
-        return torch.no_grad()
 
     def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
         """See :meth:`loftup.inference.bands.Bands.upsample`; a ``memory`` is refused, for it cannot be kept to."""
@@ -29,13 +23,13 @@ class Whole:
                 "loftup.explain(up) says why; leave memory out"
             )
         for index in range(len(image)):
-            with self.arithmetic():
+            with torch.no_grad():
                 dense = self._dense(features, image, index, canvas.size)
-            canvas.paint(index, (0, 0, *canvas.size), lambda out, dense=dense: out.copy_(dense), self.arithmetic)  # type: ignore[misc]
+            canvas.paint(index, (0, 0, *canvas.size), lambda out, dense=dense: out.copy_(dense), torch.no_grad)  # type: ignore[misc]
 
     def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
         """See :meth:`loftup.inference.bands.Bands.at`."""
-        with self.arithmetic():
+        with torch.no_grad():
             for index in range(len(image)):
                 flat = self._dense(features, image, index, size).flatten(1)
                 out[index] = sample(points[index], size, points.numel(), lambda pixels, flat=flat: flat[:, pixels].mT)  # type: ignore[misc]

@@ -11,8 +11,8 @@ Attention itself is :meth:`loftup.networks.universal.UniversalNetwork.attend`.
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -198,13 +198,9 @@ class Windows:
     """
 
     def __init__(self, network: UniversalNetwork) -> None:
-        self.device = next(network.parameters()).device
+        self.arithmetic = partial(plain_arithmetic, next(network.parameters()).device)
         wide = next(network.parameters()).dtype == network.dtype
         self.network = network if wide else copy.deepcopy(network).to(network.dtype)
-
-    def arithmetic(self) -> AbstractContextManager[object]:
-        """The context to compute in: the network has its dtype already."""
-        return plain_arithmetic(self.device)
 
     def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
         """Paint the upsampled features.

@@ -7,12 +7,10 @@ from .layers import ChannelNorm
 from .loftup import LoftUpNetwork
 from .universal import UniversalNetwork
 
-__all__ = ["Network", "build_network", "build_norm"]
-
-Network = LoftUpNetwork | UniversalNetwork
+__all__ = ["build_network", "build_norm"]
 
 
-def build_network(config: Config) -> Network:
+def build_network(config: Config) -> LoftUpNetwork | UniversalNetwork:
     """The network of a config, with random weights."""
     return UniversalNetwork(config) if isinstance(config, UniversalConfig) else LoftUpNetwork(config)
 

@@ -108,13 +108,6 @@ class UniversalConfig:
         """All fields, and what tells them from a :class:`LoftUpConfig`'s in config.json."""
         return {"values": "features", **dataclasses.asdict(self)}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "UniversalConfig":
-        """Read :meth:`to_dict`'s output; unknown keys are refused."""
-        fields = {key: value for key, value in values.items() if key != "values"}
-        _check_keys(cls, fields)
-        return cls(**fields)
-
 
 Config = LoftUpConfig | UniversalConfig
 
@@ -128,9 +121,11 @@ def read_config(values: Mapping[str, Any]) -> Config:
     kind = values.get("values", "projected")
     if kind not in ("projected", "features"):
         raise ValueError(f"'values' must be 'projected' or 'features', got {kind!r}")
-    if kind == "features":
-        return UniversalConfig.from_dict(values)
-    return LoftUpConfig.from_dict({key: value for key, value in values.items() if key != "values"})
+    fields = {key: value for key, value in values.items() if key != "values"}
+    if kind == "projected":
+        return LoftUpConfig.from_dict(fields)
+    _check_keys(UniversalConfig, fields)
+    return UniversalConfig(**fields)
 
 
 def _check_counts(config: Config, *names: str) -> None:

@@ -198,10 +198,8 @@ class Stem(nn.Sequential):
     norm = property(lambda self: self[0])
     conv1 = property(lambda self: self[1])
     batch_norm1 = property(lambda self: self[2])
-    relu1 = property(lambda self: self[3])
     conv2 = property(lambda self: self[4])
     batch_norm2 = property(lambda self: self[5])
-    relu2 = property(lambda self: self[6])
 
     @property
     def halo(self) -> int | None:

@@ -158,11 +158,6 @@ class UniversalNetwork(nn.Module):
                 layer.weight.zero_()
                 layer.bias.zero_()
 
-    def prepare(self, features: Tensor, codes: Tensor, rows: CellAxis, columns: CellAxis) -> Prepared:
-        """Keys and values of all cells, from features (B, C, h, w) and codes (B, D, H, W)."""
-        mean, square = self.pool(codes, rows, columns)
-        return self.assemble(features, mean, square)
-
     def pool(self, codes: Tensor, rows: CellAxis, columns: CellAxis) -> tuple[Tensor, Tensor]:
         """Mean codes (B, n, m, D) and mean squared length of each head's (B, n, m, 1 + heads) of the axes' cells."""
         x = gather_cells(codes, rows, columns)  # (B, n, m, P, Q, D)
@@ -173,7 +168,7 @@ class UniversalNetwork(nn.Module):
         return (weights @ x)[..., 0, :], (weights @ squares)[..., 0, :]
 
     def assemble(self, features: Tensor, mean: Tensor, square: Tensor) -> Prepared:
-        """See :meth:`prepare`; ``mean`` and ``square`` are :meth:`pool`'s for the whole grid."""
+        """Keys and values of all cells, of features (B, C, h, w) and :meth:`pool`'s results for the whole grid."""
         values = features.movedim(1, -1).to(mean.dtype)
         length = mean.unflatten(-1, (-1, self.depth)).square().sum(-1)
         spread = (square - length).clamp(min=0)
@@ -314,7 +309,7 @@ class UniversalNetwork(nn.Module):
         top, left, bottom, right = box or (0, 0, height, width)
         rows, columns = make_axis(height, h, features.device), make_axis(width, w, features.device)
         codes = run(checkpointing, self.encoder, self.scale(guidance).to(self.dtype))
-        prepared = self.prepare(features, codes, rows, columns)
+        prepared = self.assemble(features, *self.pool(codes, rows, columns))
         if values is not None:
             r = self.radius
             prepared = replace(prepared, values=F.pad(values.movedim(1, -1).to(codes.dtype), (0, 0, r, r, r, r)))

@@ -29,16 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Softmax attention, the scale already in the queries.
-
-    Args:
-        queries: (M, heads * d), contiguous.
-        keys: (heads, T, d).
-        values: (heads, T, d).
-
-    Returns:
-        (M, heads * d).
-    """
+    """Softmax attention of contiguous (M, heads * d), scaled already, to (heads, T, d); returns (M, heads * d)."""
     heads, tokens, depth = keys.shape
     if queries.dtype == torch.float32:
         split = queries.view(1, -1, heads, depth).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The Triton kernels' operations in plain PyTorch, everything materialised: what the kernels are tested against.
 
 Any device and any float dtype, float64 for the truth in the tests. Nothing here is meant to be fast or lean. Weights
-and biases come in pairs, laid out as in ``nn.Linear`` and ``nn.LayerNorm``.
+and biases come in pairs, laid out as in ``nn.Linear`` and ``nn.LayerNorm``. Inputs are left as they were.
 """
 
 import torch
@@ -24,17 +24,7 @@ Code = tuple[Tensor, Tensor]  # frequencies (F,) and phases (2, 5, F)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale) v, the softmax in float32 or wider.
-
-    Args:
-        q: (B, heads, N, d).
-        k: (B, heads, T, d).
-        v: (B, heads, T, d).
-        scale: a factor on the scores.
-
-    Returns:
-        (B, heads, N, d) in the dtype of ``q``.
-    """
+    """As :func:`loftup.ops.attention.cross_attention`, the softmax in float32 or wider."""
     scores = (q @ k.mT).to(_at_least_float32(q.dtype)) * scale
     return scores.softmax(dim=-1).to(q.dtype) @ v
 
@@ -53,9 +43,6 @@ def attention_block(
         out: (D, heads * d) and (D,).
         eps: of the LayerNorm.
         scale: a factor on the scores.
-
-    Returns:
-        (B, N, D) in the dtype of ``x``, which is left as it was.
     """
     q = F.linear(F.layer_norm(x, x.shape[-1:], *norm, eps), *query).unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
     return x + F.linear(cross_attention(q, k, v, scale).transpose(1, 2).flatten(-2), *out)
@@ -70,9 +57,6 @@ def feed_forward(x: Tensor, norm: Pair, up: Pair, down: Pair, eps: float) -> Ten
         up: (C, D) and (C,).
         down: (D, C) and (D,).
         eps: of the LayerNorm.
-
-    Returns:
-        (B, N, D) in the dtype of ``x``, which is left as it was.
     """
     return x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *norm, eps), *up)), *down)
 
