@@ -59,7 +59,7 @@ class Winograd:
         return 4 * (36 * inputs + max(46 * inputs, 36 * outputs) + max(14 * inputs, 24 * outputs) + 16 * outputs) // 16
 
     def __call__(self, x: Tensor, y: Tensor, space: Workspace) -> None:
-        """Convolve float32 x (4t + 2, 4c + 2, K), channels contiguous, without padding into y (4t, 4c, N), any strides."""
+        """Convolve float32 (4t + 2, 4c + 2, K), channels contiguous, without padding into (4t, 4c, N), any strides."""
         t, c = y.shape[0] // TILE, y.shape[1] // TILE
         _, k, n = self.weight.shape
         wide = x.shape[1]
