@@ -13,6 +13,11 @@ os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, HF_HUB_DISABLE_TELE
 
 import pytest
 import torch
+
+# Before anything imports triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from material import shared
 
 

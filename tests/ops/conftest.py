@@ -1,7 +1,5 @@
-"""Triton kernels run compiled on a CUDA device, else in Triton's interpreter, which must be on before the import."""
+"""Triton kernels run compiled on a CUDA device, else in Triton's interpreter, which tests/conftest.py turns on."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,8 +7,6 @@ import torch
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()
-if not CUDA and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _why_no_interpreter() -> str | None:
@@ -18,9 +14,7 @@ def _why_no_interpreter() -> str | None:
         from loftup.ops.triton_common import INTERPRETED
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return (
-        None if INTERPRETED.value else "triton was imported before tests/ops/conftest.py could turn its interpreter on"
-    )
+    return None if INTERPRETED.value else "triton was imported before tests/conftest.py could turn its interpreter on"
 
 
 INTERPRETER_REASON = _why_no_interpreter()
