@@ -236,11 +236,11 @@ class UniversalNetwork(nn.Module):
 
         first = scores(0).softmax(1)
         agreement = (directions @ directions.mT) @ first
-        agreement = agreement * (agreement * first).sum(1, keepdim=True).clamp(min=SHORTEST_MEAN).rsqrt()
+        inverse_length = (agreement * first).sum(1, keepdim=True).clamp(min=SHORTEST_MEAN).rsqrt()
         shares = (self.gate(queries).mT + shares[..., None]).softmax(1)
         total = torch.zeros_like(first)
         for head in range(self.heads):
-            attention = scores(1 + head).addcmul_(agreement, strength[:, head, None, None]).softmax(1)
+            attention = scores(1 + head).addcmul_(agreement, strength[:, head, None, None] * inverse_length).softmax(1)
             total.addcmul_(attention, shares[:, head, None])
         return total
 
