@@ -151,7 +151,7 @@ class _Copies(TorchFunctionMode):
 
 
 def _differs_in_classifier(name: str, message: str) -> bool:
-    """Whether the keys that torch's strict loading complains of are all the classifier's."""
+    """Tell whether the keys that torch's strict loading complains of are all the classifier's."""
     keys = ["".join(key) for key in re.findall(r'"([\w.]+)"|size mismatch for ([\w.]+):', message)]
     if "_clip_" in name:
         return False  # timm calls CLIP's projection a classifier, but here it is needed

@@ -123,7 +123,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
-    """Whether the file is there, of this image and with these settings; ValueError if it is there with others."""
+    """Tell whether the file is there, of this image and with these settings; ValueError if it is there with others."""
     if not (target.exists() and image.exists()):
         return False
     from safetensors import SafetensorError, safe_open

@@ -45,10 +45,10 @@ class Canvas:
 
     def __init__(self, features: Tensor, size: tuple[int, int], head: Head | None = None, out: Tensor | None = None):
         self.features, self.size, self.head, self.out = features, size, head, out
-        self.channels, self.dtype = features.shape[1], features.dtype
+        self.channels = features.shape[1]
         self.result: Tensor | None = None
         if head is None:
-            self._open((self.channels,), self.dtype, features.device)
+            self._open((self.channels,), features.dtype, features.device)
 
     def values(self) -> Tensor:
         """Low-resolution values (B, E, h, w) to average, for a stream whose output averages the features.
@@ -59,8 +59,8 @@ class Canvas:
         if self.head is None or not len(self.features) or not _commutes_with_averages(self.head):
             return self.features
         values = apply_head(self.head, self.features).detach()
-        self.head, self.channels, self.dtype = None, values.shape[1], values.dtype
-        self._open((self.channels,), self.dtype, values.device)
+        self.head, self.channels = None, values.shape[1]
+        self._open((self.channels,), values.dtype, values.device)
         return values
 
     def paint(
@@ -132,7 +132,7 @@ def apply_head(head: Head, features: Tensor) -> Tensor:
 
 
 def _commutes_with_averages(head: Head) -> bool:
-    """Whether a head is linear, so that it may be applied to the cells in place of the pixels."""
+    """Tell whether a head is linear, so that it may be applied to the cells in place of the pixels."""
     if type(head) is nn.Conv2d:
         linear = head.kernel_size == head.stride == (1, 1) and head.groups == 1 and head.padding == (0, 0)
     else:

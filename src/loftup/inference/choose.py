@@ -189,7 +189,7 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _fits_windows(network: nn.Module) -> bool:
-    """Whether the universal network may be computed window by window."""
+    """Tell whether the universal network may be computed window by window."""
     if type(network) is not UniversalNetwork or type(network.encoder) is not GuidanceEncoder:
         return False
     return network.encoder.halo is not None and all(map(is_plain, (network, network.encoder, network.scale)))

@@ -12,7 +12,7 @@ __all__ = ["ModuleEngine", "fits_bands"]
 
 
 def fits_bands(network: LoftUpNetwork) -> bool:
-    """Whether a network may be computed band by band: stem and head see a known halo at most.
+    """Tell whether a network may be computed band by band: stem and head see a known halo at most.
 
     Modules of the blocks are taken to work token by token, as a replaced linear layer does.
     """

@@ -19,7 +19,7 @@ from ..networks.config import LoftUpConfig
 from ..networks.loftup import LoftUpNetwork
 from ..ops.reference import Code, Pair
 
-__all__ = ["FoldedBlock", "FoldedNetwork", "cached", "fold", "is_plain", "why_not_folded"]
+__all__ = ["FoldedBlock", "FoldedNetwork", "cached", "fold", "hooked_everywhere", "is_plain", "why_not_folded"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class FoldedNetwork:
 def why_not_folded(network: LoftUpNetwork) -> str | None:
     """None where folding computes what the network's modules would, else the first module that it does not know.
 
-    Known are exactly the modules that the config builds, with their settings, without hooks and without a ``forward``
-    of the object's own.
+    Known are exactly the modules that the config builds, with their settings, without hooks and methods of their own.
     """
     if hooked_everywhere():
         return "there are forward hooks on all modules"
@@ -73,13 +72,13 @@ def why_not_folded(network: LoftUpNetwork) -> str | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's ``forward`` and nothing else."""
+    """Tell whether calling a module runs its class's ``forward`` and nothing else."""
     overridden = any(hasattr(type(module), name) for name, value in vars(module).items() if callable(value))
     return not (module._forward_hooks or module._forward_pre_hooks or overridden)
 
 
 def hooked_everywhere() -> bool:
-    """Whether there are forward hooks on all modules."""
+    """Tell whether there are forward hooks on all modules."""
     return bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
 
 

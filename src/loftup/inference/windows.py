@@ -218,9 +218,10 @@ class Windows:
         values = canvas.values()
         for index in range(len(image)):
             single = slice(index, index + 1)
+            cells = features[single]
+            averaged = cells if values is canvas.features else values[single]
             with self.arithmetic():
-                guidance = resize_guidance(image[single], canvas.size)
-                job = Job(self.network, features[single], guidance, values[single], limit)
+                job = Job(self.network, cells, resize_guidance(image[single], canvas.size), averaged, limit)
                 pieces = job.pieces()
             while True:
                 with self.arithmetic():

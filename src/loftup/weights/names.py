@@ -98,7 +98,7 @@ def _any_for(asked: str, subject: str, strict: bool) -> WeightsName:
 
 
 def _is_timm_backbone(name: str, path: Path) -> bool:
-    """Whether a name that is not in the catalogue is that of a timm model, and not of a file here."""
+    """Tell whether a name that is not in the catalogue is that of a timm model, and not of a file here."""
     if name.startswith(("hf-hub:", "hf_hub:")):
         return True
     bare = name.removeprefix("timm/")
@@ -112,7 +112,7 @@ def _is_timm_backbone(name: str, path: Path) -> bool:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a string can only be meant as a file or folder."""
+    """Tell whether a string can only be meant as a file or folder."""
     suffixes = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
     return name.endswith(suffixes) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
 

@@ -84,7 +84,7 @@ class GridTask:
 
     @property
     def native(self) -> bool:
-        """Whether predictions are made on the backbone's grid."""
+        """Tell whether predictions are made on the backbone's grid."""
         return bool(getattr(self.upsampler, "native", False))
 
     @torch.no_grad()

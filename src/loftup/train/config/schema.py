@@ -118,12 +118,12 @@ class ModelConfig(Section):
 
     @property
     def universal(self) -> bool:
-        """Whether the upsampler is for any backbone."""
+        """Tell whether the upsampler is for any backbone."""
         return self.architecture == "any"
 
     @property
     def baseline(self) -> bool:
-        """Whether it is one that LoftUp is compared with."""
+        """Tell whether it is one that LoftUp is compared with."""
         return self.architecture not in ("loftup", "any")
 
 

@@ -74,7 +74,7 @@ class SA1BShards:
 
 
 def is_pattern(path: "str | os.PathLike[str]") -> bool:
-    """Whether a path means tar files: one, or a pattern of them."""
+    """Tell whether a path means tar files: one, or a pattern of them."""
     text = os.fspath(path)
     return text.lower().endswith(".tar") or (bool(set(text) & set("*?[{")) and not Path(text).exists())
 

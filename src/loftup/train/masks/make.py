@@ -100,7 +100,7 @@ def _settings(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
 
 
 def _finished(path: Path, picture: Path, settings: dict[str, Any]) -> bool:
-    """Whether masks and picture are there and made with these settings; LoftUpError if with others."""
+    """Tell whether masks and picture are there and made with these settings; LoftUpError if with others."""
     if not path.exists():
         return False
     remedy = "overwrite it (--overwrite) or write to another folder"

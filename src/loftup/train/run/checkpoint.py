@@ -127,7 +127,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def _sections(old: list[Any], new: list[Any]) -> bool:
-    """Whether two lists hold as many sections of a config."""
+    """Tell whether two lists hold as many sections of a config."""
     return len(old) == len(new) and all(isinstance(item, Mapping) for item in [*old, *new])
 
 
