@@ -14,7 +14,8 @@ from loftup import LoftUp, list_pretrained
 from loftup.cli import _parser
 
 README = (ROOT / "README.md").read_text("utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+GUIDE = (ROOT / "docs" / "guide.md").read_text("utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_the_table_of_weights():
 
 
 def test_the_commands_parse():
-    lines = re.findall(r"^loftup ((?:.*\\\n)*.*)", README, re.MULTILINE)
+    lines = re.findall(r"^loftup ((?:.*\\\n)*.*)", README + GUIDE, re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
         words = line.split("#")[0].replace("\\\n", " ").split()
