@@ -11,6 +11,7 @@
 #   WHEELS     a folder of wheels to install from, in place of the package index
 #   MATERIAL   a folder with weights/ and data/, as tests/material.py has it; by default "shared" beside or in the checkout
 #   COMMIT     written down where the checkout has no git
+#   STAGES     those to run, by default "environment tests upsamplers end_to_end training"
 # Exit status: 0 if every stage did its work, 1 if one failed or was skipped, 2 if there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -47,6 +48,7 @@ worst=0
 stage() {
     local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) code status
     shift 2
+    [[ " ${STAGES:-$name} " == *" $name "* ]] || return
     [ -z "$dry" ] || limit=$((limit * 3))
     if [ "$left" -lt 15 ]; then
         echo "$name: skipped, $left s are left"
