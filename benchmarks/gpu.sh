@@ -87,7 +87,7 @@ for path in tests/*/ tests/test_*.py; do
 done
 # Most of their time goes into compiling kernels, one after the other in each process.
 if [ -z "$dry" ] && "$python" -c 'import xdist' 2> /dev/null; then
-    parallel=(-n 6)
+    parallel=(-n 12)
 fi
 # Without a GPU no test may be left, which pytest calls 5.
 none=$([ -n "$dry" ] && echo 0 || echo 5)

@@ -163,7 +163,7 @@ def test_offsets_beyond_2_to_the_31(device: str) -> None:
 
 def test_tf32_only_where_allowed(device: str) -> None:
     kernels = pytest.importorskip("loftup.ops.triton_common")
-    assert kernels.dot_precision(torch.float32) == "ieee"
+    assert kernels.dot_precision(torch.float32) == "tf32x3"
     assert kernels.dot_precision(torch.bfloat16) == "ieee"
     torch.set_float32_matmul_precision("high")
     assert kernels.dot_precision(torch.float32) == "tf32"

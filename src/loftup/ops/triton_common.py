@@ -57,13 +57,16 @@ def dot(b_left, b_right, b_acc, PRECISION: tl.constexpr):
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products may be taken: "tf32" only where the PyTorch settings allow it for matmul, else "ieee"."""
+    """How float32 products are taken: "tf32" only where the PyTorch settings allow it for matmul, else exactly.
+
+    Exactly means three TF32 products on the tensor cores ("tf32x3"), whose error is float32's.
+    """
     if dtype != torch.float32:
         return "ieee"
     # Since 2.9 PyTorch has two ways to set this and refuses to read the old one after the new one was used.
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     allowed = torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if allowed else "tf32x3"
 
 
 def alignment(*strides: int) -> int:
