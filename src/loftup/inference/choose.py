@@ -63,7 +63,7 @@ def explain(up: Any, backend: str | None = None) -> Choice:
 def choose(network: nn.Module, backend: str | None) -> Choice:
     """The backend asked for, or else "cpu" where it can run and "torch" where not; "triton" only if asked for.
 
-    The Triton kernels wait to be chosen by themselves until their tests have passed on a GPU.
+    The Triton kernels run only if named, because their first call compiles for some 15 s.
 
     Raises:
         ValueError: there is no such backend.
@@ -94,7 +94,7 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
     if backend is not None and (reason := reasons[backend]):
         raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
     if reasons["triton"] is None and backend != "triton":
-        reasons["triton"] = "can run, only if named: no GPU has checked its kernels yet"
+        reasons["triton"] = "can run, only if named: its first call compiles for some 15 s"
     return Choice(chosen, reasons, tuple(notes))
 
 

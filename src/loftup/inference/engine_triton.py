@@ -1,8 +1,8 @@
 """The CUDA engine: Triton kernels around PyTorch's convolutions.
 
 Guidance code and its norm in one kernel, channels-last convolutions in the module's dtype, one kernel for norm, query
-projection and attention, and the head's norm written straight into the result. Checked in Triton's interpreter; no GPU
-has run it yet.
+projection and attention, and the head's norm written straight into the result. Checked on an H200 and in Triton's
+interpreter.
 """
 
 import torch
