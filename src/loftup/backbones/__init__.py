@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from ..errors import LoftUpError
 from ..inputs import Size
 from ..weights.catalogue import TINY
+from .generic import generic
+from .geometry import Geometry, Maps, pad, settle
 from .images import check_image, read_picture, resolve_size, triple
-from .layouts import clip_object, open_clip_timm, timm_vit, transformers_vit
-from .load import build, build_tiny, resolve
+from .layouts import clip_object, in_text_space, open_clip_timm, timm_vit, transformers_vit
+from .load import build, build_tiny, resolve, size_options
 from .maps import evaluating, hub_dino, timm_features, timm_stages, transformers_backbone
-from .vit import IMAGENET
+from .vit import IMAGENET, Layer, Source
+from .wrappers import unwrap
 
 __all__ = ["Backbone", "identify", "load_backbone", "wrap"]
 
@@ -27,9 +31,10 @@ FAMILIES = (
     open_clip_timm,
     clip_object,
     hub_dino,
-    transformers_backbone,
     transformers_vit,
+    transformers_backbone,
 )
+MOST_TOKENS = 25_600  # of an image, unless its size was limited or allowed by max_side
 
 
 class Backbone(nn.Module):
@@ -40,70 +45,177 @@ class Backbone(nn.Module):
 
     Args:
         model: the user's model. It is kept as a submodule and never changed.
-        features: image (B, 3, H, W), H and W multiples of ``patch_size``, to features (B, C, h, w).
-        channels: C.
-        patch_size: stride of the feature grid in pixels.
+        features: image (B, 3, H, W) to features (B, C, h, w), or a list of them where ``layer`` is a list.
+        channels: C; for several layers a tuple.
+        patch_size: stride of the feature grid in pixels; for several layers a tuple.
         name: the model's name, "" if unknown.
         mean: per-channel mean that :meth:`preprocess` subtracts from images in [0, 1].
         std: per-channel standard deviation that it divides by.
-        layer: index of the layer that the features come from; None for the model's own features.
+        layer: index or name of the layer that the features come from; None for the model's own features.
         trainable: see :func:`wrap`.
+        join: see :func:`wrap`.
+        max_side: see :func:`wrap`.
+        check: see :func:`wrap`.
+
+    Attributes:
+        channels: C, the sum of the layers' where they are joined, a tuple where they are not.
+        patch_size: the stride of the grid in pixels, as measured; a tuple for several layers that are not joined.
+        multiple: pixels; images are resized so that their sides are multiples of it.
+        fixed_size: (H, W) to which every image is resized, for models that take no other; None for any size.
+        notes: sentences on what was found and done.
+
+    Raises:
+        LoftUpError: the check failed.
+        TypeError: ``model`` is not a module.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        features: Callable[[Tensor], Tensor],
+        features: Callable[[Tensor], Any],
         *,
-        channels: int,
-        patch_size: int,
+        channels: int | Sequence[int],
+        patch_size: int | Sequence[int],
         name: str = "",
         mean: Sequence[float] = IMAGENET[0],
         std: Sequence[float] = IMAGENET[1],
-        layer: int | None = None,
+        layer: Layer = None,
         trainable: bool = False,
+        join: bool = False,
+        max_side: int | None = None,
+        check: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, whose mode and device count, got {type(model).__name__}")
+        strides = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
+        widths = (channels,) if isinstance(channels, int) else tuple(channels)
+        source = Source(features, widths, strides, len(strides), tuple(range(len(strides))), exact=False)
+        self._build(model, source, layer, name, mean, std, trainable, join, max_side, check)
+
+    def _build(
+        self,
+        model: nn.Module,
+        source: Source,
+        layer: Layer,
+        name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        trainable: bool,
+        join: bool,
+        max_side: int | None,
+        check: bool,
     ) -> None:
         super().__init__()
+        if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < 1):
+            raise ValueError(f"max_side must be a positive integer in pixels, got {max_side!r}")
         self.training = model.training
         self.model = model
-        self.features = features
-        self.channels = channels
-        self.patch_size = patch_size
+        self.features = source.features
         self.name = name
         self.mean = triple("mean", mean)
         self.std = triple("std", std)
         self.layer = layer
         self.trainable = trainable
-        self._layers = 0
-        self._standard = layer is None
+        self.join = join
+        self.max_side = max_side
+        self._several = isinstance(layer, list | tuple)
+        self._source = source
+        geometry = self._measure(source, check)
+        self.multiple, self.fixed_size, self._border = geometry.multiple, geometry.fixed, geometry.border
+        self.notes = tuple(filter(None, (source.note, *geometry.notes)))
+        self._widths = geometry.channels
+        whole = self._several and not join
+        self.channels: Any = geometry.channels if whole else sum(geometry.channels)
+        self.patch_size: Any = geometry.strides if whole else geometry.strides[0]
+        self._told = False
+        if join and len(set(geometry.strides)) > 1:
+            raise LoftUpError(
+                f"the layers {layer} have strides of {', '.join(map(str, geometry.strides))} pixels: only maps of one "
+                "stride can be joined; leave join out for a list of maps"
+            )
+
+    def _measure(self, source: Source, check: bool) -> Geometry:
+        """The geometry as it is, or as it is declared where nothing can be measured."""
+        parameter = next(self.model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        fixed = source.native if source.fixed else None
+        if not check or device.type == "meta":
+            why = "not checked: the weights are on the meta device" if check else "not checked"
+            return Geometry(source.channels, source.strides, max(source.strides), fixed, notes=(why,))
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            name = self.name or type(self.model).__name__
+            run = self._run
+            return settle(run, name, source.strides, device, source.native, source.fixed, source.exact)
+
+    def _run(self, image: Tensor) -> Maps:
+        maps = self.features(image)
+        return list(maps) if isinstance(maps, list | tuple) else [maps]
 
     def extra_repr(self) -> str:
-        """Name, channels, patch size and layer."""
-        return f"name={self.name!r}, channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}"
+        """Name, channels, patch size, layer and what was found."""
+        facts = f"name={self.name!r}, channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}"
+        return "".join([facts, *(f"\n{note}" for note in self.notes)])
 
-    def forward(self, image: Tensor) -> Tensor:
+    def explain(self) -> str:
+        """Say what the features are, and what was found when they were checked, a sentence a line."""
+        size = "x".join(map(str, self.fixed_size)) if self.fixed_size else f"multiples of {self.multiple} pixels"
+        facts = f"{self.name or type(self.model).__name__}: {self.channels} channels, stride {self.patch_size}, {size}"
+        return "\n".join([facts, *self.notes])
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (H, W) to which an image of a size is resized for the model.
+
+        Raises:
+            LoftUpError: the model's attention would take too much memory, and no ``max_side`` was given.
+        """
+        if self.fixed_size:
+            return self.fixed_size
+        longest = max(height, width)
+        if self.max_side and longest > self.max_side:
+            height, width = (max(1, round(side * self.max_side / longest)) for side in (height, width))
+        step = self.multiple
+        height, width = (max(1, (side + step // 2) // step) * step for side in (height, width))
+        cells = (height // min(self._source.strides)) * (width // min(self._source.strides))
+        if self._source.exact and self.max_side is None and cells > MOST_TOKENS:
+            raise LoftUpError(
+                f"an image of {height}x{width} makes {cells} tokens of {self.name or type(self.model).__name__}, more "
+                f"than {MOST_TOKENS}: attention would take many GB and minutes. Pass max_side=1344 (pixels) to wrap or "
+                "load_backbone, which makes the image smaller for the model alone; or a larger one if you mean it"
+            )
+        return height, width
+
+    def forward(self, image: Tensor) -> Any:
         """Extract features.
 
         Args:
-            image: (B, 3, H, W), float, already normalised (see :meth:`preprocess`). Where H or W is not a multiple of
-                ``patch_size``, the image is resized bilinearly to the nearest multiple (at least one patch), so that
-                the grid covers the whole picture.
+            image: (B, 3, H, W), float, already normalised (see :meth:`preprocess`). It is resized bilinearly to what
+                the model takes, so that the grid covers the whole picture: to the nearest multiples of ``multiple``
+                (at least one), or to ``fixed_size``, whatever its shape.
 
         Returns:
-            (B, C, h, w), h = round(H / patch_size), w likewise, in the dtype of the model's weights (under autocast: as
-            autocast has it). Ordinary tensors also inside ``torch.inference_mode``, so that a probe can be trained on
-            them.
+            (B, C, h, w), h = round(H / patch_size), w likewise; the model's own grid where the size is fixed. In the
+            dtype of the model's weights (under autocast: as autocast has it). For several layers a list of such maps,
+            or with ``join`` one with their channels one behind the other. Ordinary tensors also inside
+            ``torch.inference_mode``, so that a probe can be trained on them.
 
         Raises:
             TypeError: not a float tensor.
             ValueError: not (B, 3, H, W), or empty.
-            LoftUpError: the model does not take images of this size, or gave something else than features (B, C, h, w).
+            LoftUpError: the image makes too many tokens, or the model gave something else than features (B, C, h, w).
         """
         check_image(image)
-        patch = self.patch_size
-        height, width = (max(1, (n + patch // 2) // patch) * patch for n in image.shape[2:])
+        height, width = self.input_size(image.shape[2], image.shape[3])
         if (height, width) != tuple(image.shape[2:]):
+            if self.fixed_size and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"{self.name or type(self.model).__name__} takes {height}x{width} alone: images are resized to it"
+                    f"{self._remedy()}",
+                    stacklevel=2,
+                )
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
+        image = pad(image, self._border)
         with contextlib.ExitStack() as stack:
             if not self.trainable:
                 stack.enter_context(evaluating(self.model))
@@ -111,13 +223,21 @@ class Backbone(nn.Module):
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            features = self.features(image)
-        if features.ndim != 4 or features.shape[:2] != (len(image), self.channels):
-            raise LoftUpError(
-                f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, expected "
-                f"({len(image)}, {self.channels}, h, w)"
-            )
-        return features
+            maps = self._run(image)
+        for features, channels in zip(maps, self._widths, strict=True):
+            if features.ndim != 4 or features.shape[:2] != (len(image), channels):
+                raise LoftUpError(
+                    f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, "
+                    f"expected ({len(image)}, {channels}, h, w)"
+                )
+        if not self._several:
+            return maps[0]
+        return torch.cat(maps, 1) if self.join else maps
+
+    def _remedy(self) -> str:
+        """The option by which timm builds the model for any size, as the end of a sentence."""
+        options = size_options(self.model)
+        return f"; timm.create_model(..., {options}) builds it for other sizes" if options else ""
 
     def preprocess(self, source: Any, size: Size = None) -> Tensor:
         """Turn a picture into the normalised image that :meth:`forward` and the upsampler take.
@@ -153,43 +273,55 @@ class Backbone(nn.Module):
 def wrap(
     model: nn.Module,
     *,
-    layer: int | None = None,
+    layer: Layer = None,
+    join: bool = False,
+    space: Literal["text"] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     trainable: bool = False,
+    max_side: int | None = None,
+    check: bool = True,
 ) -> Backbone:
     """Turn a model object into a :class:`Backbone`; the object itself stays as it is.
 
-    Args:
-        model: one of
+    Known families give the features of their own code: timm models (also ``features_only=True``), torch.hub's DINOv2
+    and DINOv3, CLIP and SigLIP of open_clip, OpenAI's ``clip`` and transformers, ``AutoBackbone``. In any other module
+    (torchvision, SAM, ``nn.Sequential``, other transformers models) the last tensor is taken that keeps the picture's
+    order. Models inside PEFT, torch.compile, DataParallel or an average of weights are found. What a backbone gives is
+    checked on pictures of noise, and said by ``print(backbone.explain())``.
 
-            - a timm model, also one made with ``features_only=True``;
-            - torch.hub's DINOv2 or DINOv3;
-            - a CLIP of open_clip or OpenAI's ``clip``, or its ``.visual``; an open_clip SigLIP;
-            - a transformers ``Dinov2Model``, ``Dinov2WithRegistersModel``, ``DINOv3ViTModel``, a CLIP or SigLIP model
-              with or without its text tower, or what ``AutoBackbone`` makes;
-            - a :class:`Backbone`, which is returned.
+    Args:
+        model: a module, or a :class:`Backbone`, which is returned.
         layer: which layer's features to give, negative from the end. In a ViT: a block, whose output gets the final
             norm. In other timm models: a stage, an index into ``feature_info``. In ``AutoBackbone``: an index into
-            ``feature_maps``. None: the last one; for CLIP the dense value path, ``out_proj(v_proj(ln_1(x)))`` of the
-            last block, then ``ln_post`` and the projection to the space of the text, all as LoftUp was trained on
-            ("MaskCLIP"). A CLIP without its projection (``num_classes=0``, ``CLIPVisionModel``)
-            keeps its width after ``ln_post``; one with ``layer`` gives plain tokens without the projection, and so do
-            timm's CLIPs that were fine-tuned as classifiers (tag ``_ft_``).
+            ``feature_maps``. Elsewhere: a module's name ("encoder.layers.8"), or an index into the longest list of
+            blocks, without norm. A list of them gives several maps of one forward. None: the last one; for CLIP the
+            dense value path, ``out_proj(v_proj(ln_1(x)))`` of the last block, then ``ln_post`` and the projection to
+            the space of the text, all as LoftUp was trained on ("MaskCLIP"). A CLIP without its projection
+            (``num_classes=0``, ``CLIPVisionModel``) keeps its width after ``ln_post``; one with ``layer`` gives plain
+            tokens without the projection, and so do classifiers made from a CLIP (timm's tag ``_ft_``,
+            ``CLIPForImageClassification``) and the trunks of other CLIPs (EVA, PE, MobileCLIP, ViTamin).
+        join: of several layers, one map with their channels one behind the other.
+        space: "text" projects the features of such trunks to the space of the text.
         mean: of the images for :meth:`Backbone.preprocess`; None for what the model was trained with.
         std: likewise.
         trainable: whether the model learns. A frozen extractor, the default, always computes in evaluation mode and
             gives the model its mode back afterwards: in training mode, as timm makes models, batch norms would use the
             batch's statistics and change their own. Its parameters get no gradients; an image that requires one does.
             True leaves mode and gradients as they are.
+        max_side: pixels of an image's longer side, above which the image is made smaller for the model. None leaves
+            images as they are, and refuses those of more than 25 600 tokens.
+        check: whether to run the model on small pictures, in which cells were changed, to see that its grid covers the
+            picture and features change where the picture does. Strides, sizes and channels are measured on the way.
+            Skipped on the meta device.
 
     Returns:
         The backbone, in the training mode that the model is in.
 
     Raises:
-        LoftUpError: the model is not supported, or has no such layer.
+        LoftUpError: no features were found, they are not in the picture's order, or there is no such layer.
         TypeError: not a module.
-        ValueError: ``mean`` or ``std`` are not three finite numbers.
+        ValueError: ``mean`` or ``std`` are not three finite numbers; ``max_side`` is no positive integer.
 
     >>> import timm, torch
     >>> backbone = wrap(timm.create_model("vit_tiny_patch16_224").eval())
@@ -201,30 +333,46 @@ def wrap(
     if not isinstance(model, nn.Module):
         hint = "; for a model by its name: load_backbone(name)" if isinstance(model, str) else ""
         raise TypeError(f"wrap takes a model object (torch.nn.Module), got {type(model).__name__}{hint}")
-    if hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise LoftUpError(
-            f"got a model inside {type(model).__name__}, expected the model; wrap the model itself, then compile the "
-            "Backbone or make it parallel"
-        )
-    for family in FAMILIES:
-        if (source := family(model, layer)) is not None:
-            break
-    else:
-        raise LoftUpError(_unsupported(model))
-    backbone = Backbone(
+    if space not in (None, "text"):
+        raise ValueError(f"space must be 'text' or None, got {space!r}")
+    model, wrappers = unwrap(model)
+    source = _source(model, layer)
+    if space == "text":
+        source = in_text_space(source, model)
+    backbone = Backbone.__new__(Backbone)
+    listed = isinstance(layer, list | tuple)
+    named = isinstance(layer, str) or (listed and any(isinstance(each, str) for each in layer))  # type: ignore[union-attr]
+    chosen: Layer = layer if named or layer is None else list(source.chosen) if listed else source.chosen[0]
+    backbone._build(
         model,
-        source.features,
-        channels=source.channels,
-        patch_size=source.patch_size,
-        name=source.name,
-        mean=source.scaling[0] if mean is None else mean,
-        std=source.scaling[1] if std is None else std,
-        layer=None if layer is None else source.layer,
-        trainable=trainable,
+        source,
+        chosen,
+        source.name,
+        source.scaling[0] if mean is None else mean,
+        source.scaling[1] if std is None else std,
+        trainable,
+        join,
+        max_side,
+        check,
     )
-    backbone._layers = source.layers
-    backbone._standard = source.standard
+    if wrappers:
+        backbone.notes = (f"the model inside {', '.join(wrappers)}", *backbone.notes)
     return backbone
+
+
+def _source(model: nn.Module, layer: Layer) -> Source:
+    """What the first family that knows a model makes of it, or what is found by looking."""
+    names = [layer] if isinstance(layer, str) else layer if isinstance(layer, list | tuple) else []
+    if not any(isinstance(name, str) for name in names):
+        for family in FAMILIES:
+            if (source := family(model, layer)) is not None:
+                return source
+    try:
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return generic(model, layer)
+    except LoftUpError as error:
+        raise LoftUpError(_unsupported(model, str(error))) from error
 
 
 def identify(model: nn.Module) -> str | None:
@@ -239,20 +387,24 @@ def identify(model: nn.Module) -> str | None:
         projection, ``features_only``.
     """
     try:
-        backbone = wrap(model)
+        backbone = wrap(model, check=False)
     except (LoftUpError, TypeError):
         return None
-    return (backbone.name or None) if backbone._standard else None
+    return (backbone.name or None) if backbone._source.standard else None
 
 
 def load_backbone(
     name: str,
     *,
     weights: "str | os.PathLike[str] | Literal[False] | None" = None,
-    layer: int | None = None,
+    layer: Layer = None,
+    join: bool = False,
+    space: Literal["text"] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     trainable: bool = False,
+    max_side: int | None = None,
+    check: bool = True,
     **timm_options: Any,
 ) -> Backbone:
     """Build a backbone by name.
@@ -265,9 +417,13 @@ def load_backbone(
         weights: None downloads timm's weights from the Hub; a path reads a local file instead, in timm's layout or the
             official DINOv2 or OpenAI CLIP one (safetensors, or a pickle of tensors only); False leaves them random.
         layer: see :func:`wrap`.
+        join: see :func:`wrap`.
+        space: see :func:`wrap`.
         mean: see :func:`wrap`.
         std: see :func:`wrap`.
         trainable: see :func:`wrap`; and whether the parameters require gradients, which they do not by default.
+        max_side: see :func:`wrap`.
+        check: see :func:`wrap`.
         timm_options: for ``timm.create_model``, such as ``pad_type="same"`` or ``output_stride=16``. What timm needs in
             order to take images of any size is added where it can be.
 
@@ -291,16 +447,18 @@ def load_backbone(
             model = build(timm_name, weights, timm_options)
             scaling = (checkpoint.mean, checkpoint.std) if checkpoint else (None, None)
             name = checkpoint.name if checkpoint else ""
-        backbone = wrap(model, layer=layer, mean=mean or scaling[0], std=std or scaling[1], trainable=trainable)
+        how: dict[str, Any] = {"layer": layer, "join": join, "space": space, "max_side": max_side, "check": check}
+        backbone = wrap(model, mean=mean or scaling[0], std=std or scaling[1], trainable=trainable, **how)
         backbone.name = name or backbone.name
         return backbone.eval().requires_grad_(trainable)
 
 
 def _rewrap(
-    backbone: Backbone, layer: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, trainable: bool
+    backbone: Backbone, layer: Layer, mean: Sequence[float] | None, std: Sequence[float] | None, trainable: bool
 ) -> Backbone:
     # A layer counted from the end is the same one.
-    layers = () if backbone.layer is None else (backbone.layer, backbone.layer - backbone._layers)
+    own = backbone.layer
+    layers = (own, own - backbone._source.layers) if isinstance(own, int) else (own,)
     same_mean = mean is None or triple("mean", mean) == backbone.mean
     same_std = std is None or triple("std", std) == backbone.std
     same_layer = layer is None or layer in layers
@@ -312,14 +470,11 @@ def _rewrap(
     return backbone
 
 
-def _unsupported(model: nn.Module) -> str:
+def _unsupported(model: nn.Module, seen: str) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     subject = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
     return (
-        f"cannot tell how to get a feature map out of {subject}. Looked for: a timm model (feature_info and "
-        "forward_intermediates, or built with features_only=True), torch.hub's DINOv2 or DINOv3 (forward_features and "
-        "get_intermediate_layers), a CLIP or SigLIP of open_clip or clip (.visual), a transformers DINOv2, DINOv3, "
-        "CLIP or SigLIP, or an AutoBackbone (feature_maps). If it holds one of these, wrap that part; else write a "
+        f"found no feature map in {subject}: {seen}. If it holds an image encoder, wrap that part; else write a "
         "function from image (B, 3, H, W) to features (B, C, h, w) and give "
         "Backbone(model, function, channels=C, patch_size=p)"
     )

@@ -1,35 +1,44 @@
 """The plain ViTs of each package: where their parts are, how they are told apart, what they were trained on."""
 
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LoftUpError
-from ..weights.catalogue import find_checkpoint
-from .maps import dinov2_name, timm_config, timm_stages
+from .geometry import Maps
+from .maps import timm_config, timm_stages
 from .vit import (
     ANTIALIASED,
     IMAGENET,
     WITH_OFFSET,
+    Layer,
     Layout,
     PlainViT,
     Resampling,
     Scaling,
     Source,
     part,
-    pick_layer,
+    pick_layers,
     plain_source,
 )
 
-__all__ = ["clip_object", "open_clip_timm", "timm_vit", "transformers_vit"]
+__all__ = ["clip_object", "in_text_space", "open_clip_timm", "timm_vit", "transformers_vit"]
 
 OPENAI: Scaling = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF: Scaling = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 TIMM = Layout(
-    "patch_embed.proj", "blocks", "norm", ("cls_token", "reg_token"), "pos_embed", "patch_embed.norm", "norm_pre"
+    patch="patch_embed.proj",
+    blocks="blocks",
+    norm="norm",
+    tokens=("cls_token", "reg_token"),
+    position="pos_embed",
+    patch_norm="patch_embed.norm",
+    pre_norm="norm_pre",
+    pooled_norm="fc_norm",
 )
 CLIP = Layout(
     patch="conv1",
@@ -54,7 +63,7 @@ HF_SIGLIP = Layout(
 HF_CLIP = replace(HF_SIGLIP, tokens=("embeddings.class_embedding",), pre_norm="pre_layrnorm")
 
 
-def timm_vit(model: Any, layer: int | None) -> Source | None:
+def timm_vit(model: Any, layer: Layer) -> Source | None:
     """The VisionTransformer of timm, where it is the plain one (subclasses and hybrids run as timm runs them)."""
     ancestors = {f"{cls.__module__}.{cls.__name__}": cls for cls in type(model).__mro__}
     base = ancestors.get("timm.models.vision_transformer.VisionTransformer")
@@ -75,7 +84,7 @@ def timm_vit(model: Any, layer: int | None) -> Source | None:
         model,
         TIMM,
         WITH_OFFSET if clip or dinov2 else ANTIALIASED,
-        last=pick_layer(layer, count, name or "this VisionTransformer"),
+        lasts=pick_layers(layer, count, name or "this VisionTransformer"),
         table_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
         value_path=clip and layer is None,
         projection=(model, "head") if clip and layer is None and is_projection else None,
@@ -97,7 +106,7 @@ def warn_of_gelu(model: Any, name: str) -> None:
         )
 
 
-def open_clip_timm(model: Any, layer: int | None) -> Source | None:
+def open_clip_timm(model: Any, layer: Layer) -> Source | None:
     """A timm model inside open_clip's TimmModel, as SigLIP is kept there."""
     tower = getattr(model, "visual", model)
     trunk = getattr(tower, "trunk", None)
@@ -106,7 +115,10 @@ def open_clip_timm(model: Any, layer: int | None) -> Source | None:
     if (source := timm_vit(trunk, layer) or timm_stages(trunk, layer)) is None:
         return None
     # Built without timm's weights, the trunk carries the name of timm's default ones, which says nothing.
-    return replace(source, name="", scaling=open_clip_scaling(tower, source.scaling))
+    source = replace(source, name="", scaling=open_clip_scaling(tower, source.scaling))
+    if any(isinstance(module, nn.Linear) for module in tower.head.modules()):
+        return replace(source, note=f"features of {type(trunk).__name__}, before the projection to the text's space")
+    return source
 
 
 def open_clip_scaling(tower: Any, default: Scaling) -> Scaling:
@@ -114,25 +126,22 @@ def open_clip_scaling(tower: Any, default: Scaling) -> Scaling:
     return getattr(tower, "image_mean", None) or default[0], getattr(tower, "image_std", None) or default[1]
 
 
-def clip_object(model: Any, layer: int | None) -> Source | None:
+def clip_object(model: Any, layer: Layer) -> Source | None:
     """An open_clip or OpenAI ``clip`` model, or its image tower; layer None is the value path."""
     tower = getattr(model, "visual", model)
     if any(part(tower, path) is None for path in (CLIP.patch, CLIP.position, CLIP.blocks, CLIP.norm)):
         return None
     blocks = tower.transformer.resblocks
     attention = getattr(blocks[-1], "attn", None)
-    if getattr(tower, "attn_pool", None) is not None or not isinstance(attention, nn.MultiheadAttention):
-        raise LoftUpError(
-            f"this {type(tower).__name__} has attention pooling or blocks of its own ({type(attention).__name__}); "
-            "only the CLIP image tower with nn.MultiheadAttention blocks and a class token is supported"
-        )
+    if getattr(tower, "attn_pool", None) is not None or getattr(attention, "in_proj_weight", None) is None:
+        return None  # CoCa, and blocks of other kinds: no value path to the text's space
     official = any(type(m).__module__ == "clip.model" for m in (model, tower))
     has_projection = layer is None and getattr(tower, "proj", None) is not None
     vit = PlainViT(
         tower,
         CLIP,
         WITH_OFFSET,
-        last=pick_layer(layer, len(blocks), "this CLIP"),
+        lasts=pick_layers(layer, len(blocks), "this CLIP"),
         table_tokens=1,
         value_path=layer is None,
         projection=(tower, "proj") if has_projection else None,
@@ -153,41 +162,83 @@ TRANSFORMERS: dict[Any, tuple[Layout, Resampling, Scaling]] = {
 }
 
 
-def transformers_vit(model: Any, layer: int | None) -> Source | None:
+def transformers_vit(model: Any, layer: Layer) -> Source | None:
     """A transformers vision model, or the vision tower of a two-tower one, by its ``config.model_type``."""
     trunk = model
     while isinstance(inner := getattr(trunk, "vision_model", None), nn.Module):
         trunk = inner
     kind = part(trunk, "config.model_type")
-    if kind in ("siglip2", "siglip2_vision_model"):
-        raise LoftUpError(
-            f"{type(model).__name__} is a NaFlex SigLIP 2: it takes pictures cut into patches by its own processor, "
-            "not images. Load a fixed-resolution SigLIP 2 (such as google/siglip2-base-patch16-224), or write the "
-            "function from image (B, 3, H, W) to features (B, C, h, w) yourself"
-        )
     if kind not in TRANSFORMERS:
         return None
     layout, resampling, scaling = TRANSFORMERS[kind]
-    if part(trunk, layout.patch) is None:
+    if part(trunk, layout.patch) is None or part(trunk, layout.norm) is None:
         return None
     if kind == "dinov3_vit" and part(trunk, layout.blocks) is None:
         layout = replace(layout, blocks="layer")  # transformers 4
     count = len(part(trunk, layout.blocks))
+    maps = stage_numbers(model)
+    if maps is not None:
+        if not all(0 < number <= count for number in maps):
+            return None  # the stem's output: as transformers gives it
+        layer = [maps[index] - 1 for index in pick_layers(layer, len(maps), f"this {type(model).__name__}")]
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    if kind.startswith("dinov2"):
-        sizes = (trunk.config.hidden_size, count, trunk.config.patch_size)
-        # The stated name may be a local path: the sizes tell a published model too.
-        if not find_checkpoint(name):
-            name = dinov2_name(*sizes, getattr(trunk.config, "num_register_tokens", 0)) or name
-    clip = kind == "clip_vision_model"
+    # A classifier's last block is the classifier's, not CLIP's.
+    clip = kind == "clip_vision_model" and part(model, "classifier") is None
     has_projection = clip and layer is None and part(model, "visual_projection") is not None
     vit = PlainViT(
         trunk,
         layout,
         resampling,
-        last=pick_layer(layer, count, name or f"this {type(model).__name__}"),
+        lasts=pick_layers(layer, count, name or f"this {type(model).__name__}"),
         table_tokens=1 if layout.tokens else 0,
         value_path=clip and layer is None,
         projection=(model, "visual_projection") if has_projection else None,
+        normed=getattr(model.config, "apply_layernorm", True),
     )
     return plain_source(vit, count, name, scaling, clip)
+
+
+def stage_numbers(model: Any) -> list[int] | None:
+    """The numbers of the blocks whose outputs a model of ``AutoBackbone`` gives, 0 for the stem; None for others."""
+    names, wanted = getattr(model, "stage_names", None), getattr(model, "out_features", None)
+    if names is None or wanted is None or "BackboneMixin" not in {cls.__name__ for cls in type(model).__mro__}:
+        return None
+    return [names.index(name) for name in wanted]
+
+
+@dataclass
+class Projected:
+    """Maps with modules applied to each cell's vector."""
+
+    features: Callable[[Tensor], Maps]
+    modules: tuple[nn.Module, ...]
+
+    def __call__(self, image: Tensor) -> Maps:
+        maps = []
+        for each in self.features(image):
+            vectors = each.movedim(1, -1)
+            for module in self.modules:
+                vectors = module(vectors)
+            maps.append(vectors.movedim(-1, 1).contiguous())
+        return maps
+
+
+def in_text_space(source: Source, model: Any) -> Source:
+    """Project a CLIP's features to the space of its text; LoftUpError where that takes more than a projection."""
+    if isinstance(source.features, PlainViT) and source.features.projection:
+        return source  # the value path is there already
+    tower = getattr(model, "visual", model)
+    trunk = getattr(tower, "trunk", tower)
+    pooled = getattr(trunk, "attn_pool", None) is not None or getattr(trunk, "global_pool", "") == "map"
+    parts = [getattr(trunk, "fc_norm", None), getattr(trunk, "head", None)]
+    parts += [getattr(tower, "head", None)] if tower is not trunk else []
+    if isinstance(source.features, PlainViT) and isinstance(trunk.norm, nn.Identity):
+        parts = parts[1:]  # its features have that norm
+    kinds = (nn.Linear, nn.LayerNorm, nn.Sequential)
+    modules = tuple(m for m in parts if isinstance(m, kinds) and any(True for _ in m.parameters()))
+    linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
+    if pooled or not linear or source.chosen != (source.layers - 1,):
+        why = "its text space is behind attention pooling" if pooled else "it has no projection, or layer= was given"
+        raise LoftUpError(f"space='text' is not possible for this {type(model).__name__}: {why}")
+    features = Projected(source.features, modules)
+    return replace(source, features=features, channels=(linear[-1].out_features,), note="in the text's space")

@@ -1,5 +1,6 @@
 """Building a timm model by name, with weights from the Hub, from the package, from a local file, or none."""
 
+import inspect
 import json
 import os
 import re
@@ -13,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError, one_line, suggest
 from ..weights.catalogue import ANY, PUBLISHED, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
-from .maps import FLEXIBLE
+from .maps import FLEXIBLE, timm_config
 
-__all__ = ["build", "build_tiny", "resolve"]
+__all__ = ["build", "build_tiny", "resolve", "size_options"]
 
 WeightsSource = str | os.PathLike[str] | Literal[False] | None
 
@@ -93,6 +94,16 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
     if overlay and (missing := [key for key in copies.others(model) if not key.startswith(_classifiers(name))]):
         raise LoftUpError(f"{weights} does not hold weights for {name!r}: missing {_shorten(', '.join(missing))}")
     return model
+
+
+def size_options(model: Any) -> str:
+    """The options, as text, by which timm builds a model for other sizes; "" where it has none."""
+    if not timm_config(model)[2]:
+        return ""
+    classes = [type(m) for m in (model, getattr(model, "model", None)) if m is not None]
+    known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    options = [f"{key}={value}" for choice in FLEXIBLE for key, value in choice.items() if key in known]
+    return options[0] if options else "img_size=(H, W)" if "img_size" in known else ""
 
 
 def _create(name: str, options: dict[str, Any], pretrained: bool, overlay: dict[str, Any]) -> nn.Module:

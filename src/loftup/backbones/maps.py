@@ -1,8 +1,6 @@
 """Models that make feature maps themselves: timm's other families, torch.hub's DINOv2 and v3, AutoBackbone."""
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import LoftUpError
-from .vit import IMAGENET, Scaling, Source, pair, pick_layer
+from ..errors import LoftUpError, one_line
+from .geometry import Maps
+from .vit import IMAGENET, Layer, Scaling, Source, pair, part, pick_layers
 
 __all__ = ["evaluating", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
 
@@ -41,64 +40,34 @@ def match_weights(image: Tensor, model: nn.Module) -> Tensor:
     return image.to(dtype)
 
 
-class FixedSize:
-    """The image size that a timm model insists on, and the error that says how to build it without.
-
-    Patch embeddings that check the size are asked beforehand; other models of fixed size fail somewhere inside.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        name, _, config = timm_config(model)
-        self.strict = next((m for m in model.modules() if getattr(m, "strict_img_size", False)), None)
-        self.size = tuple(config.get("input_size", ()))[1:] if config.get("fixed_input_size") else None
-        classes = [type(m) for m in (model, getattr(model, "model", None)) if m is not None]
-        parameters = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-        options = [f"{key}={value}" for choice in FLEXIBLE for key, value in choice.items() if key in parameters]
-        build = f"timm.create_model({config.get('architecture', '...')!r}, {(options or ['img_size=(H, W)'])[0]})"
-        self.name = name or type(model).__name__
-        self.remedy = f"build it with {build}" + (", or with load_backbone, which does so" if options else "")
-
-    def error(self, image: Tensor, size: tuple[int, ...]) -> LoftUpError:
-        """The error for an image of another size."""
-        got, expected = "x".join(map(str, image.shape[2:])), "x".join(map(str, size))
-        return LoftUpError(f"{self.name} was built for images of {expected} and does not take {got}; {self.remedy}")
-
-    def run(self, call: Any, image: Tensor) -> Any:
-        """``call(image)``, with failures that come from the image's size explained."""
-        strict_size = getattr(self.strict, "img_size", None)
-        if strict_size is not None and tuple(image.shape[2:]) != pair(strict_size):
-            raise self.error(image, pair(strict_size))
-        try:
-            return call(match_weights(image, self.model))
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError, ValueError) as error:
-            if self.size and tuple(image.shape[2:]) != self.size:
-                raise self.error(image, self.size) from error
-            raise
+def native_size(model: Any) -> tuple[tuple[int, int] | None, bool]:
+    """The (H, W) that a timm model was built for, and whether it is known to take no other."""
+    _, _, config = timm_config(model)
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or tuple(config.get("input_size", ()))[1:]
+    strict = bool(getattr(embed, "strict_img_size", False)) and not getattr(model, "dynamic_img_size", False)
+    return (pair(size) if size else None), strict
 
 
 @dataclass
 class TimmStages:
-    """A stage of any timm model by ``forward_intermediates``, stopping early.
+    """Stages of any timm model by ``forward_intermediates``, stopping early.
 
-    The stage is counted from the end: older timm counts a stem, which ``feature_info`` leaves out, as the first.
+    They are counted from the end: older timm counts a stem, which ``feature_info`` leaves out, as the first.
     """
 
     model: Any
-    stage: int
+    stages: tuple[int, ...]
     norm: bool
-    size: FixedSize
 
-    def __call__(self, image: Tensor) -> Tensor:
-        options = {"indices": [self.stage], "norm": self.norm, "output_fmt": "NCHW"}
-        run = functools.partial(self.model.forward_intermediates, stop_early=True, intermediates_only=True, **options)
-        (stage,) = self.size.run(run, image)
-        return stage  # type: ignore[no-any-return]
+    def __call__(self, image: Tensor) -> Maps:
+        image, order = match_weights(image, self.model), sorted(set(self.stages))
+        options = {"indices": order, "norm": self.norm, "output_fmt": "NCHW"}
+        maps = self.model.forward_intermediates(image, stop_early=True, intermediates_only=True, **options)
+        return [maps[order.index(stage)] for stage in self.stages]
 
 
-def timm_stages(model: Any, layer: int | None) -> Source | None:
+def timm_stages(model: Any, layer: Layer) -> Source | None:
     """CNNs, hierarchical transformers, Eva (EVA02, DINOv3) and every other timm model with ``feature_info``.
 
     Models whose layers all have the same stride get their final norm, as plain ViTs do; stages of the others come as
@@ -107,30 +76,35 @@ def timm_stages(model: Any, layer: int | None) -> Source | None:
     info = getattr(model, "feature_info", None)
     if not isinstance(info, list) or not info or not hasattr(model, "forward_intermediates"):
         return None
+    if layer is None and not type(model).forward_features.__module__.startswith("timm."):
+        return None  # a subclass's own features
     name, scaling, _ = timm_config(model)
-    index = pick_layer(layer, len(info), name or type(model).__name__)
+    chosen = pick_layers(layer, len(info), name or type(model).__name__)
     isotropic = len({stage["reduction"] for stage in info}) == 1
-    stage, last = info[index], index == len(info) - 1
-    channels = stage.get("num_chs_norm", stage["num_chs"]) if isotropic else stage["num_chs"]
-    features = TimmStages(model, index - len(info), isotropic, FixedSize(model))
-    return Source(features, channels, stage["reduction"], len(info), index, name, scaling, standard=last)
+    stages = [info[index] for index in chosen]
+    channels = tuple(stage.get("num_chs_norm", stage["num_chs"]) if isotropic else stage["num_chs"] for stage in stages)
+    features = TimmStages(model, tuple(index - len(info) for index in chosen), isotropic)
+    native, fixed = native_size(model)
+    strides = tuple(stage["reduction"] for stage in stages)
+    standard = chosen == (len(info) - 1,)
+    return Source(features, channels, strides, len(info), chosen, name, scaling, standard, native, fixed)
 
 
 @dataclass
 class TimmFeatures:
-    """One of the maps that a timm model built with ``features_only=True`` returns."""
+    """Some of the maps that a timm model built with ``features_only=True`` returns."""
 
     model: Any
-    position: int
-    size: FixedSize
+    positions: tuple[int, ...]
 
-    def __call__(self, image: Tensor) -> Tensor:
-        maps = self.size.run(self.model, image)
-        stage: Tensor = (list(maps.values()) if isinstance(maps, dict) else list(maps))[self.position]
-        return stage.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else stage
+    def __call__(self, image: Tensor) -> Maps:
+        maps = self.model(match_weights(image, self.model))
+        maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
+        last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        return [maps[position].permute(0, 3, 1, 2) if last else maps[position] for position in self.positions]
 
 
-def timm_features(model: Any, layer: int | None) -> Source | None:
+def timm_features(model: Any, layer: Layer) -> Source | None:
     """An object made with ``features_only=True``; ``layer`` is the stage's number, not its place among the outputs."""
     info: Any = getattr(model, "feature_info", None)
     if not hasattr(info, "out_indices"):
@@ -138,12 +112,15 @@ def timm_features(model: Any, layer: int | None) -> Source | None:
     name, scaling, _ = timm_config(model)
     count = len(info.info)
     stages = [index % count for index in info.out_indices]
-    index = stages[-1] if layer is None else pick_layer(layer, count, name or type(model).__name__)
-    if index not in stages:
-        raise LoftUpError(f"layer {layer} of {name} is not among the stages it was built to give, out_indices={stages}")
-    features, stage = TimmFeatures(model, stages.index(index), FixedSize(model)), info.info[index]
+    chosen = (stages[-1],) if layer is None else pick_layers(layer, count, name or type(model).__name__)
+    for index in chosen:
+        if index not in stages:
+            raise LoftUpError(f"layer {index} of {name} is not among the stages it was built to give: {stages}")
+    features = TimmFeatures(model, tuple(stages.index(index) for index in chosen))
+    channels, strides = (tuple(info.info[index][key] for index in chosen) for key in ("num_chs", "reduction"))
     # A ViT's maps come without the final norm, a CNN's from whatever stages were asked for.
-    return Source(features, stage["num_chs"], stage["reduction"], count, index, name, scaling, standard=False)
+    native, fixed = native_size(model)
+    return Source(features, channels, strides, count, chosen, name, scaling, False, native, fixed)
 
 
 @dataclass
@@ -151,14 +128,15 @@ class HubDino:
     """A DINOv2 or DINOv3 object of torch.hub, used by its own methods."""
 
     model: Any
-    layer: int | None
+    layers: tuple[int, ...]  # none for the model's own features
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor) -> Maps:
         h, w = image.shape[2] // self.model.patch_size, image.shape[3] // self.model.patch_size
         image = match_weights(image, self.model)
-        if self.layer is not None:
-            (stage,) = self.model.get_intermediate_layers(image, n=[self.layer], reshape=True, norm=True)
-            return stage  # type: ignore[no-any-return]
+        if self.layers:
+            order = sorted(set(self.layers))
+            maps = self.model.get_intermediate_layers(image, n=order, reshape=True, norm=True)
+            return [maps[order.index(layer)] for layer in self.layers]
         output = self.model.forward_features(image)
         if not isinstance(output, dict) or "x_norm_patchtokens" not in output:
             raise LoftUpError(
@@ -168,57 +146,88 @@ class HubDino:
         tokens: Tensor = output["x_norm_patchtokens"]
         if tokens.shape[1] != h * w:
             raise LoftUpError(f"{type(self.model).__name__} gave {tokens.shape[1]} patch tokens, expected {h} x {w}")
-        return rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w).contiguous()
+        return [rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w).contiguous()]
 
 
-def hub_dino(model: Any, layer: int | None) -> Source | None:
+def hub_dino(model: Any, layer: Layer) -> Source | None:
     """torch.hub's DinoVisionTransformer, known by its interface."""
     methods = ("forward_features", "get_intermediate_layers", "blocks")
     patch_size, width = getattr(model, "patch_size", None), getattr(model, "embed_dim", None)
     if not (all(hasattr(model, name) for name in methods) and isinstance(patch_size, int) and isinstance(width, int)):
         return None
     count = int(getattr(model, "n_blocks", len(model.blocks)))  # blocks may be nested in chunks
-    name = dinov2_name(width, count, patch_size, int(getattr(model, "num_register_tokens", 0)))
-    index = pick_layer(layer, count, name or type(model).__name__)
-    features = HubDino(model, None if layer is None else index)
-    return Source(features, width, patch_size, count, index, name, standard=index == count - 1)
+    # Others took over the class with its sizes, for weights of their own: only Meta's package states whose these are.
+    official = type(model).__module__.startswith("dinov2.")
+    name = dinov2_name(width, count, patch_size, int(getattr(model, "num_register_tokens", 0))) if official else ""
+    chosen = pick_layers(layer, count, name or type(model).__name__)
+    features = HubDino(model, () if layer is None else chosen)
+    sizes = (width,) * len(chosen), (patch_size,) * len(chosen)
+    return Source(features, *sizes, count, chosen, name, standard=chosen == (count - 1,), exact=True)
 
 
 @dataclass
 class TransformersMaps:
-    """One of the ``feature_maps`` of a transformers backbone."""
+    """Some of the ``feature_maps`` of a transformers backbone."""
 
     model: Any
-    position: int
+    positions: tuple[int, ...]
 
-    def __call__(self, image: Tensor) -> Tensor:
-        output = self.model(match_weights(image, self.model), return_dict=True)
-        return output.feature_maps[self.position]  # type: ignore[no-any-return]
+    def __call__(self, image: Tensor) -> Maps:
+        maps = self.model(match_weights(image, self.model), return_dict=True).feature_maps
+        if any(maps[position].ndim != 4 for position in self.positions):
+            raise LoftUpError(
+                f"the feature maps of this {type(self.model).__name__} have shape {tuple(maps[-1].shape)}, expected "
+                "(B, C, h, w); build it with reshape_hidden_states=True"
+            )
+        return [maps[position] for position in self.positions]
 
 
-def transformers_backbone(model: Any, layer: int | None) -> Source | None:
+def transformers_backbone(model: Any, layer: Layer) -> Source | None:
     """A model of ``transformers.AutoBackbone``; ``layer`` is the place among its feature maps."""
     if "BackboneMixin" not in {cls.__name__ for cls in type(model).__mro__}:
         return None
     name = str(getattr(model.config, "_name_or_path", "") or "")
     count = len(model.out_features)
-    index = pick_layer(layer, count, name or type(model).__name__)
-    features = TransformersMaps(model, index)
-    channels, stride = measure(model, features)
-    return Source(features, channels, stride, count, index, name, standard=False)
+    chosen = pick_layers(layer, count, name or type(model).__name__)
+    features = TransformersMaps(model, chosen)
+    native = stated_size(model)
+    channels, strides = measure(model, features, native)
+    return Source(features, channels, strides, count, chosen, name, standard=False, native=native)
 
 
-def measure(model: nn.Module, features: TransformersMaps) -> tuple[int, int]:
-    """Channels and stride of a map, from one run on a black picture: configurations do not state the stride."""
-    image = torch.zeros(1, 3, 224, 224, device=next(model.parameters()).device)
-    with evaluating(model), torch.no_grad():
-        maps = features(image)
-    if maps.ndim != 4:
-        raise LoftUpError(
-            f"the feature maps of this {type(model).__name__} have shape {tuple(maps.shape)}, expected (B, C, h, w); "
-            "build it with reshape_hidden_states=True"
-        )
-    return maps.shape[1], image.shape[2] // maps.shape[2]
+def stated_size(model: Any) -> tuple[int, int] | None:
+    """The (H, W) that a transformers configuration, or a module's attribute, states."""
+    config = getattr(model, "config", None)
+    for owner in (config, getattr(config, "vision_config", None), model):
+        for name in ("image_size", "img_size", "crop_size"):
+            size = getattr(owner, name, None)
+            if isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2):
+                return pair(size)
+    return None
+
+
+def measure(
+    model: nn.Module, features: TransformersMaps, native: tuple[int, int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and strides of maps, from a run on a black picture: configurations do not state the strides."""
+    device, failure = next(model.parameters()).device, None
+    patch = part(model, "config.patch_size")
+    side = patch * 16 if isinstance(patch, int) and 448 % patch else 448  # 64 * 7, 14 * 32
+    for size in ((side, side), native):
+        if size is None:
+            continue
+        try:
+            with evaluating(model), torch.no_grad():
+                maps = features(torch.zeros(1, 3, *size, device=device))
+        except LoftUpError:
+            raise
+        except Exception as error:
+            failure = failure or error
+            continue
+        return tuple(m.shape[1] for m in maps), tuple(max(1, round(size[0] / m.shape[2])) for m in maps)
+    assert failure is not None
+    kind = type(model).__name__
+    raise LoftUpError(f"{kind} does not take a picture of {side}x{side}: {one_line(failure)}") from failure
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ so that the user's model stays as it is and adapters put into it later take effe
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,24 @@ from torch import Tensor, nn
 
 from ..errors import LoftUpError
 from ..weights.catalogue import IMAGENET_MEAN, IMAGENET_STD
+from .geometry import Maps
 
 __all__ = [
     "ANTIALIASED",
     "IMAGENET",
     "WITH_OFFSET",
+    "Layer",
     "Layout",
     "PlainViT",
     "Scaling",
     "Source",
     "Triple",
     "part",
-    "pick_layer",
+    "pick_layers",
     "plain_source",
 ]
 
+Layer = int | str | Sequence[int | str] | None
 Triple = tuple[float, float, float]
 Scaling = tuple[Triple, Triple]  # mean and std of images in [0, 1]
 IMAGENET: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
@@ -42,15 +45,19 @@ IMAGENET: Scaling = (IMAGENET_MEAN, IMAGENET_STD)
 class Source:
     """The features of a model that a family recognised."""
 
-    # Image (B, 3, H, W), H and W multiples of patch_size, to features (B, C, h, w).
-    features: Callable[[Tensor], Tensor]
-    channels: int  # C
-    patch_size: int  # stride of the feature grid in pixels
+    # Image (B, 3, H, W) to features (B, C, h, w), one map for each chosen layer.
+    features: Callable[[Tensor], Maps]
+    channels: tuple[int, ...]  # C of each map, as declared
+    strides: tuple[int, ...]  # of each map's grid in pixels, as declared
     layers: int  # how many layers there are to choose from
-    layer: int  # index of the chosen one
+    chosen: tuple[int, ...]  # indices of the chosen ones
     name: str = ""  # the model's name where it can be known
     scaling: Scaling = IMAGENET  # mean and std of the images that the model was trained on
     standard: bool = True  # these are the features that upsamplers published for name were trained on
+    native: tuple[int, int] | None = None  # (H, W) that the model was built for
+    fixed: bool = False  # it is known to take no other
+    exact: bool = False  # each cell is a token of its own
+    note: str = ""  # a sentence on what the features are
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Layout:
     rope: str = ""  # module that makes rotary position embeddings for an image, handed to every block
     block_norm: str = "norm1"  # first norm inside a block
     attention: str = "attn"  # attention inside a block
+    pooled_norm: str = ""  # the final norm of models that average their tokens, which have no other
 
 
 @dataclass(frozen=True)
@@ -91,15 +99,19 @@ def part(model: Any, path: str) -> Any:
     return model
 
 
-def pick_layer(layer: int | None, count: int, name: str) -> int:
+def pick_layers(layer: Layer, count: int, name: str) -> tuple[int, ...]:
     """Resolve ``layer`` (None: the last, negative: from the end) among ``count``; TypeError or LoftUpError if none."""
     if layer is None:
-        return count - 1
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer must be an integer, got {layer!r}")
-    if not -count <= layer < count:
-        raise LoftUpError(f"layer {layer} is out of range: {name} has {count} layers, so {-count} to {count - 1}")
-    return layer % count
+        return (count - 1,)
+    layers = tuple(layer) if isinstance(layer, list | tuple) else (layer,)
+    for each in layers:
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(f"layer must be an integer, or a list of them, got {each!r}")
+        if not -count <= each < count:
+            raise LoftUpError(f"layer {each} is out of range: {name} has {count} layers, so {-count} to {count - 1}")
+    if not layers:
+        raise LoftUpError("layer is an empty list; give at least one index, or None for the last layer")
+    return tuple(each % count for each in layers)
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], how: Resampling) -> Tensor:
@@ -144,29 +156,37 @@ class PlainViT:
     trunk: Any  # the object that layout's paths start from
     layout: Layout  # where its parts are
     resampling: Resampling  # how its position table is fitted to the grid
-    last: int  # index of the block whose output is taken
+    lasts: tuple[int, ...]  # indices of the blocks whose outputs are taken
     table_tokens: int  # how many prefix tokens have an entry of their own at the front of the position table
     value_path: bool = False  # take the last block's value path (see value_path) instead of its output
     # Owner and path of the projection behind the final norm: a module, or a matrix (D, C).
     projection: tuple[Any, str] | None = None
+    normed: bool = True  # whether features get the final norm
 
     def __post_init__(self) -> None:
         # Blocks of transformers want masks by position: two in CLIP of version 4, one in version 5; others want none.
         parameters = list(inspect.signature(self._part("blocks")[0].forward).parameters.values())[1:]
         self.masks = [None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor) -> Maps:
         # Weights decide the precision; under autocast the residual stream stays as wide as they are.
         image = image.to(self.patch.weight.dtype)
         tokens, (h, w) = self.embed(image)
         prefix = tokens.shape[1] - h * w
-        tokens = self.encode(tokens, image)
+        outputs = self.encode(tokens, image)
+        return [self._map(outputs[index], prefix, h, w) for index in self.lasts]
+
+    def _map(self, tokens: Tensor, prefix: int, h: int, w: int) -> Tensor:
+        """A block's output (B, prefix + h * w, D) as features (B, C, h, w)."""
         if tokens.shape[1] - prefix != h * w:
             raise LoftUpError(
                 f"{type(self.trunk).__name__} gave {tokens.shape[1]} tokens, expected {h} x {w} patches + {prefix} "
                 "prefix tokens; do its blocks drop or merge tokens?"
             )
-        features: Tensor = self._part("norm")(tokens[:, prefix:])
+        norm = self._part("norm") if self.normed else None
+        if isinstance(norm, nn.Identity | None):
+            norm = part(self.trunk, self.layout.pooled_norm) or nn.Identity()
+        features: Tensor = norm(tokens[:, prefix:])
         if self.projection:
             project = part(*self.projection)
             features = project(features) if isinstance(project, nn.Module) else features @ project
@@ -204,22 +224,26 @@ class PlainViT:
             patches = pre_norm(patches)
         return patches, grid
 
-    def encode(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Run the blocks up to ``last``, (B, n, D) to (B, n, D)."""
+    def encode(self, tokens: Tensor, image: Tensor) -> dict[int, Tensor]:
+        """Run the blocks as far as needed, (B, n, D) to (B, n, D) of each block asked for, by its index."""
         rope = self._part("rope")
         extra = {} if rope is None else {"position_embeddings": rope(image)}
-        blocks = list(self._part("blocks"))[: self.last + 1]
+        blocks = list(self._part("blocks"))[: max(self.lasts) + 1]
         attention = getattr(blocks[0], self.layout.attention, None)
         # OpenAI's package and open_clip before 2.24 run tokens first, (n, B, D).
         tokens_first = getattr(attention, "batch_first", None) is False
         if tokens_first:
             tokens = tokens.transpose(0, 1)
-        for block in blocks[:-1] if self.value_path else blocks:
-            output = block(tokens, *self.masks, **extra)
-            tokens = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
-        if self.value_path:
-            tokens = value_path(blocks[-1], self.layout, tokens)
-        return tokens.transpose(0, 1) if tokens_first else tokens
+        outputs = {}
+        for index, block in enumerate(blocks):
+            if self.value_path and block is blocks[-1]:
+                tokens = value_path(block, self.layout, tokens)
+            else:
+                output = block(tokens, *self.masks, **extra)
+                tokens = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
+            if index in self.lasts:
+                outputs[index] = tokens.transpose(0, 1) if tokens_first else tokens
+        return outputs
 
 
 def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
@@ -246,5 +270,7 @@ def plain_source(vit: PlainViT, count: int, name: str, scaling: Scaling, clip: b
         project = part(*vit.projection)
         channels = project.out_features if isinstance(project, nn.Module) else project.shape[1]
     # Upsamplers for CLIP were trained on the projected value path alone; for the others, on the last block.
-    standard = vit.projection is not None if clip else vit.last == count - 1
-    return Source(vit, channels, stride[0], count, vit.last, name, scaling, standard)
+    standard = vit.projection is not None if clip else vit.lasts == (count - 1,)
+    maps = len(vit.lasts)
+    sizes = (channels,) * maps, (int(stride[0]),) * maps
+    return Source(vit, *sizes, count, vit.lasts, name, scaling, standard, exact=True)

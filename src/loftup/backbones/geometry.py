@@ -1,0 +1,283 @@
+"""The geometry of a feature map, measured: which cells of the map change when cells of the picture do.
+
+Declarations lie: strides, token orders and sizes differ between models of one name. A check changes three cells of a
+picture of noise, one after the other, and looks where the features change: tokens in the very cell, maps of
+convolutions within two cells, since their fields of view overlap and their grids lie up to half a cell off.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import LoftUpError, one_line
+
+__all__ = [
+    "NEAR",
+    "SMALLEST",
+    "SQUARES",
+    "Geometry",
+    "Maps",
+    "changed_cells",
+    "grids_of",
+    "in_place",
+    "pad",
+    "pictures",
+    "settle",
+    "spots",
+]
+
+Maps = list[Tensor]
+SMALLEST = 4  # cells on a side, under which nothing can be told
+NEEDED = 4  # of the six cells
+NEAR = 2  # cells by which a map of convolutions may be off
+SQUARES = (224, 256, 384, 448, 512, 518, 1024)  # sizes of models that take one alone
+GRIDS = ((7, 9, 1), (6, 10, 2), (4, 12, 4), (8, 24, 8))  # rows and columns of cells, and what divides both
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model's pictures and maps.
+
+    Args:
+        channels: C of each map.
+        strides: of each map in pixels.
+        multiple: pixels; the model takes pictures whose sides are multiples of it.
+        fixed: (H, W), the only size that the model takes; None for any.
+        border: pixels, on both sides together, by which pictures are continued by reflection.
+        notes: what was found, a sentence each.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    multiple: int
+    fixed: tuple[int, int] | None = None
+    border: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def spots(h: int, w: int) -> list[tuple[int, int]]:
+    """Six cells (row, column) of a grid, no two in the places of each other's mirror image or transpose."""
+    return [(1, w - 2), (h - 2, 1), (h // 3, w // 2), (0, w // 3), (h - 1, 2 * w // 3), (h // 2, w - 1)]
+
+
+def pictures(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
+    """A picture of noise, and one more for each spot in which that cell is another: (7, 3, H, W) float32."""
+    (height, width), (h, w) = size, grid
+    generator = torch.Generator().manual_seed(0)
+    changed = spots(h, w)
+    images = torch.randn(1, 3, height, width, generator=generator).mul(0.5).repeat(1 + len(changed), 1, 1, 1)
+    for image, (row, column) in zip(images[1:], changed, strict=True):
+        rows = slice(row * height // h, (row + 1) * height // h)
+        columns = slice(column * width // w, (column + 1) * width // w)
+        part = image[:, rows, columns]
+        part.copy_(torch.randn(part.shape, generator=generator) * 2)
+    return images.to(device)
+
+
+def changed_cells(features: Tensor) -> list[tuple[int, int]] | None:
+    """The cell (row, column) of a map of :func:`pictures` (7, C, h, w) that changed most, for each spot.
+
+    None if the maps are not finite or do not change.
+    """
+    change = (features[1:].double() - features[:1].double()).square().sum(1)
+    if not change.isfinite().all() or (change.amax((1, 2)) == 0).any():
+        return None
+    return [divmod(int(each.argmax()), each.shape[1]) for each in change]
+
+
+def in_place(cells: list[tuple[int, int]], shape: tuple[int, int], grid: tuple[int, int], exact: bool) -> bool:
+    """Tell whether the cells of a map that changed are those of the picture.
+
+    Attention may carry a change to a cell that it moves more, so that two of the six may be elsewhere.
+
+    Args:
+        cells: from :func:`changed_cells`.
+        shape: (h, w) of the map.
+        grid: of the spots, which a map may have several cells for.
+        exact: as in :func:`settle`.
+    """
+    finer = (shape[0] / grid[0], shape[1] / grid[1])
+    hits = 0
+    for spot, cell in zip(spots(*grid), cells, strict=True):
+        # Distance to the block of cells that the spot covers.
+        away = max(
+            max(start * scale - place, place - ((start + 1) * scale - 1), 0)
+            for start, scale, place in zip(spot, finer, cell, strict=True)
+        )
+        hits += away <= (0 if exact else NEAR)
+    return hits >= (NEEDED if exact else len(cells) - 1)
+
+
+def settle(
+    run: Callable[[Tensor], Maps],
+    name: str,
+    strides: Sequence[int],
+    device: torch.device,
+    native: tuple[int, int] | None = None,
+    fixed: bool = False,
+    exact: bool = False,
+    remeasure: bool = True,
+) -> Geometry:
+    """Measure a model's geometry, in one forward of seven small pictures where it is as declared, in at most five.
+
+    Args:
+        run: pictures (B, 3, H, W) to maps (B, C, h, w), one for each layer.
+        name: for messages.
+        strides: declared, of each map.
+        device: of the model.
+        native: (H, W) that the model was built for, tried where it takes no other.
+        fixed: whether only the native size is tried.
+        exact: whether a change must show in the very cell, as for tokens.
+        remeasure: whether strides that are others than declared are taken as they are.
+
+    Raises:
+        LoftUpError: the maps are not what their stride says, or do not change where the picture does.
+    """
+    coarsest = max(strides)
+    failure: Exception | None = None
+    seen: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []  # sizes, and grids that their strides do not make
+    for h, w, divisor in () if fixed and native else GRIDS:
+        size, multiple = (h * coarsest, w * coarsest), divisor * coarsest
+        try:
+            maps = run(pictures(size, (h, w), device))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # models fail in their own ways at sizes that they do not take
+            failure = failure or error
+            continue
+        got = grids_of(maps, name)
+        if got == [(size[0] // stride, size[1] // stride) for stride in strides]:
+            notes = _located(maps, name, (h, w), exact)
+            if multiple > coarsest:
+                notes = (*notes, f"takes multiples of {multiple} pixels")
+            return Geometry(tuple(each.shape[1] for each in maps), tuple(strides), multiple, notes=notes)
+        measured = [_stride(size, each) for each in got]
+        if remeasure and None not in measured:
+            return settle(run, name, [s for s in measured if s], device, native, fixed, exact, remeasure=False)
+        if seen and got == seen[0][1]:
+            break  # the same grid for all sizes
+        seen.append((size, got))
+    if len(seen) > 1 and (padded := _padded(run, name, coarsest, seen[0], device)):
+        return padded
+    if native is None and seen:
+        (size, got), *_ = seen
+        raise LoftUpError(
+            f"{name} gave a grid of {_by(got)} cells for an image of {_by([size])}, where a stride of {coarsest} makes "
+            f"{_by([(size[0] // coarsest, size[1] // coarsest)])}; write the function from image (B, 3, H, W) to "
+            "features (B, C, h, w) yourself, or choose another layer"
+        )
+    for size in [native] if native else [(side, side) for side in SQUARES]:
+        try:
+            return _fixed(run, name, size, coarsest, exact, device)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except LoftUpError:
+            raise
+        except Exception as error:
+            failure = failure if native is None else error
+    assert failure is not None
+    raise LoftUpError(
+        f"{name} failed on every picture that it was given to check its grid: {one_line(failure)[:200]}; pass "
+        "check=False if it takes pictures of another size"
+    ) from failure
+
+
+def grids_of(maps: Maps, name: str) -> list[tuple[int, int]]:
+    """Rows and columns of maps; LoftUpError where one is not (B, C, h, w)."""
+    for each in maps:
+        if not isinstance(each, Tensor) or each.ndim != 4:
+            got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise LoftUpError(f"{name} gave features of shape {got}, expected (B, C, h, w)")
+    return [(each.shape[2], each.shape[3]) for each in maps]
+
+
+def pad(image: Tensor, total: int) -> Tensor:
+    """Reflect an image's border, ``total`` pixels on both sides together."""
+    before = total // 2
+    return F.pad(image, (before, total - before) * 2, mode="reflect") if total else image
+
+
+def _padded(
+    run: Callable[[Tensor], Maps],
+    name: str,
+    stride: int,
+    seen: tuple[tuple[int, int], list[tuple[int, int]]],
+    device: torch.device,
+) -> Geometry | None:
+    """The geometry of a network without padding (Inception), whose grid ends before the picture does.
+
+    The least border that completes the grid is also the one that brings its cells to their places.
+    """
+    size, (got, *others) = seen
+    wanted = (size[0] // stride, size[1] // stride)
+    missing = wanted[0] - got[0]
+    if others or missing < 1 or missing != wanted[1] - got[1] or missing * stride >= min(size):
+        return None
+    low, high = (missing - 1) * stride, missing * stride  # the border is above low, and high is enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = grids_of(run(pad(pictures(size, wanted, device)[:1], middle)), name) == [wanted]
+        low, high = (low, middle) if enough else (middle, high)
+    maps = run(pad(pictures(size, wanted, device), high))
+    if grids_of(maps, name) != [wanted]:
+        return None
+    notes = (*_located(maps, name, wanted, False), f"has no padding of its own: pictures get a border of {high} pixels")
+    return Geometry((maps[0].shape[1],), (stride,), stride, border=high, notes=notes)
+
+
+def _fixed(
+    run: Callable[[Tensor], Maps],
+    name: str,
+    size: tuple[int, int],
+    stride: int,
+    exact: bool,
+    device: torch.device,
+) -> Geometry:
+    """The geometry of a model that takes pictures of one size."""
+    declared = (size[0] // stride, size[1] // stride)
+    maps = run(pictures(size, declared, device))
+    grids = grids_of(maps, name)
+    coarsest = min(grids)
+    if min(coarsest) < SMALLEST:
+        raise LoftUpError(
+            f"{name} has a grid of {_by([coarsest])} cells at {_by([size])}, the only size that it takes; at least "
+            f"{SMALLEST}x{SMALLEST} are needed to tell where features lie. Choose an earlier layer"
+        )
+    if coarsest != declared:  # the cells are others than the declared stride makes
+        maps = run(pictures(size, coarsest, device))
+    notes = _located(maps, name, coarsest, exact)
+    strides = tuple(max(1, round(size[0] / h)) for h, _ in grids)
+    why = f"takes {_by([size])} alone: other pictures are resized to it, whatever their shape, the grid is {_by(grids)}"
+    return Geometry(tuple(each.shape[1] for each in maps), strides, max(strides), size, notes=(*notes, why))
+
+
+def _located(maps: Maps, name: str, grid: tuple[int, int], exact: bool) -> tuple[str, ...]:
+    """Notes on maps whose cells change where the picture did; LoftUpError where they do not."""
+    for each in maps:
+        found = changed_cells(each)
+        if found is None:
+            if not each.isfinite().all():
+                return ("not checked: its features of noise are not finite",)
+            return ("not checked: its features are the same for other pictures (weights of zero?)",)
+        shape = (each.shape[2], each.shape[3])
+        if not in_place(found, shape, grid, exact):
+            raise LoftUpError(
+                f"the feature map of {name} is not in the picture's order: changes of the picture in the cells "
+                f"{spots(*grid)} of {_by([grid])} showed most in {found} of {_by([shape])}. Write the function from "
+                "image (B, 3, H, W) to features (B, C, h, w) yourself, or pass check=False if you know better"
+            )
+    return ("checked: features change where the picture does",)
+
+
+def _stride(size: tuple[int, int], grid: tuple[int, int]) -> int | None:
+    """The stride that makes a grid of a size, None if there is none."""
+    strides = {side // cells for side, cells in zip(size, grid, strict=True) if cells and side % cells == 0}
+    exact = all(cells and side % cells == 0 for side, cells in zip(size, grid, strict=True))
+    return strides.pop() if exact and len(strides) == 1 else None
+
+
+def _by(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{h}x{w}" for h, w in sizes)
