@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import LoftUpError
 from ..inputs import Size
-from ..weights.catalogue import TINY
 from .generic import generic
 from .geometry import Geometry, Maps, pad, settle
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, in_text_space, open_clip_timm, timm_vit, transformers_vit
-from .load import build, build_tiny, resolve, size_options
+from .load import build_named, size_options
 from .maps import evaluating, hub_dino, timm_features, timm_stages, transformers_backbone
 from .vit import IMAGENET, Layer, Source
 from .wrappers import unwrap
@@ -194,7 +193,8 @@ class Backbone(nn.Module):
                 (at least one), or to ``fixed_size``, whatever its shape.
 
         Returns:
-            (B, C, h, w), h = round(H / patch_size), w likewise; the model's own grid where the size is fixed. In the
+            (B, C, h, w), h the resized height / patch_size, w likewise (so round(H / patch_size) where ``multiple`` is
+            the patch); the model's own grid where the size is fixed. In the
             dtype of the model's weights (under autocast: as autocast has it). For several layers a list of such maps,
             or with ``join`` one with their channels one behind the other. Ordinary tensors also inside
             ``torch.inference_mode``, so that a probe can be trained on them.
@@ -411,9 +411,10 @@ def load_backbone(
 
     Args:
         name: loftup's name for a backbone with a published upsampler (``dinov2_vits14``, ``clip_vitb16``, ...), another
-            package's name for the same, or any timm name. Under timm's names images are normalised with the model's own
-            mean and std, under the others with ImageNet's, as in the upsamplers' training. "tiny" is a ViT of 2.9 M
-            parameters (C = 192, patch 16) that comes with the package and needs no network.
+            package's name for the same, or any timm name; torch.hub's names of DINO, DINOv2 and DINOv3; ``org/name`` of
+            a transformers model, or its folder; ``MODEL/TAG`` of open_clip. Images are normalised with the model's own
+            mean and std, but for the published upsamplers' names with ImageNet's, as in their training. "tiny" is a ViT
+            of 2.9 M parameters (C = 192, patch 16) that comes with the package and needs no network.
         weights: None downloads timm's weights from the Hub; a path reads a local file instead, in timm's layout or the
             official DINOv2 or OpenAI CLIP one (safetensors, or a pickle of tensors only); False leaves them random.
         layer: see :func:`wrap`.
@@ -440,13 +441,7 @@ def load_backbone(
     """
     # Ordinary parameters also when called inside torch.inference_mode().
     with torch.inference_mode(False):
-        if name == TINY:
-            model, scaling = build_tiny(weights, timm_options)
-        else:
-            timm_name, checkpoint = resolve(name)
-            model = build(timm_name, weights, timm_options)
-            scaling = (checkpoint.mean, checkpoint.std) if checkpoint else (None, None)
-            name = checkpoint.name if checkpoint else ""
+        model, scaling, name = build_named(name, weights, timm_options)
         how: dict[str, Any] = {"layer": layer, "join": join, "space": space, "max_side": max_side, "check": check}
         backbone = wrap(model, mean=mean or scaling[0], std=std or scaling[1], trainable=trainable, **how)
         backbone.name = name or backbone.name

@@ -35,6 +35,10 @@ MOST_STRIDES = 3  # strides tried
 MOST_OTHERS = 128  # tokens beside the patches': class, registers, detection
 
 
+class _Enough(BaseException):
+    """Ends a forward whose wanted outputs are there; no model's own ``except`` should catch it."""
+
+
 @dataclass(frozen=True)
 class Order:
     """How a tensor holds a map: a layout, the stride in pixels, and tokens in front of the cells'."""
@@ -60,8 +64,9 @@ class Order:
         """This order with the number of tokens in front as they show in the output for :func:`pictures`, or None."""
         h, w = size[0] // self.stride, size[1] // self.stride
         if self.kind in ("nchw", "nhwc"):
-            cells = changed_cells(self.read(x, size))
-            return self if cells and in_place(cells, (h, w), (h, w), exact=False) else None
+            map_ = self.read(x, size)
+            cells = changed_cells(map_)
+            return self if cells and in_place(cells, (map_.shape[2], map_.shape[3]), (h, w), exact=False) else None
         changed = changed_cells(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
         if changed is None:
             return None
@@ -147,6 +152,8 @@ def described(
         for place, order in zip(features.places, features.orders, strict=True)
     )
     many = range(len(maps))
+    # A model that runs no further than these places may take other sizes, whatever its head does.
+    fixed_, native = fixed and any(not place.module for place in features.places), size if fixed else stated_size(owner)
     return Source(
         features,
         tuple(each.shape[1] for each in maps),
@@ -156,8 +163,8 @@ def described(
         name,
         scaling,
         standard=False,
-        native=size if fixed else stated_size(owner),
-        fixed=fixed,
+        native=native,
+        fixed=fixed_,
         exact=all(order.others for order in features.orders),
         note=f"found by looking: {where}",
     )
@@ -204,10 +211,8 @@ def callers(model: Any) -> Iterator[tuple[Any, Call]]:
 
 
 def _calls(model: Any) -> Iterator[Call]:
-    own = type(model).__dict__.get("forward_features")
-    if own is not None and getattr(model, "pretrained_cfg", None) is not None:
-        yield model.forward_features
-        return
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        yield model.forward_features  # as timm has it, before pooling
     try:
         parameters = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
@@ -282,11 +287,12 @@ def tensors(output: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...] | None) -> dict[Place, Any]:
     """Run a model; its outputs, or the wanted ones, in the order in which they came.
 
-    Where none is named, only the shapes are kept.
+    Where none is named, only the shapes are kept; where all are inside the model, it runs no further than these.
     """
     outputs: dict[Place, Any] = {}
     counts: dict[str, int] = {}
     names = {place.module for place in wanted} if wanted is not None else None
+    stop = names is not None and "" not in names
 
     def note(name: str, output: Any) -> None:
         number = counts[name] = counts.get(name, -1) + 1
@@ -295,6 +301,8 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
             if wanted is not None:
                 if place in wanted:
                     outputs[place] = x
+                    if stop and len(outputs) == len(wanted):
+                        raise _Enough
             elif x.is_floating_point() and x.ndim in (3, 4):
                 outputs[place] = tuple(x.shape)
 
@@ -304,11 +312,12 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
         module.register_forward_hook(lambda _, __, output, name=name: note(name, output)) for name, module in hooked
     ]
     try:
-        result = call(image)
+        note("", call(image))
+    except _Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    note("", result)
     return outputs
 
 
@@ -374,10 +383,14 @@ def plausible(shape: tuple[int, ...], size: tuple[int, int], patch: int | None) 
     """The ways in which an output for one picture may hold a map, the likeliest first."""
     if len(shape) == 4 and shape[0] == 1:
         grids = {"nchw": (shape[2], shape[3]), "nhwc": (shape[1], shape[2])}
+        # Networks without padding have fewer cells than their stride makes.
         return [
-            Order(kind, size[0] // h)
+            Order(kind, stride)
             for kind, (h, w) in grids.items()
-            if min(h, w) >= SMALLEST and not size[0] % h and not size[1] % w and size[0] // h == size[1] // w
+            for stride in range(1, size[0] // SMALLEST + 1)
+            if min(h, w) >= SMALLEST and not size[0] % stride and not size[1] % stride
+            if size[0] // stride - h == size[1] // stride - w
+            and (size[0] // stride == h or (stride in (8, 16, 32) and 0 < size[0] // stride - h < 4))
         ]
     orders = []
     strides = [s for s in range(2, size[0] // SMALLEST + 1) if not size[0] % s and not size[1] % s]

@@ -102,7 +102,7 @@ def warn_of_gelu(model: Any, name: str) -> None:
         warnings.warn(
             f"{name}: these weights were trained with QuickGELU, and this model applies plain GELU, which changes the "
             f"features. Build {quick!r} instead",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -147,7 +147,7 @@ def clip_object(model: Any, layer: Layer) -> Source | None:
         projection=(tower, "proj") if has_projection else None,
     )
     # open_clip's objects do not say which weights they hold; OpenAI's package only ever loads OpenAI's.
-    is_b16 = official and (vit.patch.out_channels, vit.patch.stride[0], len(blocks)) == (768, 16, 12)
+    is_b16 = official and (vit.convolution.out_channels, vit.convolution.stride[0], len(blocks)) == (768, 16, 12)
     name = "ViT-B/16" if is_b16 else ""
     return plain_source(vit, len(blocks), name, open_clip_scaling(tower, OPENAI), clip=True)
 
@@ -181,7 +181,7 @@ def transformers_vit(model: Any, layer: Layer) -> Source | None:
         if not all(0 < number <= count for number in maps):
             return None  # the stem's output: as transformers gives it
         layer = [maps[index] - 1 for index in pick_layers(layer, len(maps), f"this {type(model).__name__}")]
-    name = str(getattr(model.config, "_name_or_path", "") or "")
+    name = str(part(model, "config._name_or_path") or "")
     # A classifier's last block is the classifier's, not CLIP's.
     clip = kind == "clip_vision_model" and part(model, "classifier") is None
     has_projection = clip and layer is None and part(model, "visual_projection") is not None
@@ -193,7 +193,7 @@ def transformers_vit(model: Any, layer: Layer) -> Source | None:
         table_tokens=1 if layout.tokens else 0,
         value_path=clip and layer is None,
         projection=(model, "visual_projection") if has_projection else None,
-        normed=getattr(model.config, "apply_layernorm", True),
+        normed=part(model, "config.apply_layernorm") is not False,
     )
     return plain_source(vit, count, name, scaling, clip)
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError, one_line, suggest
-from ..weights.catalogue import ANY, PUBLISHED, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
+from ..weights.aliases import TIMM_NAMES
+from ..weights.catalogue import ANY, PUBLISHED, TINY, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
+from .libraries import build_open_clip, build_transformers, is_open_clip, is_transformers
 from .maps import FLEXIBLE, timm_config
 
-__all__ = ["build", "build_tiny", "resolve", "size_options"]
+__all__ = ["build_named", "size_options"]
 
 WeightsSource = str | os.PathLike[str] | Literal[False] | None
 
@@ -41,15 +43,42 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         return name, None
     if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
         return checkpoint.timm, checkpoint
-    names = [known for known in known_names() if known != ANY]  # which is an upsampler
+    if (bare := name.removeprefix("timm/")) in pretrained:
+        return bare, None
+    if name in TIMM_NAMES:
+        return TIMM_NAMES[name], None
+    names = [known for known in dict.fromkeys((*known_names(), *TIMM_NAMES)) if known != ANY]  # an upsampler
     meant = suggest(name, [*names, *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
-        f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)} and the names in "
-        "timm.list_models() and timm.list_pretrained()"
+        f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)}, the names in timm.list_models() "
+        "and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of open_clip"
     )
 
 
-def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Sequence[float] | None, ...]]:
+def build_named(
+    name: str, weights: WeightsSource, options: dict[str, Any]
+) -> tuple[nn.Module, tuple[Sequence[float] | None, Sequence[float] | None], str]:
+    """The model of a name, mean and std of its images (None for the model's own), and its name ("" for its own)."""
+    if name == TINY:
+        return *build_tiny(weights, options), name
+    try:
+        timm_name, checkpoint = resolve(name)
+    except LoftUpError:
+        # Names that timm does not know.
+        if is_open_clip(name):
+            model, scaling = build_open_clip(name, weights, options)
+        elif is_transformers(name):
+            model, scaling = build_transformers(name, weights, options)
+        else:
+            raise
+        return model, scaling or (None, None), name
+    model = build(timm_name, weights, options)
+    if checkpoint is None:
+        return model, (None, None), ""
+    return model, (checkpoint.mean, checkpoint.std), checkpoint.name
+
+
+def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Any, Any]]:
     """The backbone that comes with the package, and mean and std of its images; otherwise as :func:`build`."""
     config = json.loads((TINY_BACKBONE / "config.json").read_text("utf-8"))
     file = TINY_BACKBONE / "model.safetensors" if weights is None else weights
@@ -58,6 +87,8 @@ def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Modu
 
 def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
     """Build a timm model that takes images of any size where timm can make it so; see :func:`load_backbone`."""
+    if "checkpoint_path" in options:
+        raise LoftUpError("checkpoint_path is not taken: timm may run what a pickle holds. Pass weights=PATH instead")
     if weights is None or weights is False:
         overlay = {}
     elif isinstance(weights, str | os.PathLike):

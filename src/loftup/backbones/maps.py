@@ -80,7 +80,8 @@ def timm_stages(model: Any, layer: Layer) -> Source | None:
         return None  # a subclass's own features
     name, scaling, _ = timm_config(model)
     chosen = pick_layers(layer, len(info), name or type(model).__name__)
-    isotropic = len({stage["reduction"] for stage in info}) == 1
+    # CrossViT has a branch of either patch size, one behind the other.
+    isotropic = len({stage["reduction"] for stage in info[-2:]}) == 1
     stages = [info[index] for index in chosen]
     channels = tuple(stage.get("num_chs_norm", stage["num_chs"]) if isotropic else stage["num_chs"] for stage in stages)
     features = TimmStages(model, tuple(index - len(info) for index in chosen), isotropic)
@@ -174,11 +175,6 @@ class TransformersMaps:
 
     def __call__(self, image: Tensor) -> Maps:
         maps = self.model(match_weights(image, self.model), return_dict=True).feature_maps
-        if any(maps[position].ndim != 4 for position in self.positions):
-            raise LoftUpError(
-                f"the feature maps of this {type(self.model).__name__} have shape {tuple(maps[-1].shape)}, expected "
-                "(B, C, h, w); build it with reshape_hidden_states=True"
-            )
         return [maps[position] for position in self.positions]
 
 
@@ -191,7 +187,9 @@ def transformers_backbone(model: Any, layer: Layer) -> Source | None:
     chosen = pick_layers(layer, count, name or type(model).__name__)
     features = TransformersMaps(model, chosen)
     native = stated_size(model)
-    channels, strides = measure(model, features, native)
+    if (measured := measure(model, features, native)) is None:
+        return None
+    channels, strides = measured
     return Source(features, channels, strides, count, chosen, name, standard=False, native=native)
 
 
@@ -208,8 +206,11 @@ def stated_size(model: Any) -> tuple[int, int] | None:
 
 def measure(
     model: nn.Module, features: TransformersMaps, native: tuple[int, int] | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channels and strides of maps, from a run on a black picture: configurations do not state the strides."""
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Channels and strides of maps, from a run on a black picture: configurations do not state the strides.
+
+    None where they are tokens (``reshape_hidden_states=False``).
+    """
     device, failure = next(model.parameters()).device, None
     patch = part(model, "config.patch_size")
     side = patch * 16 if isinstance(patch, int) and 448 % patch else 448  # 64 * 7, 14 * 32
@@ -219,11 +220,13 @@ def measure(
         try:
             with evaluating(model), torch.no_grad():
                 maps = features(torch.zeros(1, 3, *size, device=device))
-        except LoftUpError:
+        except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:
+        except Exception as error:  # models fail in their own ways
             failure = failure or error
             continue
+        if any(each.ndim != 4 for each in maps):
+            return None
         return tuple(m.shape[1] for m in maps), tuple(max(1, round(size[0] / m.shape[2])) for m in maps)
     assert failure is not None
     kind = type(model).__name__

@@ -170,7 +170,7 @@ class PlainViT:
 
     def __call__(self, image: Tensor) -> Maps:
         # Weights decide the precision; under autocast the residual stream stays as wide as they are.
-        image = image.to(self.patch.weight.dtype)
+        image = image.to(self.convolution.weight.dtype)
         tokens, (h, w) = self.embed(image)
         prefix = tokens.shape[1] - h * w
         outputs = self.encode(tokens, image)
@@ -194,8 +194,13 @@ class PlainViT:
 
     @property
     def patch(self) -> Any:
-        """The patch convolution."""
+        """The patch convolution, or the adapter around it."""
         return self._part("patch")
+
+    @property
+    def convolution(self) -> Any:
+        """The patch convolution itself, inside an adapter such as LoRA's."""
+        return getattr(self.patch, "base_layer", self.patch)
 
     def _part(self, name: str) -> Any:
         return part(self.trunk, getattr(self.layout, name))
@@ -262,10 +267,10 @@ def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
 
 def plain_source(vit: PlainViT, count: int, name: str, scaling: Scaling, clip: bool = False) -> Source:
     """Sizes of a plain ViT, read off its parts."""
-    stride = vit.patch.stride
+    stride = vit.convolution.stride
     if stride[0] != stride[1]:
         raise LoftUpError(f"{name or type(vit.trunk).__name__} has patches of {stride}, only square ones are supported")
-    channels = vit.patch.out_channels
+    channels = vit.convolution.out_channels
     if vit.projection:
         project = part(*vit.projection)
         channels = project.out_features if isinstance(project, nn.Module) else project.shape[1]
