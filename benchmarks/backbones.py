@@ -3,12 +3,12 @@
     python benchmarks/backbones.py [timm transformers open_clip others] [--only NAME ...] [--out FOLDER]
 
 Every family is represented by its smallest model, with random weights, made shallow where its options allow it. The
-result is a table (backbones.csv) and its summary (backbones.md) in FOLDER, by default benchmarks/results. A run that was
-interrupted goes on. Needs the extra ``eval``, transformers, open_clip_torch, torchvision and peft for all of its rows.
+result is a table (backbones.csv) and its summary (backbones.md) in FOLDER, by default benchmarks/results. A run that
+was cut off goes on. Needs the extra ``eval``, transformers, open_clip_torch, torchvision and peft for all of its rows.
 
-A model is "any size" if it takes pictures of any size, "own size" if loftup resizes them to the model's own, "refused" if
-wrap says why not, and "wrong" if the features are not where the picture is, depend on the batch, have another shape than
-promised, or are not those of the library's own call where it has one.
+A model is "any size" if it takes pictures of any size, "own size" if loftup resizes them to the model's own, "refused"
+if wrap says why not, and "wrong" if the features are not where the picture is, depend on the batch, have another shape
+than promised, or are not those of the library's own call where it has one.
 """
 
 import argparse

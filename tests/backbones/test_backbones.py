@@ -9,6 +9,7 @@ import warnings
 
 import numpy
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -101,7 +102,7 @@ def test_wrong_images_are_refused(image, error, text):
 
 def test_unsupported_objects_are_refused_with_a_way_out():
     with pytest.raises(
-        LoftUpError, match=r"out of torch\.nn\.modules\.linear\.Linear\. Looked for: .*Backbone\(model, f"
+        LoftUpError, match=r"no feature map in torch\.nn\.modules\.linear\.Linear: at 224x448: .*Backbone\(model, f"
     ):
         wrap(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"takes a model object .*got str; for a model by its name: load_backbone"):
@@ -110,12 +111,22 @@ def test_unsupported_objects_are_refused_with_a_way_out():
         wrap(3)
 
 
-@pytest.mark.parametrize("inside", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
-def test_compiled_and_parallel_models_are_refused(inside):
-    with pytest.raises(
-        LoftUpError, match=r"got a model inside \w+, .*; wrap the model itself, then compile the Backbo"
-    ):
-        wrap(inside(vit()))
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        timm.utils.ModelEmaV3,
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    ],
+)
+def test_the_model_inside_a_wrapper_is_found(inside):
+    model, image = vit(), torch.rand(1, 3, 48, 64)
+    backbone = wrap(inside(model))
+    assert type(backbone.model) is type(model)
+    assert "the model inside" in backbone.explain()
+    torch.testing.assert_close(backbone(image), wrap(model)(image))
 
 
 def test_a_function_of_the_users_own_makes_a_backbone():
@@ -124,8 +135,10 @@ def test_a_function_of_the_users_own_makes_a_backbone():
     assert backbone(torch.rand(2, 3, 13, 16)).shape == (2, 8, 3, 4)
     assert identify(backbone) == "mine"
     assert "name='mine', channels=8, patch_size=4, layer=None" in repr(backbone)
+    measured = Backbone(model, model, channels=9, patch_size=2, name="mine")
+    assert (measured.channels, measured.patch_size) == (8, 4)
     with pytest.raises(LoftUpError, match=r"mine gave features of shape \(1, 8, 2, 2\), expected \(1, 9, h, w\)"):
-        Backbone(model, model, channels=9, patch_size=4, name="mine")(torch.rand(1, 3, 8, 8))
+        Backbone(model, model, channels=9, patch_size=4, name="mine", check=False)(torch.rand(1, 3, 8, 8))
 
 
 def test_wrapping_again_returns_the_same_and_refuses_contradictions():

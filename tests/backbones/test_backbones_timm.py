@@ -72,7 +72,9 @@ def test_layers_of_features_only_are_numbers_of_stages():
     stages = model(torch.ones(1, 3, 64, 64))
     for layer, stage in ((1, stages[0]), (-2, stages[1]), (3, stages[1]), (None, stages[1])):
         torch.testing.assert_close(wrap(model, layer=layer)(torch.ones(1, 3, 64, 64)), stage)
-    with pytest.raises(LoftUpError, match=r"layer 2 of test_resnet.r160_in1k is not among .* out_indices=\[1, 3\]"):
+    with pytest.raises(
+        LoftUpError, match=r"layer 2 of test_resnet.r160_in1k is not among the stages it was built to give: \[1, 3\]"
+    ):
         wrap(model, layer=2)
     with pytest.raises(LoftUpError, match="layer 5 is out of range: test_resnet.r160_in1k has 5 layers, so -5 to 4"):
         wrap(model, layer=5)
@@ -89,10 +91,7 @@ def test_features_only_as_a_dictionary_and_of_a_vit():
     backbone = wrap(vit)
     torch.testing.assert_close(backbone(image), vit(image)[-1])
     assert identify(backbone) is None  # its maps lack the final norm
-    with pytest.raises(
-        LoftUpError, match=r"images of 160x160 and does not take 64x160; build it with .*dynamic_img_size=True\)"
-    ):
-        backbone(image[..., :64, :])
+    assert backbone.fixed_size == (160, 160)
 
 
 @pytest.mark.parametrize(
@@ -132,33 +131,32 @@ def test_a_neck_behind_the_norm_counts():
 @pytest.mark.parametrize(
     ("name", "options", "remedy"),
     [
-        (
-            "eva02_tiny_patch14_224",
-            SMALL_VIT,
-            r"'eva02_tiny_patch14_224', dynamic_img_size=True\), or with load_backbone",
-        ),
-        ("swinv2_tiny_window8_256", SWIN, r"strict_img_size=False\), or with load_backbone"),
-        ("beit_base_patch16_224", SMALL_VIT, r"'beit_base_patch16_224', img_size=\(H, W\)\)$"),
-        ("test_maxvit", {}, r"'test_maxvit', img_size=\(H, W\)\)$"),
-        ("vit_relpos_small_patch16_224", SMALL_VIT, r"img_size=\(H, W\)\)$"),
+        ("eva02_tiny_patch14_224", SMALL_VIT, "dynamic_img_size=True"),
+        ("swinv2_tiny_window8_256", SWIN, "strict_img_size=False"),
+        ("beit_base_patch16_224", SMALL_VIT, r"img_size=\(H, W\)"),
+        ("test_maxvit", {}, r"img_size=\(H, W\)"),
+        ("vit_relpos_small_patch16_224", SMALL_VIT, r"img_size=\(H, W\)"),
     ],
 )
-def test_models_of_fixed_size_name_the_option(name, options, remedy):
+def test_images_are_resized_for_models_of_fixed_size(name, options, remedy):
     model = timm.create_model(name, **options).eval()
     side = model.pretrained_cfg["input_size"][1]
-    image = torch.rand(1, 3, side, side)
-    wrap(model)(image)
-    with pytest.raises(
-        LoftUpError, match=rf"was built for images of {side}x{side} and does not .*build it with .*{remedy}"
-    ):
-        wrap(model)(torch.rand(1, 3, 112, 128))
+    image = torch.rand(1, 3, side + 16, side - 32)
+    backbone = wrap(model)
+    assert backbone.fixed_size == (side, side)
+    assert f"takes {side}x{side} alone" in backbone.explain()
+    with pytest.warns(UserWarning, match=rf"takes {side}x{side} alone: images are resized to it; .*{remedy}\) builds"):
+        features = backbone(image)
+    resized = F.interpolate(image, (side, side), mode="bilinear")
+    torch.testing.assert_close(features, backbone(resized))
+    assert features.shape[2] == features.shape[3] == side // backbone.patch_size
 
 
-def test_failures_that_are_not_of_the_size_pass_through():
+def test_failures_are_told():
     model = timm.create_model("test_maxvit").eval()
     model.stem.norm1 = nn.BatchNorm2d(7)
-    with pytest.raises(RuntimeError, match="running_mean should contain"):
-        wrap(model)(torch.rand(1, 3, 160, 160))
+    with pytest.raises(LoftUpError, match="failed on every picture .*running_mean should contain"):
+        wrap(model)
 
     def out_of_memory(*args, **options):
         raise torch.cuda.OutOfMemoryError("no memory")

@@ -230,13 +230,15 @@ def test_siglip_agrees_with_timm(kind, size):
     assert wrap(model).mean == (0.5, 0.5, 0.5)
 
 
-def test_naflex_siglip2_is_refused():
+def test_naflex_siglip2_gets_its_patches():
     vision = transformers.Siglip2VisionConfig(**TINY, intermediate_size=96, patch_size=16, num_patches=16)
-    model = transformers.Siglip2VisionModel(vision)
-    with pytest.raises(
-        LoftUpError, match=r"Siglip2VisionModel is a NaFlex SigLIP 2: .*Load a fixed-resolution SigLIP 2"
-    ):
-        wrap(model)
+    model, image = transformers.Siglip2VisionModel(vision).eval(), torch.randn(2, 3, 64, 96)
+    backbone = wrap(model)
+    assert (backbone.channels, backbone.patch_size, backbone.fixed_size) == (48, 16, None)
+    patches = image.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(2, 24, 768)
+    shapes, mask = torch.tensor([[4, 6]] * 2), torch.ones(2, 24, dtype=torch.int64)
+    own = model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
+    torch.testing.assert_close(backbone(image), own.mT.unflatten(2, (4, 6)))
 
 
 class Version4Layer(nn.Module):
@@ -301,16 +303,19 @@ def test_auto_backbone_of_a_vit():
     model = transformers.AutoBackbone.from_config(config).eval()
     image = torch.randn(2, 3, 70, 98)
     maps = model(image).feature_maps
-    for layer, expected in ((None, maps[1]), (0, maps[0]), (-1, maps[1])):
+    official = transformers.Dinov2Model(config).eval()
+    official.load_state_dict(model.state_dict())
+    for layer, place in ((None, 1), (0, 0), (-1, 1)):
         backbone = wrap(model, layer=layer)
         assert (backbone.channels, backbone.patch_size) == (48, 14)
-        torch.testing.assert_close(backbone(image), expected)
+        torch.testing.assert_close(backbone(image[..., :70]), model(image[..., :70]).feature_maps[place])
+        # At other sizes the positions are resampled as the official code does, not as transformers does.
+        torch.testing.assert_close(backbone(image), wrap(official, layer=(0, 2)[place])(image))
     assert identify(model) is None
     with pytest.raises(LoftUpError, match="layer 2 is out of range: Dinov2Backbone has 2 layers, so -2 to 1"):
         wrap(model, layer=2)
     model.config.reshape_hidden_states = False
-    with pytest.raises(LoftUpError, match=r"have shape \(1, 257, 48\), expected .* reshape_hidden_states=True"):
-        wrap(model)
+    torch.testing.assert_close(wrap(model)(image), maps[1])
 
 
 def test_auto_backbone_of_a_cnn_is_measured_without_leaving_a_trace():
@@ -333,26 +338,28 @@ def test_auto_backbone_of_a_cnn_is_measured_without_leaving_a_trace():
 
 def test_other_models_are_refused():
     model = transformers.BertModel(transformers.BertConfig(**TINY, vocab_size=9, intermediate_size=9))
-    with pytest.raises(LoftUpError, match=r"BertModel \(model_type 'bert'\)\. Looked for: .* an AutoBackbone"):
+    with pytest.raises(LoftUpError, match=r"no feature map in .*BertModel \(model_type 'bert'\): .* wrap that part"):
         wrap(model)
+
+
+def test_a_classifier_gives_its_tokens():
     config = transformers.Dinov2Config(**TINY, image_size=70, patch_size=14)
-    with pytest.raises(LoftUpError, match=r"Dinov2ForImageClassification .*If it holds one of these, wrap that part"):
-        wrap(transformers.Dinov2ForImageClassification(config))
+    model, image = transformers.Dinov2ForImageClassification(config).eval(), torch.randn(1, 3, 70, 70)
+    tokens = model.dinov2(image).last_hidden_state[:, 1:]
+    torch.testing.assert_close(wrap(model)(image), tokens.mT.unflatten(2, (5, 5)))
 
 
 @pytest.mark.parametrize(
     ("stated", "sizes", "name"),
     [
         ("facebook/dinov2-small", {"hidden_size": 384}, "facebook/dinov2-small"),
-        ("/models/mine", {"hidden_size": 384}, "dinov2_vits14"),
-        ("", {"hidden_size": 768}, "dinov2_vitb14"),
-        ("", {"hidden_size": 384, "registers": 4}, "dinov2_vits14_reg"),
-        ("", {"hidden_size": 384, "patch_size": 16}, None),
-        ("", {}, None),
+        ("microsoft/rad-dino", {"hidden_size": 768}, "microsoft/rad-dino"),
+        ("/models/mine", {"hidden_size": 384}, "/models/mine"),
+        ("", {"hidden_size": 768}, None),
         ("someone/other", {}, "someone/other"),
     ],
 )
-def test_dinov2_is_identified_by_name_or_sizes(stated, sizes, name):
+def test_dinov2_is_identified_by_what_it_states_alone(stated, sizes, name):
     with torch.device("meta"):
         model = dinov2(**{"image_size": 56, "num_hidden_layers": 12, "num_attention_heads": 2, **sizes})
     model.config._name_or_path = stated

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LoftUpError, one_line
-from .geometry import SMALLEST, SQUARES, Maps, changed_cells, in_place, pictures, spots
+from .geometry import SMALLEST, SQUARES, Maps, changes, in_place, pictures, spots, strongest
 from .maps import match_weights, stated_size, timm_config
 from .vit import IMAGENET, Layer, Scaling, Source, pick_layers
 
@@ -64,19 +64,20 @@ class Order:
         """This order with the number of tokens in front as they show in the output for :func:`pictures`, or None."""
         h, w = size[0] // self.stride, size[1] // self.stride
         if self.kind in ("nchw", "nhwc"):
-            map_ = self.read(x, size)
-            cells = changed_cells(map_)
-            return self if cells and in_place(cells, (map_.shape[2], map_.shape[3]), (h, w), exact=False) else None
-        changed = changed_cells(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
-        if changed is None:
+            # Where nothing can be told, the shape tells channels first, if the picture is no square.
+            found = in_place(changes(self.read(x, size)), (h, w), exact=False)
+            return self if found or (found is None and self.kind == "nchw" and h != w) else None
+        change = changes(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
+        if change is None:
             return None
-        places = [token for _, token in changed]
-        ahead = [place - (row * w + column) for place, (row, column) in zip(places, spots(h, w), strict=True)]
+        ahead = [
+            token - (row * w + column) for (_, token), (row, column) in zip(strongest(change), spots(h, w), strict=True)
+        ]
         prefix = statistics.mode(ahead) if self.others else 0
         if not 0 <= prefix <= self.others:
             return None
-        cells = [divmod(place - prefix, w) for place in places]
-        return replace(self, prefix=prefix) if in_place(cells, (h, w), (h, w), exact=True) else None
+        fits = in_place(change[:, :, prefix : prefix + h * w].view(-1, h, w), (h, w), exact=True)
+        return replace(self, prefix=prefix) if fits else None
 
 
 @dataclass(frozen=True)

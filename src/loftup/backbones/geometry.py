@@ -20,13 +20,14 @@ __all__ = [
     "SQUARES",
     "Geometry",
     "Maps",
-    "changed_cells",
+    "changes",
     "grids_of",
     "in_place",
     "pad",
     "pictures",
     "settle",
     "spots",
+    "strongest",
 ]
 
 Maps = list[Tensor]
@@ -78,44 +79,62 @@ def pictures(size: tuple[int, int], grid: tuple[int, int], device: torch.device)
     return images.to(device)
 
 
-def changed_cells(features: Tensor) -> list[tuple[int, int]] | None:
-    """The cell (row, column) of a map of :func:`pictures` (7, C, h, w) that changed most, for each spot.
+def changes(features: Tensor) -> Tensor | None:
+    """How much each cell of a map of :func:`pictures` (7, C, h, w) changed for each spot, (6, h, w) float64.
 
-    None if the maps are not finite or do not change.
+    None if the map is not finite, or one of the changes moved nothing beyond rounding.
     """
-    change = (features[1:].double() - features[:1].double()).square().sum(1)
-    if not change.isfinite().all() or (change.amax((1, 2)) == 0).any():
+    x = features.double()
+    change = (x[1:] - x[:1]).norm(dim=1)
+    rounding = 16 * torch.finfo(features.dtype).eps * x[0].norm(dim=0).median()
+    if not change.isfinite().all() or (change.amax((1, 2)) <= rounding).any():
         return None
+    return change
+
+
+def strongest(change: Tensor) -> list[tuple[int, int]]:
+    """The cell (row, column) that changed most, for each spot."""
     return [divmod(int(each.argmax()), each.shape[1]) for each in change]
 
 
-def in_place(cells: list[tuple[int, int]], shape: tuple[int, int], grid: tuple[int, int], exact: bool) -> bool:
-    """Tell whether the cells of a map that changed are those of the picture.
+def in_place(change: Tensor | None, grid: tuple[int, int], exact: bool) -> bool | None:
+    """Tell whether the cells of a map that changed are those of the picture; None where nothing can be told.
 
-    Attention may carry a change to a cell that it moves more, so that two of the six may be elsewhere.
+    Attention may carry a change to a cell that it moves more, so that two of the six may be elsewhere. Where fields of
+    view cover most of the picture, each spot must at least be moved more by its own change than by the others.
 
     Args:
-        cells: from :func:`changed_cells`.
-        shape: (h, w) of the map.
-        grid: of the spots, which a map may have several cells for.
+        change: from :func:`changes`.
+        grid: of the spots, (h, w); a map may have several cells for each.
         exact: as in :func:`settle`.
     """
-    finer = (shape[0] / grid[0], shape[1] / grid[1])
+    if change is None:
+        return None
+    h, w = change.shape[1:]
+    finer = (h / grid[0], w / grid[1])
     hits = 0
-    for spot, cell in zip(spots(*grid), cells, strict=True):
+    for spot, cell in zip(spots(*grid), strongest(change), strict=True):
         # Distance to the block of cells that the spot covers.
         away = max(
             max(start * scale - place, place - ((start + 1) * scale - 1), 0)
             for start, scale, place in zip(spot, finer, cell, strict=True)
         )
         hits += away <= (0 if exact else NEAR)
-    return hits >= (NEEDED if exact else len(cells) - 1)
-
-
-def _spread(features: Tensor) -> float:
-    """How much more the cell moved that did most than half of all cells, in the middle of the spots."""
-    change = (features[1:].double() - features[:1].double()).norm(dim=1).flatten(1)
-    return float((change.amax(1) / change.median(1).values.clamp(min=1e-30)).median())
+    if hits >= (NEEDED if exact else len(change) - 1):
+        return True
+    if not exact:
+        around = F.avg_pool2d(change[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+        places = [
+            (min(h - 1, int((r + 0.5) * finer[0])), min(w - 1, int((c + 0.5) * finer[1]))) for r, c in spots(*grid)
+        ]
+        matrix = torch.stack([around[:, row, column] for row, column in places])  # what each spot shows of each change
+        matrix = matrix / matrix.mean(0)
+        matrix = matrix / matrix.mean(1, keepdim=True).clamp(min=1e-30)
+        own = (matrix.argmax(1) == torch.arange(len(matrix), device=matrix.device)).sum()
+        if int(own) >= len(matrix) - 1:
+            return True
+    spread = change.flatten(1).amax(1) / change.flatten(1).median(1).values.clamp(min=1e-30)
+    return None if float(spread.median()) < CONCENTRATED else False
 
 
 def settle(
@@ -263,22 +282,30 @@ def _fixed(
 
 def _located(maps: Maps, name: str, grid: tuple[int, int], exact: bool) -> tuple[str, ...]:
     """Notes on maps whose cells change where the picture did; LoftUpError where they do not."""
+    unknown = ""
     for each in maps:
-        found = changed_cells(each)
-        if found is None:
-            if not each.isfinite().all():
-                return ("not checked: its features of noise are not finite",)
-            return ("not checked: its features are the same for other pictures (weights of zero?)",)
-        shape = (each.shape[2], each.shape[3])
-        if not in_place(found, shape, grid, exact):
-            if _spread(each) < CONCENTRATED:
-                return ("not checked: a change of one cell moves all cells alike",)
+        change = changes(each)
+        found = in_place(change, grid, exact)
+        if found is False:
+            assert change is not None
+            shape = (each.shape[2], each.shape[3])
             raise LoftUpError(
                 f"the feature map of {name} is not in the picture's order: changes of the picture in the cells "
-                f"{spots(*grid)} of {_by([grid])} showed most in {found} of {_by([shape])}. Write the function from "
-                "image (B, 3, H, W) to features (B, C, h, w) yourself, or pass check=False if you know better"
+                f"{spots(*grid)} of {_by([grid])} showed most in {strongest(change)} of {_by([shape])}. Write the "
+                "function from image (B, 3, H, W) to features (B, C, h, w) yourself, or pass check=False if you know "
+                "better"
             )
-    return ("checked: features change where the picture does",)
+        if found is None:
+            unknown = (
+                "a change of one cell moves all cells alike"
+                if change is not None
+                else (
+                    "its features of noise are not finite"
+                    if not each.isfinite().all()
+                    else "its features are the same for other pictures"
+                )
+            )
+    return (f"not checked: {unknown}",) if unknown else ("checked: features change where the picture does",)
 
 
 def _stride(size: tuple[int, int], grid: tuple[int, int]) -> int | None:

@@ -133,7 +133,8 @@ def clip_object(model: Any, layer: Layer) -> Source | None:
         return None
     blocks = tower.transformer.resblocks
     attention = getattr(blocks[-1], "attn", None)
-    if getattr(tower, "attn_pool", None) is not None or getattr(attention, "in_proj_weight", None) is None:
+    scripted = getattr(attention, "original_name", "") == "MultiheadAttention"
+    if getattr(tower, "attn_pool", None) is not None or not (scripted or isinstance(attention, nn.MultiheadAttention)):
         return None  # CoCa, and blocks of other kinds: no value path to the text's space
     official = any(type(m).__module__ == "clip.model" for m in (model, tower))
     has_projection = layer is None and getattr(tower, "proj", None) is not None
@@ -180,7 +181,7 @@ def transformers_vit(model: Any, layer: Layer) -> Source | None:
     if maps is not None:
         if not all(0 < number <= count for number in maps):
             return None  # the stem's output: as transformers gives it
-        layer = [maps[index] - 1 for index in pick_layers(layer, len(maps), f"this {type(model).__name__}")]
+        layer = [maps[index] - 1 for index in pick_layers(layer, len(maps), type(model).__name__)]
     name = str(part(model, "config._name_or_path") or "")
     # A classifier's last block is the classifier's, not CLIP's.
     clip = kind == "clip_vision_model" and part(model, "classifier") is None

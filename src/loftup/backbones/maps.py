@@ -43,7 +43,7 @@ def match_weights(image: Tensor, model: nn.Module) -> Tensor:
 def native_size(model: Any) -> tuple[tuple[int, int] | None, bool]:
     """The (H, W) that a timm model was built for, and whether it is known to take no other."""
     _, _, config = timm_config(model)
-    embed = getattr(model, "patch_embed", None)
+    embed = part(model, "patch_embed") or part(model, "model.patch_embed")
     size = getattr(embed, "img_size", None) or tuple(config.get("input_size", ()))[1:]
     strict = bool(getattr(embed, "strict_img_size", False)) and not getattr(model, "dynamic_img_size", False)
     return (pair(size) if size else None), strict

@@ -255,8 +255,7 @@ def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
     """out_proj(v_proj(norm(x))) for every token: no attention, no residual, no MLP ("MaskCLIP")."""
     tokens = getattr(block, layout.block_norm)(tokens)
     attention: Any = getattr(block, layout.attention)
-    if isinstance(attention, nn.MultiheadAttention):
-        assert attention.in_proj_weight is not None
+    if getattr(attention, "in_proj_weight", None) is not None:  # PyTorch's MultiheadAttention, also scripted
         weight = attention.in_proj_weight.chunk(3)[2]
         bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
         return attention.out_proj(F.linear(tokens, weight, bias))  # type: ignore[no-any-return]
