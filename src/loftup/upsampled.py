@@ -1,6 +1,6 @@
 """A backbone and its upsampler together."""
 
-from typing import cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,14 +35,17 @@ class Upsampled(nn.Module):
         self.backbone = wrap(backbone)
         self.up = up
         expected = getattr(getattr(up, "config", None), "channels", None)
-        if expected is not None and expected != self.backbone.channels:
-            channels, name = self.backbone.channels, self.backbone.name or type(self.backbone.model).__name__
+        several = self.backbone.channels if isinstance(self.backbone.channels, tuple) else (self.backbone.channels,)
+        for channels in several if expected is not None else ():
+            if channels == expected:
+                continue
+            name = self.backbone.name or type(self.backbone.model).__name__
             raise LoftUpError(
                 f"the backbone {name!r} gives {channels} channels, the upsampler expects {expected}{fitting(channels)}"
                 f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
             )
 
-    def forward(self, image: Tensor, size: Size = None) -> Tensor:
+    def forward(self, image: Tensor, size: Size = None) -> Any:
         """Extract features and upsample them.
 
         Args:
@@ -50,6 +53,9 @@ class Upsampled(nn.Module):
             size: (H', W') of the result, None for (H, W).
 
         Returns:
-            (B, C, H', W').
+            (B, C, H', W'); a list of them where the backbone gives several layers.
         """
-        return cast(Tensor, self.up(self.backbone(image), image, size=size))
+        features = self.backbone(image)
+        if isinstance(features, list):
+            return [self.up(each, image, size=size) for each in features]
+        return self.up(features, image, size=size)

@@ -17,7 +17,7 @@ from .geometry import Geometry, Maps, pad, settle
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, in_text_space, open_clip_timm, timm_vit, transformers_vit
 from .load import build_named, size_options
-from .maps import evaluating, hub_dino, timm_features, timm_stages, transformers_backbone
+from .maps import evaluating, frozen, hub_dino, timm_features, timm_stages, transformers_backbone
 from .vit import IMAGENET, Layer, Source
 from .wrappers import unwrap
 
@@ -220,6 +220,8 @@ class Backbone(nn.Module):
             if not self.trainable:
                 stack.enter_context(evaluating(self.model))
                 stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and image.requires_grad))
+                if torch.is_grad_enabled():
+                    stack.enter_context(frozen(self.model))
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())

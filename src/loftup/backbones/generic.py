@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import LoftUpError, one_line
 from .geometry import SMALLEST, SQUARES, Maps, changes, in_place, pictures, spots, strongest
 from .maps import match_weights, stated_size, timm_config
-from .vit import IMAGENET, Layer, Scaling, Source, pick_layers
+from .vit import IMAGENET, Layer, Scaling, Source, pair, pick_layers
 
 __all__ = ["generic"]
 
@@ -195,6 +195,8 @@ def sizes(*models: Any) -> list[tuple[tuple[int, int], bool]]:
     patch = patch_of(*models)
     free = FIRST if patch is None or FIRST[0] % patch == 0 else (12 * patch, 24 * patch)
     stated_ = [size for model in models if (size := stated_size(model))]
+    inside = (module.img_size for model in models for module in model.modules() if getattr(module, "img_size", None))
+    stated_ += [pair(size) for size in inside]
     only = list(dict.fromkeys([*stated_, *((side, side) for side in SQUARES)]))
     return [(free, False), *((size, True) for size in only)]
 

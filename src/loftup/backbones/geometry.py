@@ -89,7 +89,7 @@ def changes(features: Tensor) -> Tensor | None:
     rounding = 16 * torch.finfo(features.dtype).eps * x[0].norm(dim=0).median()
     if not change.isfinite().all() or (change.amax((1, 2)) <= rounding).any():
         return None
-    return change
+    return change  # type: ignore[no-any-return]
 
 
 def strongest(change: Tensor) -> list[tuple[int, int]]:

@@ -38,13 +38,13 @@ def build_transformers(name: str, weights: Any, options: dict[str, Any]) -> tupl
     source = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
     try:
         if weights is False:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(source))
+            model = AutoModel.from_config(AutoConfig.from_pretrained(source))  # type: ignore[no-untyped-call]
         else:
             model = AutoModel.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise LoftUpError(f"transformers has no model {name!r}: {one_line(error)[:300]}") from error
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
         mean, std = (tuple(map(float, getattr(processor, f"image_{key}"))) for key in ("mean", "std"))
     except (OSError, ValueError, AttributeError, TypeError):
         mean, std = IMAGENET  # a folder with a model alone

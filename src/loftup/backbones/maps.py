@@ -13,7 +13,7 @@ from ..errors import LoftUpError, one_line
 from .geometry import Maps
 from .vit import IMAGENET, Layer, Scaling, Source, pair, part, pick_layers
 
-__all__ = ["evaluating", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
+__all__ = ["evaluating", "frozen", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
 
 # Options by which timm builds a model for any image size. Swin knows the first; older ones swallow the second unused.
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
@@ -231,6 +231,19 @@ def measure(
     assert failure is not None
     kind = type(model).__name__
     raise LoftUpError(f"{kind} does not take a picture of {side}x{side}: {one_line(failure)}") from failure
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Leave a model's parameters out of the graph that is made meanwhile."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ so that the user's model stays as it is and adapters put into it later take effe
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +163,7 @@ class PlainViT:
     # Owner and path of the projection behind the final norm: a module, or a matrix (D, C).
     projection: tuple[Any, str] | None = None
     normed: bool = True  # whether features get the final norm
+    told: bool = False  # of hooks that do not run
 
     def __post_init__(self) -> None:
         # Blocks of transformers want masks by position: two in CLIP of version 4, one in version 5; others want none.
@@ -169,12 +171,27 @@ class PlainViT:
         self.masks = [None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
 
     def __call__(self, image: Tensor) -> Maps:
+        self._warn_of_hooks()
         # Weights decide the precision; under autocast the residual stream stays as wide as they are.
         image = image.to(self.convolution.weight.dtype)
         tokens, (h, w) = self.embed(image)
         prefix = tokens.shape[1] - h * w
         outputs = self.encode(tokens, image)
         return [self._map(outputs[index], prefix, h, w) for index in self.lasts]
+
+    def _warn_of_hooks(self) -> None:
+        """Say once that hooks of modules that are not called as a whole do not run."""
+        whole = (self.trunk, part(self.trunk, self.layout.patch.rpartition(".")[0] or "-"))
+        hooked = [
+            type(m).__name__ for m in whole if isinstance(m, nn.Module) and (m._forward_hooks or m._forward_pre_hooks)
+        ]
+        if hooked and not self.told:
+            self.told = True
+            warnings.warn(
+                f"the forward hooks of {' and '.join(hooked)} do not run: its blocks and norms are called one by one. "
+                "Put hooks on these, or give Backbone(model, function, channels=C, patch_size=p)",
+                stacklevel=4,
+            )
 
     def _map(self, tokens: Tensor, prefix: int, h: int, w: int) -> Tensor:
         """A block's output (B, prefix + h * w, D) as features (B, C, h, w)."""
