@@ -223,10 +223,11 @@ class LoftUp(nn.Module):
                 open_clip or transformers name; a backbone object of one of these libraries or from
                 :func:`loftup.wrap`; a timm name of any other backbone, which gets "any" with a warning; a Hub
                 repository id ("user/repo"); a folder or a file (``pytorch_model.bin``, ``.safetensors``, a training
-                checkpoint with ``state_dict``). Names of the catalogue win over folders: write "./name" for
-                those, or pass a ``Path``, which is never a name or a repository. A file without a config does not tell
+                checkpoint with ``state_dict``). Names of the catalogue win over folders, and folders over
+                the Hub, with a warning where they are written like a repository: write "./name" for those, or pass a
+                ``Path``, which is never a name or a repository. A file without a config does not tell
                 the number of attention heads: the published 4 are assumed (:meth:`save_pretrained` stores the number).
-            revision: branch, tag or commit of the Hub repository.
+            revision: branch, tag or commit of the Hub repository; refused for a local file or folder.
             cache_dir: where downloads are kept; None means the Hub's default cache.
             local_files_only: take files from the cache and never ask the network.
             device: where to put the module; None means the CPU.
@@ -242,8 +243,9 @@ class LoftUp(nn.Module):
             The module in ``eval()`` mode.
 
         Raises:
-            LoftUpError: the name is unknown (near misses are named), the Hub is unreachable, or a file is missing,
-                truncated, incomplete, of another architecture or of mixed dtypes.
+            LoftUpError: the name is unknown (near misses are named), the Hub does not answer within seconds and the
+                cache lacks the file, or a file is missing, truncated, damaged, incomplete, of another architecture, of
+                mixed dtypes or with values that are not finite.
             TypeError: ``name_or_path`` or ``dtype`` is of another type.
         """
         from .weights.files import check_fit, read_weights
@@ -253,8 +255,8 @@ class LoftUp(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
         source = _resolve(name_or_path, strict)
-        if source.substitute:
-            warnings.warn(source.substitute, stacklevel=2)
+        for sentence in filter(None, (source.substitute, source.shadowed)):
+            warnings.warn(sentence, stacklevel=2)
         if source.checkpoint is not None and source.checkpoint.in_package:
             dtype = dtype or torch.float32  # stored as float16 to keep the package small
         # Ordinary parameters also when called inside torch.inference_mode().
@@ -268,15 +270,21 @@ class LoftUp(nn.Module):
             )
             with torch.device("meta"):
                 up = cls(weights.config)
-            check_fit(weights, up.state_dict())
-            up.load_state_dict(weights.state, assign=True)
+            check_fit(weights.state, up.state_dict(), weights.file)
+            # Tensors of a file may be parts of a common storage.
+            up.load_state_dict({key: value.detach().clone() for key, value in weights.state.items()}, assign=True)
             return up.to(device=device or "cpu", dtype=dtype).eval().requires_grad_(trainable)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write ``model.safetensors`` and ``config.json`` that :meth:`from_pretrained` reads back bit for bit.
 
         The whole config is in the header of ``model.safetensors`` too, so that the file can travel alone.
-        Each file appears whole or not at all: it is written under another name first and then renamed.
+        Each file appears whole or not at all: it is written under another name first and then renamed. The same weights
+        give the same bytes.
+
+        Raises:
+            LoftUpError: modules were replaced (LoRA), or values are not finite or of several dtypes, so that the files
+                could not be loaded; or the folder holds somebody else's files of these names.
         """
         from .weights.files import save
 
