@@ -10,6 +10,8 @@ import torch
 from material import LEARNABLE, SINE, inputs, randomised, shared, universal
 from PIL import Image
 from safetensors.torch import load_file
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.networks.layers import FourierCode
@@ -340,6 +342,65 @@ def test_features_that_overflow_after_the_cast_are_refused(autocast):
         assert up.float()(features, image).isfinite().all()
         with pytest.raises(LoftUpError, match="overflow in torch.float32"):
             universal()(1e39 * features.double().abs() + 1e39, image)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("wanted", ["features", "image", "weights"])
+def test_forward_mode_derivatives_are_those_of_the_whole_image(make, wanted):
+    up = make().double().requires_grad_(False)
+    features, image = inputs(grid=(2, 3), size=(6, 9))
+    state = dict(up.named_parameters())
+    name = next(iter(state)) if wanted == "weights" else wanted
+    arguments = {"features": features.double(), "image": image, **state}
+    primal, tangent = arguments[name], torch.randn_like(arguments[name])
+
+    def call(x):
+        every = {**arguments, name: x}
+        pair = every.pop("features"), every.pop("image")
+        return torch.func.functional_call(up, every, pair)
+
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels of attention have no forward mode
+        with torch.no_grad():
+            made = torch.func.jvp(call, (primal,), (tangent,))[1]
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(call(forward_ad.make_dual(primal, tangent))).tangent
+        seen = primal.clone().requires_grad_()
+        output = call(seen)
+        weights = torch.randn_like(output)
+        (gradient,) = torch.autograd.grad(output, seen, weights)
+    expected = (gradient * tangent).sum()  # the same number, by reverse mode
+    for result in (made, dual):
+        torch.testing.assert_close((result * weights).sum(), expected, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_traced_module_follows_other_pictures(make):
+    up = make()
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 24, 2, 2), (5, 7), mode="bilinear")
+    features, image = inputs()
+    with torch.no_grad():
+        traced = torch.jit.trace(up, (smooth, torch.rand_like(image)), check_trace=False)
+        torch.testing.assert_close(traced(features, image), up(features, image), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_does_not_matter(make, default):
+    up = make()
+    features, image = inputs(size=(37, 50))
+    points = 30 * torch.rand(1, 9, 2)
+    with torch.no_grad():
+        expected = up(features, image), up.at(features, image, points)
+        torch.set_default_dtype(default)
+        try:
+            made = up(features, image), up.at(features, image, points)
+            whole = up.upsampler(up.channelnorm(features), image)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(made[0], expected[0])
+    assert torch.equal(made[1], expected[1])
+    torch.testing.assert_close(whole, expected[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
@@ -217,6 +218,8 @@ class LoftUp(nn.Module):
                     f"{' and '.join(names)} require a gradient: use torch.no_grad() or torch.inference_mode(), or "
                     "freeze them with .requires_grad_(False)"
                 )
+        if any(map(_has_tangent, (features, image, *self.parameters()))):
+            return "a forward-mode derivative is wanted: call it outside torch.func.jvp and dual numbers"
         return None
 
     @classmethod
@@ -332,6 +335,11 @@ class LoftUp(nn.Module):
     def extra_repr(self) -> str:
         """Channels, width and backbone, for ``print(up)``."""
         return str(self.config)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Tell whether forward-mode differentiation follows a tensor."""
+    return torch._C._functorch.is_gradtrackingtensor(x) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _resolve(source: "str | os.PathLike[str] | nn.Module", strict: bool) -> "WeightsName":
