@@ -270,6 +270,7 @@ FEATURES, IMAGE = inputs()
         (FEATURES, IMAGE, 0, ValueError, "size must be positive, got 0"),
         (FEATURES, IMAGE, (3, 4, 5), ValueError, r"pair \(height, width\) of ints, got \(3, 4, 5\)"),
         (FEATURES, IMAGE, 1.5, ValueError, "got 1.5"),
+        (FEATURES, IMAGE, (2**24 + 1, 3), ValueError, r"size must be at most 16777216 a side, got \(16777217, 3\)"),
         (FEATURES, IMAGE, (3, True), ValueError, r"ints, got \(3, True\)"),
         (FEATURES, IMAGE, numpy.float32(3), ValueError, r"of ints, got"),
         (FEATURES.to("meta"), IMAGE, None, ValueError, "features are on meta, the image on cpu"),

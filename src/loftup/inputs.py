@@ -14,6 +14,7 @@ from .weights.catalogue import fitting
 __all__ = ["Size", "check_inputs", "check_options", "check_out", "check_points", "output_size", "resize_guidance"]
 
 Size = int | tuple[int, int] | None
+LARGEST = 2**24  # pixels a side, whose coordinates float32 tells apart
 FLAT = 1e-4  # a channel's range below which the networks take it as flat
 
 
@@ -29,6 +30,8 @@ def output_size(size: Size, image: Tensor) -> tuple[int, int]:
         pair = tuple(n if isinstance(n, torch.SymInt) else operator.index(n) for n in pair)
     if min(pair) < 1:
         raise ValueError(f"size must be positive, got {size!r}")
+    if any(isinstance(n, int) and n > LARGEST for n in pair):
+        raise ValueError(f"size must be at most {LARGEST} a side, got {size!r}")
     return pair[0], pair[1]
 
 
