@@ -26,8 +26,9 @@ def output_size(size: Size, image: Tensor) -> tuple[int, int]:
     wrong = f"size must be an int or a pair (height, width) of ints, got {size!r}"
     if len(pair) != 2 or any(isinstance(n, bool) for n in pair):
         raise ValueError(wrong)
-    with translate(TypeError, wrong, ValueError):
-        pair = tuple(n if isinstance(n, torch.SymInt) else operator.index(n) for n in pair)
+    if not all(isinstance(n, int | torch.SymInt) for n in pair):
+        with translate(TypeError, wrong, ValueError):  # which torch.compile cannot see through
+            pair = tuple(map(operator.index, pair))
     if min(pair) < 1:
         raise ValueError(f"size must be positive, got {size!r}")
     if any(isinstance(n, int) and n > LARGEST for n in pair):
@@ -120,7 +121,7 @@ def check_inputs(
         ):
             if not bool(finite.all()):
                 remedy = f"look where they come from, or replace them: torch.nan_to_num({name.split()[-2]})"
-                if features.dtype == torch.float16:
+                if tensor.dtype == torch.float16:
                     remedy = "float16 overflows past 65504: run the backbone in bfloat16 or float32"
                 raise ValueError(f"{name} {int((~tensor.isfinite()).sum())} values that are not finite; {remedy}")
         flat = (high - low < FLAT).all(1)
@@ -157,7 +158,7 @@ def check_out(out: Any, features: Tensor, image: Tensor) -> Tensor | None:
 
     Raises:
         TypeError: neither a tensor nor a NumPy array, or an array that PyTorch cannot use.
-        ValueError: it cannot be written to, holds a place twice, or shares its memory with an argument.
+        ValueError: it cannot be written to, overlaps itself, or shares its memory with an argument.
     """
     import numpy as np
 

@@ -130,7 +130,7 @@ class LoftUp(nn.Module):
             stream = open_stream(self.upsampler, backend)
             canvas = Canvas(features, size, head, check_out(out, features, image))
             stream.upsample(self._normalise(features), image, canvas, memory)
-            result = canvas.finish()
+            result: Any = canvas.finish()
             return result if out is None else out
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:

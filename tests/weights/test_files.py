@@ -346,6 +346,16 @@ def test_replaced_modules_are_not_saved(up, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_could_not_be_loaded_is_not_saved(up, tmp_path):
+    with pytest.raises(LoftUpError, match="in this LoftUp is a meta tensor, expected a dense one"):
+        LoftUp(24).to("meta").save_pretrained(tmp_path)
+    with pytest.raises(LoftUpError, match="this LoftUp holds tensors of torch.float8_e5m2, expected"):
+        LoftUp(24).to(torch.float8_e5m2).save_pretrained(tmp_path)
+    up.upsampler.final_conv[1].bias = up.upsampler.final_conv[1].weight
+    with pytest.raises(LoftUpError, match="tensors of this LoftUp are expanded or share their memory; save"):
+        up.save_pretrained(tmp_path)
+
+
 def test_somebody_elses_files_are_not_replaced(up, tmp_path):
     cases = {
         "config.json": (b'{"model_type": "dinov2"}', b"not json", b"[]"),

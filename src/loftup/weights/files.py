@@ -233,7 +233,7 @@ def _read_pickle(file: Path) -> dict[str, Any]:
 
 def _check_sums(stream: IO[bytes]) -> None:
     """Raise BadZipFile where content differs from its checksum, which PyTorch does not read."""
-    if zipfile.is_zipfile(stream):
+    if stream.read(4) == b"PK\x03\x04":
         with zipfile.ZipFile(stream) as archive:
             for entry in archive.infolist():
                 if entry.CRC:  # 0: PyTorch was told to write none
@@ -243,16 +243,16 @@ def _check_sums(stream: IO[bytes]) -> None:
     stream.seek(0)
 
 
-def _check_tensors(state: StateDict, file: Path) -> None:
+def _check_tensors(state: StateDict, where: "str | Path") -> None:
     """Raise LoftUpError unless all tensors are plain ones with memory of their own."""
     for key, value in state.items():
         kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
         kind = "meta" if value.is_meta else kind
         if kind != "strided":
-            raise LoftUpError(f"{key} in {file} is a {kind} tensor, expected a dense one; save the weights as such")
+            raise LoftUpError(f"{key} in {where} is a {kind} tensor, expected a dense one; save the weights as such")
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
     if sum(value.numel() * value.itemsize for value in state.values()) > sum(storages.values()):
-        raise LoftUpError(f"tensors of {file} are expanded or share their memory; save value.clone() of each")
+        raise LoftUpError(f"tensors of {where} are expanded or share their memory; save value.clone() of each")
 
 
 def _unreadable(file: Path, error: Exception) -> str:
@@ -338,9 +338,9 @@ def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> 
             f"modules of this LoftUp were replaced ({_some(sorted(state.keys() ^ expected.keys()), 2)}), and their "
             "weights could not be loaded; merge the LoRA first (peft: merge_and_unload()), or put the modules back"
         )
+    _check_tensors(state, "this LoftUp")
     check_fit(state, expected, "this LoftUp")
-    for file in _strangers(folder):
-        raise LoftUpError(f"{file} is not loftup's, and is not replaced; name another folder, or remove it")
+    _check_replaceable(folder)
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     # One entry of metadata: safetensors writes several in any order.
     write_atomically(folder / SAFETENSORS, to_bytes(plain, {METADATA_KEY: json.dumps(fields)}))
@@ -348,24 +348,17 @@ def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> 
     write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _strangers(folder: Path) -> list[Path]:
-    """The weights and config in a folder, where neither loftup wrote them nor they are published ones."""
-    files, others = [file for file in (folder / CONFIG, folder / SAFETENSORS) if os.path.lexists(file)], []
-    for file in files:
-        try:
-            if file.name == CONFIG:
-                values = _read_json(file)
-                if isinstance(values, dict) and values.get("library_name") == "loftup":
-                    return []
-                _described(values, "")
-            elif file.is_file():
-                state, config = read_state(file)
-                _stored(state, config or {}, file, "")
-            else:
-                others.append(file)
-        except LoftUpError:
-            others.append(file)
-    return others
+def _check_replaceable(folder: Path) -> None:
+    """Raise LoftUpError where a folder holds weights or a config that are neither loftup's nor LoftUp weights."""
+    for file in filter(os.path.lexists, (folder / CONFIG, folder / SAFETENSORS)):
+        with translate(LoftUpError, f"{file} is not loftup's, and is not replaced; name another folder, or remove it"):
+            if file.name == SAFETENSORS:
+                read_weights(WeightsName("", path=file))
+                continue
+            values = _read_json(file)
+            if isinstance(values, dict) and values.get("library_name") == "loftup":
+                return
+            _described(values, "")
 
 
 def push(config: Config, state: StateDict, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
