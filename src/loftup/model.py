@@ -130,8 +130,8 @@ class LoftUp(nn.Module):
             stream = open_stream(self.upsampler, backend)
             canvas = Canvas(features, size, head, check_out(out, features, image))
             stream.upsample(self._normalise(features), image, canvas, memory)
-            result: Any = canvas.finish()
-            return result if out is None else out
+            result = canvas.finish()
+            return result if out is None else out  # type: ignore[return-value]
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
                 raise ValueError(f"{name}= is for inference, but {reason}")
