@@ -397,6 +397,13 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(up, tmp_path):
         ({"conv.weight": torch.zeros(2), "channelnorm.norm.weight": torch.zeros(2)}, "does not hold a LoftUp network"),
         ({"upsampler.x": 3, "channelnorm.y": "z"}, "is not a state dict of tensors: upsampler.x, channelnorm.y"),
         ([1, 2], "holds a list, expected a state dict"),
+        ({3: torch.zeros(2)}, "is not a state dict of tensors: 3 hold other things"),
+        ({"state_dict": {3: torch.zeros(2)}}, "a training checkpoint without upsampler"),
+        ({"upsampler.gate.weight": torch.zeros(2)}, "does not hold a LoftUp network"),
+        (
+            {"upsampler.lr_pe": torch.zeros(2), "channelnorm.norm.weight": torch.zeros(2)},
+            "does not hold a LoftUp network",
+        ),
         ({}, "lacks the channel norm"),
     ],
 )
@@ -448,6 +455,10 @@ def test_a_config_is_compared_with_the_tensors_before_anything_is_built(fields, 
 
 
 def test_a_bad_header_is_refused(up, tmp_path):
+    for damaged in ("{", "[" * 100_000, "9" * 5_000):
+        save_file(up.state_dict(), tmp_path / "model.safetensors", {"loftup_config": damaged})
+        with pytest.raises(LoftUpError, match="the config in .* is damaged"):
+            LoftUp.from_pretrained(tmp_path)
     save_file(up.state_dict(), tmp_path / "model.safetensors", {"loftup_config": json.dumps({"channels": 24, "a": 1})})
     with pytest.raises(LoftUpError, match=r"the config in .* unknown keys \['a'\]"):
         LoftUp.from_pretrained(tmp_path)

@@ -89,7 +89,7 @@ def _fetch(hub: Repository, file: str) -> Path | None:
     try:
         return hub.fetch(file)
     except LoftUpError as error:
-        raise type(error)(f"{error}; and there is no local folder of that name") from error
+        raise type(error)(f"{error}; and there is no local folder of that name") from None
 
 
 def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterator[Path], dict[str, Any] | None]:
@@ -183,13 +183,13 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
             config = _described(state[METADATA_KEY], f"the config in {file}")
     if isinstance(state.get("state_dict"), dict):
         # A training checkpoint also holds the backbone (model.0.*), losses and downsamplers: not ours to load.
-        entries: dict[str, Any] = state["state_dict"]
+        entries = {key: value for key, value in state["state_dict"].items() if isinstance(key, str)}
         renamed = {re.sub(r"^model\.1\.norm\.", "channelnorm.norm.", key): value for key, value in entries.items()}
         state = {key: value for key, value in renamed.items() if key.startswith(("upsampler.", "channelnorm."))}
         if not state:
             kind = "a training checkpoint without upsampler.* entries"
             raise LoftUpError(f"{file} is {kind}; its keys begin {_some(entries)}")
-    if strangers := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+    if strangers := [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
         raise LoftUpError(f"{file} is not a state dict of tensors: {_some(strangers)} hold other things")
     _check_tensors(state, file)
     if state and not any(key.startswith(("upsampler.", "channelnorm.")) for key in state):
@@ -209,8 +209,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
         raise LoftUpError(_unreadable(file, error)) from error
     if METADATA_KEY not in metadata:
         return state, None
-    with translate((json.JSONDecodeError, RecursionError), lambda error: f"the config in {file} is damaged: {error}"):
-        return state, _described(json.loads(metadata[METADATA_KEY]), f"the config in {file}")
+    with translate((ValueError, RecursionError), lambda error: f"the config in {file} is damaged: {error}"):
+        values = json.loads(metadata[METADATA_KEY])
+    return state, _described(values, f"the config in {file}")
 
 
 def _read_pickle(file: Path) -> dict[str, Any]:

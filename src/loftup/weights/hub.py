@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoftUpError, one_line, translate
+from ..errors import LoftUpError, translate
 from ..version import __version__
 
 __all__ = ["Repository", "UnreachableError", "upload"]
@@ -91,7 +91,7 @@ class Repository:
         except (errors.HFValidationError, errors.EntryNotFoundError, errors.RepositoryNotFoundError):
             return True
         except Exception as error:  # of requests or httpx: no network, a server that fails, offline by setting
-            self.silence = one_line(error)
+            self.silence = str(error).partition("\n")[0] or type(error).__name__
             # What the Hub refuses the client explains.
             return isinstance(error, errors.HfHubHTTPError) and 400 <= error.response.status_code < 429
         return True
