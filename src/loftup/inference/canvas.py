@@ -136,16 +136,15 @@ class Canvas:
 
     def _check_written(self, target: Tensor, values: Tensor | None) -> None:
         """Raise ValueError where ``out`` does not hold what was written; ``values`` where they are not the features."""
-        if self.out is None or target.dtype == self.dtype:
+        real = self.dtype.is_floating_point
+        wider = real and torch.finfo(target.dtype).max >= torch.finfo(self.dtype).max
+        if self.out is None or target.dtype == self.dtype or wider:
             return
-        if self.dtype.is_floating_point:
-            if torch.finfo(target.dtype).max >= torch.finfo(self.dtype).max:
-                return
+        if values is None:
             lost = ~target.isfinite()
-            lost = lost if values is None else lost.to(values.device) & values.isfinite()
         else:
-            assert values is not None
-            lost = target.to(values) != values
+            back = target.to(values)
+            lost = back.isfinite() != values.isfinite() if real else back != values
         if bool(lost.any()):
             raise ValueError(
                 f"{int(lost.sum())} values of the result or more do not fit into out's {target.dtype}; give an out of "
