@@ -3,13 +3,17 @@
 import json
 import warnings
 
+import numpy
 import plain
 import pytest
 import torch
 from material import LEARNABLE, SINE, inputs, randomised, shared, universal
+from PIL import Image
 from safetensors.torch import load_file
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loftup import LoftUp, LoftUpConfig
+from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.networks.layers import FourierCode
 from loftup.ops.attention import cross_attention
 
@@ -246,21 +250,165 @@ FEATURES, IMAGE = inputs()
         (FEATURES, IMAGE[:, :1], None, ValueError, r"image has 1 channels, expected 3.*image.expand"),
         (torch.rand(1, 384, 5, 7), IMAGE, None, ValueError, "384 channels, .* expect 24.*'dinov2_vits14'"),
         (torch.rand(2, 24, 5, 7), IMAGE, None, ValueError, "batch size 2, the image 1"),
+        (FEATURES, IMAGE[0, 0], None, ValueError, r"image must have 4 dimensions.*got shape \(33, 46\)$"),
+        (FEATURES, IMAGE[0].permute(1, 2, 0), None, ValueError, r"\(33, 46, 3\).*image.permute\(2, 0, 1\)\[None\]"),
+        (FEATURES, IMAGE.permute(0, 2, 3, 1), None, ValueError, r"33 channels, .* last: image.permute\(0, 3, 1, 2\)"),
+        (FEATURES, torch.rand(1, 4, 33, 46), None, ValueError, r"4 channels, expected 3 .* alpha: image\[:, :3\]"),
+        (FEATURES.permute(0, 2, 3, 1), IMAGE, None, ValueError, r"5 channels, .* 24.*features.permute\(0, 3, 1, 2\)"),
+        (FEATURES, IMAGE.numpy(), None, TypeError, r"image must be a tensor, got ndarray; for a picture \(H, W, 3\)"),
+        (FEATURES, Image.new("RGB", (46, 33)), None, TypeError, r"Image; .*numpy.array\(image\)\).permute\(2, 0, 1\)"),
+        (FEATURES.to_sparse(), IMAGE, None, TypeError, r"dense tensor, got torch.sparse_coo; .*features.to_dense\(\)"),
+        (FEATURES.to(torch.float8_e5m2), IMAGE, None, TypeError, r"got torch.float8_e5m2; convert with features.float"),
         (FEATURES, (IMAGE * 255).byte(), None, TypeError, r"got torch.uint8; convert with image.float\(\)"),
         (FEATURES.numpy(), IMAGE, None, TypeError, "features must be a tensor, got ndarray"),
         (FEATURES[:, :, :0], IMAGE, None, ValueError, "must not be empty"),
-        (FEATURES / 0, IMAGE, None, ValueError, "features hold 840 values that are not finite"),
+        (FEATURES / 0, IMAGE, None, ValueError, r"features hold 840 values that are not .*nan_to_num\(features\)"),
         (FEATURES.half() / 0, IMAGE, None, ValueError, "float16 overflows past 65504"),
-        (FEATURES, IMAGE * float("nan"), None, ValueError, "image hold .* not finite"),
+        (FEATURES, IMAGE * float("nan"), None, ValueError, r"the image holds 4554 .*nan_to_num\(image\)"),
+        (FEATURES, 1e39 * IMAGE.double(), None, ValueError, "the image holds .* values that are not finite"),
+
         (FEATURES, IMAGE, 0, ValueError, "size must be positive, got 0"),
         (FEATURES, IMAGE, (3, 4, 5), ValueError, r"pair \(height, width\) of ints, got \(3, 4, 5\)"),
         (FEATURES, IMAGE, 1.5, ValueError, "got 1.5"),
+        (FEATURES, IMAGE, (2**24 + 1, 3), ValueError, r"size must be at most 16777216 a side, got \(16777217, 3\)"),
+        (FEATURES, IMAGE, (3, True), ValueError, r"ints, got \(3, True\)"),
+        (FEATURES, IMAGE, numpy.float32(3), ValueError, r"of ints, got"),
         (FEATURES.to("meta"), IMAGE, None, ValueError, "features are on meta, the image on cpu"),
     ],
 )  # fmt: skip
 def test_bad_arguments(features, image, size, error, text):
     with pytest.raises(error, match=text):
         randomised(SINE)(features, image, size=size)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"memory": "1GB"}, "memory must be a whole number of bytes, got '1GB'; 256 MiB are 256"),
+        ({"memory": 1e8}, "memory must be a whole number of bytes, got 100000000.0"),
+        ({"memory": True}, "memory must be a whole number of bytes, got True"),
+        ({"head": 3}, "head must be a function of features or an nn.Module, got int"),
+        ({"backend": 3}, "backend must be a name or None, got 3"),
+        ({"out": "x"}, "out must be a tensor or a NumPy array of the result's shape, got str"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+def test_options_of_another_type(make, option, text):
+    with torch.no_grad(), pytest.raises(TypeError, match=text):
+        make()(FEATURES, IMAGE, **option)
+
+
+def test_whole_numbers_of_numpy():
+    up = randomised(SINE)
+    with torch.no_grad():
+        sizes = (numpy.int64(8), (numpy.int32(8), 8), [8, numpy.uint8(8)])
+        for made in [up(FEATURES, IMAGE, size=size, memory=numpy.int64(2**25)) for size in sizes]:
+            assert made.shape == (1, 24, 8, 8)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+def test_an_image_divided_twice_is_told(make):
+    up = make()
+    features, image = inputs(batch=2)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        for twice in (image / 255 / 255, (image / 255 / 255 - mean) / std):
+            twice[0] = image[0]
+            with pytest.warns(UserWarning, match="channels range over .*e-05 at most; .* divided by 255 tw") as w:
+                up(features, twice)
+            assert w[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for good in (image * 255, (image / 255 - mean) / std, torch.full_like(image, 0.3), 0 * image):
+                up(features, good)
+            grey = torch.full_like(image, 0.7)
+            grey[:, :, 3] = grey[0, 0, 0, 0].nextafter(torch.tensor(1.0))  # rounding, and nothing else
+            up(features, grey)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_features_that_overflow_after_the_cast_are_refused(autocast):
+    up = randomised(LoftUpConfig(24, channel_norm="identity"))
+    up = up if autocast else up.half()
+    features, image = inputs()
+    features[0, 0, 0, 0] = 7e4
+    text = "features up to 7e.04 overflow in torch.float16, in which this LoftUp computes; use a wider"
+    context = torch.autocast("cpu", torch.float16, enabled=autocast)
+    for contexts in (torch.no_grad(), torch.enable_grad()):
+        with contexts, context, pytest.raises(LoftUpError, match=text):
+            up(features, image)
+    with torch.no_grad(), context, pytest.raises(LoftUpError, match=text):
+        up.at(features, image, torch.zeros(1, 1, 2))
+    with torch.no_grad():
+        assert up.float()(features, image).isfinite().all()
+        with pytest.raises(LoftUpError, match="overflow in torch.float32"):
+            universal()(1e39 * features.double().abs() + 1e39, image)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("wanted", ["features", "image", "weights"])
+def test_forward_mode_derivatives_are_those_of_the_whole_image(make, wanted):
+    up = make().double().requires_grad_(False)
+    features, image = inputs(grid=(2, 3), size=(6, 9))
+    state = dict(up.named_parameters())
+    name = next(iter(state)) if wanted == "weights" else wanted
+    arguments = {"features": features.double(), "image": image, **state}
+    primal, tangent = arguments[name], torch.randn_like(arguments[name])
+
+    def call(x):
+        every = {**arguments, name: x}
+        pair = every.pop("features"), every.pop("image")
+        return torch.func.functional_call(up, every, pair)
+
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other kernels of attention have no forward mode
+        with torch.no_grad():
+            made = torch.func.jvp(call, (primal,), (tangent,))[1]
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(call(forward_ad.make_dual(primal, tangent))).tangent
+        seen = primal.clone().requires_grad_()
+        output = call(seen)
+        weights = torch.randn_like(output)
+        (gradient,) = torch.autograd.grad(output, seen, weights)
+    expected = (gradient * tangent).sum()  # the same number, by reverse mode
+    for result in (made, dual):
+        torch.testing.assert_close((result * weights).sum(), expected, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_traced_module_follows_other_pictures(make):
+    up = make()
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 24, 2, 2), (5, 7), mode="bilinear")
+    features, image = inputs()
+    with torch.no_grad():
+        traced = torch.jit.trace(up, (smooth, torch.rand_like(image)), check_trace=False)
+        torch.testing.assert_close(traced(features, image), up(features, image), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_does_not_matter(make, default):
+    up = make()
+    features, image = inputs(size=(37, 50))
+    points = 30 * torch.rand(1, 9, 2)
+    with torch.no_grad():
+        expected = up(features, image), up.at(features, image, points)
+        torch.set_default_dtype(default)
+        try:
+            made = up(features, image), up.at(features, image, points)
+            whole = up.upsampler(up.channelnorm(features), image)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(made[0], expected[0])
+    assert torch.equal(made[1], expected[1])
+    torch.testing.assert_close(whole, expected[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+def test_vmap_is_refused(make):
+    features, image = inputs(batch=2)
+    with torch.no_grad(), pytest.raises(LoftUpError, match="torch.vmap hides .*; pass the whole batch to up itself"):
+        torch.func.vmap(make())(features[:, None], image[:, None])
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ class LoftUpError(ValueError):
 def translate(
     kinds: type[Exception] | tuple[type[Exception], ...],
     text: "str | Callable[[Any], str]",
-    into: type[LoftUpError] = LoftUpError,
+    into: type[Exception] = LoftUpError,
 ) -> Iterator[None]:
-    """Raise a LoftUpError in place of errors of these kinds; ``text`` may be a function of the error."""
+    """Raise a LoftUpError, or ``into``, in place of errors of these kinds; ``text`` may be a function of the error."""
     try:
         yield
     except kinds as error:

@@ -2,20 +2,23 @@
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
 from .inference.canvas import Canvas, Head, apply_head
-from .inference.choose import open_stream
-from .inputs import Size, check_inputs, check_points, output_size, resize_guidance
+from .inference.choose import compute_dtype, open_stream
+from .inputs import Size, check_inputs, check_options, check_out, check_points, output_size, resize_guidance
 from .networks import build_network, build_norm
 from .networks.config import Config, LoftUpConfig, UniversalConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .weights.names import WeightsName
 
 __all__ = ["LoftUp"]
@@ -69,7 +72,7 @@ class LoftUp(nn.Module):
         size: Size = None,
         *,
         head: Head | None = None,
-        out: Tensor | None = None,
+        out: "Tensor | np.ndarray[Any, Any] | None" = None,
         memory: int | None = None,
         backend: str | None = None,
     ) -> Tensor:
@@ -86,19 +89,21 @@ class LoftUp(nn.Module):
         Args:
             features: (B, C, h, w), straight from the backbone, any float dtype.
             image: (B, 3, H, W), the guidance; any per-channel affine scaling, so [0, 1], ImageNet-normalised or
-                0..255. Each image is scaled by its own extremes: batch-mates never matter. Pass it in float32 whatever
-                the dtype of the rest: the Fourier code's highest frequency is e^10, so that a bfloat16 image changes
-                the published network's output by 1 % (11 % at worst), a float16 one by a part of that. float64 counts
-                as float32.
+                0..255. A channel that ranges over less than 1e-4 counts as flat; where all do, a warning says so. Each
+                image is scaled by its own extremes: batch-mates never matter. Pass it in float32 whatever the dtype of
+                the rest: the Fourier code's highest frequency is e^10, so that a bfloat16 image changes the published
+                network's output by 1 % (11 % at worst), a float16 one by a part of that. float64 counts as float32.
             size: (H', W') of the result in pixels, or one int for a square; None means (H, W). Another size than the
                 image's resizes the guidance bilinearly first.
             head: a pointwise function of features, applied band by band, so that the (B, C, H', W') map never exists:
                 an ``nn.Linear`` over C, or anything that maps (1, C, n, m) to (1, K, n, m) or (1, n, m) position by
                 position (1x1 convolution, linear probe, similarity to texts, argmax). It sees the dtype of
-                ``features``. Where gradients of its own parameters are wanted, the map is kept for them. With "any"
-                an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, to the same result.
-            out: tensor to write the result into, of its shape and any dtype, device and memory layout (a memory-mapped
-                one too).
+                ``features``, and at first some of the pixels once more, in other company: one that mixes positions
+                gives them other values and is refused. Where gradients of its own parameters are wanted, the map is
+                kept for them. With "any" an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, to the same
+                result.
+            out: tensor or NumPy array to write the result into, of its shape and any device and memory layout (a
+                ``numpy.memmap`` too), of a dtype that holds it: no whole numbers for features.
             memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
                 libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA. With "any" it is also beside
                 the guidance's codes at half resolution and some six times the features.
@@ -110,20 +115,23 @@ class LoftUp(nn.Module):
 
         Raises:
             ValueError: C is not what these weights expect, or an argument is not a finite 4-d tensor (finiteness is
-                not checked inside ``torch.compile`` and ``torch.export``); ``size`` is not positive; the head is not
-                pointwise; ``out`` has another shape; ``memory`` does not hold the smallest band; there is no such
+                not checked inside ``torch.compile`` and ``torch.export``); ``size`` is not positive; ``out`` has
+                another shape or a dtype that does not hold the result, cannot be written to, has elements in one place
+                of memory or shares it with an argument; ``memory`` does not hold the smallest band; there is no such
                 ``backend``; or ``out``, ``memory`` or ``backend`` are given where the whole image is computed at once.
-            TypeError: an argument is not a float tensor.
-            LoftUpError: ``backend`` cannot run here.
+            TypeError: an argument is not a float tensor, or an option is of another type.
+            LoftUpError: ``backend`` cannot run here; the head is not pointwise (a 3x3 convolution, pooling, a batch
+                norm in training mode); features overflow in float16; or the call is inside ``torch.vmap``.
         """
         check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
-        size = output_size(size, image)
+        size, memory = output_size(size, image), check_options(head, memory, backend)
         reason = self._why_whole(features, image)
         if reason is None:
             stream = open_stream(self.upsampler, backend)
-            canvas = Canvas(features, size, head, out)
+            canvas = Canvas(features, size, head, check_out(out, features, image))
             stream.upsample(self._normalise(features), image, canvas, memory)
-            return canvas.finish()
+            result = canvas.finish()
+            return result if out is None else out  # type: ignore[return-value]
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
                 raise ValueError(f"{name}= is for inference, but {reason}")
@@ -134,7 +142,17 @@ class LoftUp(nn.Module):
     def _normalise(self, features: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and features.is_inference():
             features = features.clone()  # an ordinary tensor, which autograd can save
-        return self.channelnorm(features).to(self.upsampler.dtype)  # type: ignore[no-any-return]
+        normalised: Tensor = self.channelnorm(features).to(self.upsampler.dtype)
+        if torch.compiler.is_compiling():
+            return normalised
+        dtype = compute_dtype(self.upsampler)
+        narrower = torch.finfo(dtype).max < torch.finfo(features.dtype).max
+        if narrower and not bool(normalised.detach().to(dtype).isfinite().all()):
+            raise LoftUpError(
+                f"features up to {float(features.detach().abs().max()):.3g} overflow in {dtype}, in which this LoftUp "
+                "computes; use a wider dtype: up.to(torch.float32)"
+            )
+        return normalised
 
     def at(
         self, features: Tensor, image: Tensor, points: Tensor, size: Size = None, *, backend: str | None = None
@@ -160,11 +178,12 @@ class LoftUp(nn.Module):
         Raises:
             ValueError: as for :meth:`forward`; points have another shape or lie outside the grid; or a gradient is
                 wanted.
-            TypeError: as for :meth:`forward`.
-            LoftUpError: ``backend`` cannot run here.
+            TypeError: as for :meth:`forward`; or points are no real numbers.
+            LoftUpError: as for :meth:`forward`.
         """
         check_inputs(features, image, self.config.channels, self.device, self.config.backbone, stacklevel=3)
         height, width = output_size(size, image)
+        check_options(None, None, backend)
         check_points(points, features, height, width)
         if reason := self._why_whole(features, image):
             raise ValueError(
@@ -199,6 +218,8 @@ class LoftUp(nn.Module):
                     f"{' and '.join(names)} require a gradient: use torch.no_grad() or torch.inference_mode(), or "
                     "freeze them with .requires_grad_(False)"
                 )
+        if any(map(_has_tangent, (features, image, *self.parameters()))):
+            return "a forward-mode derivative is wanted: call it outside torch.func.jvp and dual numbers"
         return None
 
     @classmethod
@@ -223,10 +244,11 @@ class LoftUp(nn.Module):
                 open_clip or transformers name; a backbone object of one of these libraries or from
                 :func:`loftup.wrap`; a timm name of any other backbone, which gets "any" with a warning; a Hub
                 repository id ("user/repo"); a folder or a file (``pytorch_model.bin``, ``.safetensors``, a training
-                checkpoint with ``state_dict``). Names of the catalogue win over folders: write "./name" for
-                those, or pass a ``Path``, which is never a name or a repository. A file without a config does not tell
+                checkpoint with ``state_dict``). Names of the catalogue win over folders, and folders over
+                the Hub, with a warning where they are written like a repository: write "./name" for those, or pass a
+                ``Path``, which is never a name or a repository. A file without a config does not tell
                 the number of attention heads: the published 4 are assumed (:meth:`save_pretrained` stores the number).
-            revision: branch, tag or commit of the Hub repository.
+            revision: branch, tag or commit of the Hub repository; refused for a local file or folder.
             cache_dir: where downloads are kept; None means the Hub's default cache.
             local_files_only: take files from the cache and never ask the network.
             device: where to put the module; None means the CPU.
@@ -242,8 +264,9 @@ class LoftUp(nn.Module):
             The module in ``eval()`` mode.
 
         Raises:
-            LoftUpError: the name is unknown (near misses are named), the Hub is unreachable, or a file is missing,
-                truncated, incomplete, of another architecture or of mixed dtypes.
+            LoftUpError: the name is unknown (near misses are named), the Hub does not answer within seconds and the
+                cache lacks the file, or a file is missing, truncated, damaged, incomplete, of another architecture, of
+                mixed dtypes or with values that are not finite.
             TypeError: ``name_or_path`` or ``dtype`` is of another type.
         """
         from .weights.files import check_fit, read_weights
@@ -253,8 +276,8 @@ class LoftUp(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
         source = _resolve(name_or_path, strict)
-        if source.substitute:
-            warnings.warn(source.substitute, stacklevel=2)
+        for sentence in filter(None, (source.substitute, source.shadowed)):
+            warnings.warn(sentence, stacklevel=2)
         if source.checkpoint is not None and source.checkpoint.in_package:
             dtype = dtype or torch.float32  # stored as float16 to keep the package small
         # Ordinary parameters also when called inside torch.inference_mode().
@@ -268,15 +291,21 @@ class LoftUp(nn.Module):
             )
             with torch.device("meta"):
                 up = cls(weights.config)
-            check_fit(weights, up.state_dict())
-            up.load_state_dict(weights.state, assign=True)
+            check_fit(weights.state, up.state_dict(), weights.file)
+            # Tensors of a file may be parts of a common storage.
+            up.load_state_dict({key: value.detach().clone() for key, value in weights.state.items()}, assign=True)
             return up.to(device=device or "cpu", dtype=dtype).eval().requires_grad_(trainable)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write ``model.safetensors`` and ``config.json`` that :meth:`from_pretrained` reads back bit for bit.
 
         The whole config is in the header of ``model.safetensors`` too, so that the file can travel alone.
-        Each file appears whole or not at all: it is written under another name first and then renamed.
+        Each file appears whole or not at all: it is written under another name first and then renamed. The same weights
+        give the same bytes.
+
+        Raises:
+            LoftUpError: modules were replaced (LoRA), or values are not finite or of several dtypes, so that the files
+                could not be loaded; or the folder holds somebody else's files of these names.
         """
         from .weights.files import save
 
@@ -306,6 +335,11 @@ class LoftUp(nn.Module):
     def extra_repr(self) -> str:
         """Channels, width and backbone, for ``print(up)``."""
         return str(self.config)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Tell whether forward-mode differentiation follows a tensor."""
+    return torch._C._functorch.is_gradtrackingtensor(x) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _resolve(source: "str | os.PathLike[str] | nn.Module", strict: bool) -> "WeightsName":

@@ -4,9 +4,10 @@ import copy
 import gc
 import pickle
 
+import numpy
 import pytest
 import torch
-from material import LEARNABLE, SINE, inputs, randomised
+from material import LEARNABLE, SINE, inputs, randomised, universal
 from torch import nn
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError
@@ -166,6 +167,87 @@ def test_a_head_must_be_pointwise(head):
         up(*inputs(), head=head)
 
 
+def labels(features):
+    """The nearest of some vectors, after smoothing."""
+    vectors = features[0].flatten(1)[:, ::97]
+    return (
+        torch.cdist(nn.functional.avg_pool2d(features, 5, 1, 2)[0].flatten(1).mT, vectors.mT)
+        .argmin(1)
+        .view(1, *features.shape[2:])
+    )
+
+
+MIXING = {
+    "conv3x3": lambda: nn.Conv2d(24, 5, 3, padding=1),
+    "conv3x3-relu": lambda: nn.Sequential(nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 5, 1)),
+    "residual": lambda: lambda f: f + 0.1 * nn.functional.avg_pool2d(f, 3, 1, 1),
+    "conv3x1": lambda: nn.Conv2d(24, 5, (3, 1), padding=(1, 0)),
+    "conv1x3": lambda: nn.Conv2d(24, 5, (1, 3), padding=(0, 1)),
+    "labels": lambda: labels,
+    "mean": lambda: lambda f: f - f.mean((2, 3), keepdim=True),
+    "max pooling": lambda: nn.MaxPool2d(3, 1, 1),
+    "group norm": lambda: nn.GroupNorm(4, 24),
+    "instance norm": lambda: nn.InstanceNorm2d(24),
+    "spatial softmax": lambda: lambda f: f.flatten(2).softmax(-1).view(f.shape),
+    "flip": lambda: lambda f: f.flip(-1),
+    "coordinates": lambda: lambda f: f + torch.arange(f.shape[-1]),
+    "reflection": lambda: nn.Conv2d(24, 5, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_heads_that_mix_positions_are_refused(make, kind, gradients):
+    up, head = make(), MIXING[kind]()
+    features, image = inputs()
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(LoftUpError, match=r"head must be pointwise, but .*head\(up\("),
+    ):
+        up(features, image, head=head)
+
+
+def test_batch_norms_in_training_mode_are_refused_before_they_count():
+    up, head = randomised(SINE), nn.Sequential(nn.Conv2d(24, 5, 1), nn.BatchNorm2d(5), nn.Dropout())
+    for gradients in (False, True):
+        with (
+            torch.set_grad_enabled(gradients),
+            pytest.raises(LoftUpError, match="its batch norm '1' is in training mode, .*; call head.eval"),
+        ):
+            up(*inputs(), head=head)
+    assert head[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
+@pytest.mark.parametrize("size", [(33, 46), (1, 50), (2, 1), (1, 1)])
+def test_pointwise_heads_are_taken_in_every_dtype(make, dtype, size):
+    up = make()
+    features, image = inputs(size=size)
+    context = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast")
+    dtype = torch.float32 if dtype == "autocast" else dtype
+    network = nn.Sequential(nn.Conv2d(24, 90, 1), nn.GELU(), nn.Conv2d(90, 90, 1), nn.GELU(), nn.Conv2d(90, 5, 1))
+    network = network.to(dtype)
+    heads = [
+        network,
+        lambda f: network(f).argmax(1),
+        lambda f: network(f).softmax(1),
+        lambda f: network(f)[:, 0] > 0,
+        lambda f: nn.functional.normalize(f),
+        lambda f: nn.functional.normalize(f)[:, :3].log(),  # not finite where negative
+        lambda f: f[:, :0],
+        lambda f: torch.zeros_like(f),
+        lambda f: network(f[0].flatten(1).mT.view(*f.shape[2:], -1).permute(2, 0, 1)[None]),  # of one image alone
+        nn.Sequential(nn.Dropout(), nn.Conv2d(24, 5, 1)).to(dtype).train(),
+        nn.Sequential(nn.Conv2d(24, 1, 1), nn.Dropout2d()).to(dtype).train(),
+        lambda f: nn.functional.dropout(f, 0.5),
+    ]
+    with torch.no_grad(), context:
+        for head in heads:
+            assert up(features.to(dtype), image, head=head).shape[-2:] == size
+
+
 @pytest.mark.parametrize("head", [None, nn.Conv2d(24, 5, 1)])
 def test_an_empty_batch(head):
     features, image = inputs()
@@ -192,6 +274,92 @@ def test_results_are_written_into_a_given_tensor(tmp_path):
         torch.testing.assert_close(up(features, image, head=head, out=logits), head(expected), atol=1e-4, rtol=1e-4)
         with pytest.raises(ValueError, match=r"out has shape \(2, 5, 33, 46\), the result needs \(2, 24, 33, 46\)"):
             up(features, image, out=logits)
+
+
+def test_results_are_written_into_numpy_arrays(tmp_path):
+    up = randomised(SINE)
+    features, image = inputs(batch=2)
+    with torch.no_grad():
+        expected = up(features, image)
+        for out in (
+            numpy.empty((2, 24, 33, 46), numpy.float32),
+            numpy.empty((2, 33, 46, 24)).transpose(0, 3, 1, 2),
+            numpy.memmap(tmp_path / "map", numpy.float16, "w+", shape=(2, 24, 33, 46)),
+        ):
+            assert up(features, image, out=out) is out
+            assert numpy.allclose(out, expected.numpy(), atol=1e-2)
+        labels = numpy.empty((2, 33, 46), numpy.uint8)
+        assert up(features, image, out=labels, head=lambda f: f.argmax(1)) is labels
+        assert (labels == expected.argmax(1).numpy()).mean() > 0.99
+
+
+SHAPE = (1, 24, 33, 46)
+READ_ONLY = numpy.zeros(SHAPE, numpy.float32)
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize(
+    ("out", "error", "text"),
+    [
+        (
+            torch.empty(SHAPE, dtype=torch.int32),
+            ValueError,
+            "out is torch.int32, which does not hold the result",
+        ),
+        (torch.empty(SHAPE, dtype=torch.bool), ValueError, "out is torch.bool, which does not hold"),
+        (numpy.empty(SHAPE, numpy.int64), ValueError, "out is torch.int64, which does not hold"),
+        (torch.empty(1, 1, 33, 46).expand(SHAPE), ValueError, r"out has several elements in one place .*out.clone\(\)"),
+        (torch.empty(40_000).as_strided(SHAPE, (0, 1518, 46, 2)), ValueError, "several elements in one place"),
+        (torch.empty(SHAPE, device="meta"), ValueError, "out is on meta; give a dense tensor with memory"),
+        (
+            torch.empty(SHAPE).to(torch.float8_e5m2),
+            ValueError,
+            "out is .*float8_e5m2; give a dense .* of 16 bits",
+        ),
+        (torch.empty(SHAPE).to_sparse(), ValueError, "out is torch.sparse_coo"),
+        (torch.empty(SHAPE, requires_grad=True), ValueError, r"out requires a gradient .*out.detach\(\)"),
+        (READ_ONLY, ValueError, r"out is a read-only array; give one that can be written .*mode='r\+'"),
+        (numpy.zeros(SHAPE, ">f4"), TypeError, "out cannot be used: .*byte order.*; give a plain one"),
+        (numpy.zeros(SHAPE, numpy.float32)[..., ::-1], TypeError, "out cannot be used: .*stride.*; give a plain one"),
+        (numpy.zeros(SHAPE, object), TypeError, "out cannot be used: "),
+        ([[1.0]], TypeError, "out must be a tensor or a NumPy array of the result's shape, got list"),
+    ],
+)
+def test_what_cannot_be_written_to(make, out, error, text):
+    features, image = inputs()
+    with torch.no_grad(), pytest.raises(error, match=text):
+        make()(features, image, out=out)
+
+
+def test_out_that_is_an_argument():
+    up = randomised(LoftUpConfig(3, heads=1))
+    features, image = inputs(channels=3)
+    with torch.no_grad():
+        for arguments, out, name in (
+            ((features, image), image, "image"),
+            ((features, features + 0), features, "features"),
+        ):
+            with pytest.raises(ValueError, match=rf"out shares its memory with {name}, .*; give out.clone\(\)"):
+                up(*arguments, out=out)
+        both = torch.rand(2, 3, 33, 46)
+        up(features, both[:1], out=both[1:])
+
+
+def test_values_that_out_does_not_hold():
+    up = universal()
+    features, image = inputs()
+    features[0, 3] += 7e4
+    half, labels = torch.empty(SHAPE, dtype=torch.float16), torch.empty(1, 33, 46, dtype=torch.uint8)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="[0-9]+ values .* or more do not fit into out's torch.float16; give"):
+            up(features, image, out=half)
+        with pytest.raises(ValueError, match="do not fit into out's torch.float16"):
+            up(features, image, out=half, head=lambda f: 1.0 * f)
+        up(features, image, out=half, head=lambda f: (f - f).log())  # -inf is the head's own
+        up(features, image, out=labels, head=lambda f: f.argmax(1))
+        with pytest.raises(ValueError, match="do not fit into out's torch.uint8; give an out of torch.int64"):
+            up(features, image, out=labels, head=lambda f: 300 + f.argmax(1))
 
 
 # Points
@@ -249,11 +417,19 @@ def test_no_points_and_integer_points(points):
         (torch.tensor([[[45.5, 3.0]]]), ValueError, r"1 points lie outside .* \(45.5, 3.0\); x must be in \[0, 45\]"),
         (torch.tensor([[[float("nan"), 3.0]]]), ValueError, "1 points lie outside"),
         (torch.zeros(1, 1, 2, device="meta"), ValueError, "points are on meta, the features on cpu"),
+        (torch.ones(1, 1, 2, dtype=torch.bool), TypeError, r"points must be real numbers, got torch.bool; .*nonzero"),
+        (torch.zeros(1, 1, 2, dtype=torch.complex64), TypeError, "points must be real numbers, got torch.complex64"),
     ],
 )
 def test_bad_points(points, error, text):
     with torch.inference_mode(), pytest.raises(error, match=text):
         randomised(SINE).at(*inputs(), points)
+
+
+def test_points_give_no_gradient():
+    up = randomised(SINE).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"points require a gradient, .*points.detach\(\)"):
+        up.at(*inputs(), torch.zeros(1, 1, 2, requires_grad=True))
 
 
 # Which path
@@ -422,6 +598,21 @@ def test_a_budget_that_is_too_small_is_refused():
         up(*inputs(), memory=1000)
 
 
+@pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])
+@pytest.mark.parametrize("size", [(33, 46), (300, 300), (2, 3)])
+def test_the_error_says_what_is_enough(make, size):
+    up = make()
+    features, image = inputs(size=size)
+    with torch.no_grad():
+        expected = up(features, image)
+        with pytest.raises(ValueError, match=r"memory=10 bytes do not hold .*, which takes \d+ bytes; give") as caught:
+            up(features, image, memory=10)
+        needed = int(str(caught.value).split(" takes ")[1].split()[0])
+        torch.testing.assert_close(up(features, image, memory=needed), expected, atol=2e-5, rtol=0)
+        with pytest.raises(ValueError, match=f"memory={needed - 1} bytes do not hold .* takes {needed} bytes"):
+            up(features, image, memory=needed - 1)
+
+
 def test_a_smaller_budget_gives_the_same_result():
     up = randomised(WIDE)
     features, image = inputs(grid=(3, 4), size=(64, 200), channels=384)
@@ -450,8 +641,11 @@ def test_the_working_memory_stays_within_the_budget():
 
 def test_backends_are_honoured_or_refused():
     up = randomised(SINE)
-    with torch.inference_mode(), pytest.raises(ValueError, match="unknown backend 'gpu'; there are cpu, torch, triton"):
-        up(*inputs(), backend="gpu")
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="unknown backend 'cuda'; there are cpu, .*device"),
+    ):
+        up(*inputs(), backend="cuda")
     assert can_run("cpu", torch.device("meta"), torch.float32) == "the weights are on meta"
     assert explain(up).backend == "cpu"
     assert explain(up.double()).backend == "torch"

@@ -1,6 +1,7 @@
 """Folding takes what it knows, and never outlives the weights."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from loftup import LoftUp, LoftUpError, explain
 from loftup.inference import fold
+from loftup.inference.engine import FoldedEngine
 
 FEATURES, IMAGE = inputs(grid=(5, 7), size=(33, 46))
 POINTS = torch.tensor([[[0.0, 0.0], [45.0, 32.0], [7.5, 20.25], [8.0, 20.0]]])
@@ -331,3 +333,31 @@ def test_a_loaded_module_made_in_inference_mode_is_an_ordinary_one(tmp_path):
         up = LoftUp.from_pretrained(tmp_path)
     assert not any(tensor.is_inference() for tensor in up.state_dict().values())
     up.requires_grad_(True)(FEATURES, IMAGE).sum().backward()
+
+
+# Devices without float64
+
+
+class Mps:
+    """A tensor that says it is on a device without float64."""
+
+    device = torch.device("mps")
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def cpu(self):
+        return self.tensor
+
+
+def test_folding_leaves_a_device_without_float64_and_comes_back():
+    weight = torch.rand(3)
+    doubled = fold._double(Mps(weight))
+    assert doubled.dtype == torch.float64
+    assert torch.equal(doubled, weight.double())
+    weights = fold.fold(randomised(SINE).upsampler)
+    elsewhere = dataclasses.replace(weights, code=tuple(x.to("meta") for x in weights.code))  # the rest is on the CPU
+    engine = FoldedEngine(elsewhere, torch.float32)
+    pairs = [engine.code_norm, engine.conv1, engine.conv2, engine.head, engine.head_norm]
+    pairs += [pair for block in engine.blocks for pair in block.values()]
+    assert {(x.device.type, x.dtype) for pair in pairs for x in pair} == {("meta", torch.float32)}

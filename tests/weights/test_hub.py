@@ -131,6 +131,26 @@ def test_without_a_network_the_error_says_how_to_work_offline(hub):
         LoftUp.from_pretrained("dinov2_vits14", local_files_only=True)
 
 
+def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch, caplog):
+    hub.close()
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail("waits to try again"))
+    with pytest.raises(LoftUpError, match="cannot be reached .*'any' and 'tiny' come with the package") as caught:
+        LoftUp.from_pretrained("dinov2_vits14")
+    assert not caplog.records
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_fails_is_asked_once(status, hub, up, monkeypatch):
+    hub.add("haiwen/loftup-clip", {"pytorch_model.bin": pickled(up.state_dict())})
+    LoftUp.from_pretrained("clip_vitb16")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail("waits to try again"))
+    monkeypatch.setattr(hub, "resolve", lambda request, body: hub.reply(request, status, b""))
+    assert same(LoftUp.from_pretrained("clip_vitb16"), up)
+    with pytest.raises(LoftUpError, match=f"the Hub cannot be reached for .*{status}"):
+        LoftUp.from_pretrained("dinov2_vits14")
+
+
 def test_cache_dir_is_used(hub, up, tmp_path):
     hub.add("me/repo", {"pytorch_model.bin": pickled(up.state_dict())})
     LoftUp.from_pretrained("me/repo", cache_dir=tmp_path / "elsewhere")

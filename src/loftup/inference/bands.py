@@ -4,6 +4,7 @@ Behind the stem every pixel is computed for itself, and the stem sees a halo of 
 copies of the guidance and a budget.
 """
 
+import bisect
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..inputs import resize_guidance
 from ..networks.loftup import LoftUpNetwork
-from .canvas import Canvas, budget, sample
+from .canvas import Canvas, budget, sample, too_small
 from .engine import FoldedEngine
 from .engine_modules import ModuleEngine
 
@@ -53,11 +54,9 @@ def cut(height: int, width: int, engine: FoldedEngine | ModuleEngine, memory: in
         if rows >= min(height, 4) or (rows and columns <= NARROWEST):
             return Cut(columns, min(height, rows))
         if columns <= NARROWEST:
-            given = f"memory={memory}" if memory is not None else f"the default of {limit}"
-            raise ValueError(
-                f"{given} bytes do not hold the smallest band of this network, a few rows of {columns} pixels; "
-                "give a larger memory="
-            )
+            strip = min(width, columns + 2 * engine.halo)
+            needed = bisect.bisect_left(range(2**50), 1, key=lambda bytes: min(1, engine.rows(strip, bytes)))
+            raise too_small(memory, limit, f"band of this network, a few rows of {columns} pixels", needed)
         columns = max(NARROWEST, columns // 2)
 
 

@@ -5,20 +5,33 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from ..errors import LoftUpError, translate
 from ..networks.layers import Box
 from .fold import hooked_everywhere, is_plain
 
-__all__ = ["Canvas", "Head", "apply_head", "budget", "plain_arithmetic", "sample"]
+__all__ = ["Canvas", "Head", "apply_head", "budget", "plain_arithmetic", "sample", "too_small"]
 
 Head = Callable[[Tensor], Tensor]
 MEMORY = {"cuda": 384 * 2**20}
 MEMORY_ELSEWHERE = 96 * 2**20
+SAMPLES = 64  # pixels that a head is tried on
+ELSEWHERE = "apply it to the result: head(up(features, image))"
 
 
 def budget(memory: int | None, device: torch.device) -> int:
     """The bytes of working memory: those asked for, or the default of a device."""
     return MEMORY.get(device.type, MEMORY_ELSEWHERE) if memory is None else memory
+
+
+def too_small(memory: int | None, limit: int, piece: str, needed: int) -> ValueError:
+    """The error of a budget of ``limit`` bytes, where ``memory`` was asked for, that a piece of work exceeds."""
+    given = f"memory={memory}" if memory is not None else f"the default of {limit}"
+    return ValueError(
+        f"{given} bytes do not hold the smallest {piece}, which takes {needed} bytes; give a larger memory="
+    )
 
 
 @contextmanager
@@ -40,13 +53,14 @@ class Canvas:
         out: tensor to write into, or None for a new one.
 
     Raises:
-        ValueError: ``out`` has another shape than the result.
+        ValueError: ``out`` has another shape than the result, or a dtype that does not hold it.
     """
 
     def __init__(self, features: Tensor, size: tuple[int, int], head: Head | None = None, out: Tensor | None = None):
         self.features, self.size, self.head, self.out = features, size, head, out
         self.channels = features.shape[1]
         self.result: Tensor | None = None
+        self.dtype = features.dtype  # of the result, which may differ from that of ``out``
         if head is None:
             self._open((self.channels,), features.dtype, features.device)
 
@@ -82,16 +96,20 @@ class Canvas:
         top, left, bottom, right = box
         if self.head is None:
             assert self.result is not None
+            target = self.result[index, :, top:bottom, left:right]
             with arithmetic():
-                write(self.result[index, :, top:bottom, left:right])
+                write(target)
+            self._check_written(target, None)
             return
         # Channels innermost, as linear heads and channels-last convolutions read them.
         band = self.features.new_empty(1, bottom - top, right - left, self.channels).movedim(-1, 1)
         with arithmetic():
             write(band[0])
-        values = apply_head(self.head, band)
+        values = apply_head(self.head, band, check=self.result is None)
         result = self._open(tuple(values.shape[1:-2]), values.dtype, values.device)
-        result[index, ..., top:bottom, left:right] = values[0]
+        target = result[index, ..., top:bottom, left:right]
+        target.copy_(values[0])
+        self._check_written(target, values[0])
 
     def finish(self) -> Tensor:
         """The result, when all is painted."""
@@ -109,15 +127,94 @@ class Canvas:
                 self.result = torch.empty(shape, dtype=dtype, device=device) if self.out is None else self.out
         if tuple(self.result.shape) != shape:
             raise ValueError(f"out has shape {tuple(self.result.shape)}, the result needs {shape}")
+        if not torch.can_cast(dtype, self.result.dtype):
+            raise ValueError(
+                f"out is {self.result.dtype}, which does not hold the result's {dtype}; give one of {dtype}"
+            )
+        self.dtype = dtype
         return self.result
 
+    def _check_written(self, target: Tensor, values: Tensor | None) -> None:
+        """Raise ValueError where ``out`` does not hold what was written; ``values`` where they are not the features."""
+        real = self.dtype.is_floating_point
+        wider = real and torch.finfo(target.dtype).max >= torch.finfo(self.dtype).max
+        if self.out is None or target.dtype == self.dtype or wider:
+            return
+        if values is None:
+            lost = ~target.isfinite()
+        else:
+            back = target.to(values)
+            lost = back.isfinite() != values.isfinite() if real else back != values
+        if bool(lost.any()):
+            raise ValueError(
+                f"{int(lost.sum())} values of the result or more do not fit into out's {target.dtype}; give an out of "
+                f"{self.dtype}"
+            )
 
-def apply_head(head: Head, features: Tensor) -> Tensor:
+
+def apply_head(head: Head, features: Tensor, check: bool = True) -> Tensor:
     """Apply a pointwise head to (B, C, n, m); returns (B, K, n, m) or (B, n, m).
+
+    Args:
+        head: the head.
+        features: what it is applied to.
+        check: try it on some pixels in other company, to see that it is pointwise.
 
     Raises:
         ValueError: the head returns another shape.
+        LoftUpError: the head mixes positions.
     """
+    if isinstance(head, nn.Module):
+        for name, module in head.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                raise LoftUpError(
+                    f"head must be pointwise, but its batch norm {name!r} is in training mode, so that a pixel's value "
+                    f"depends on all others; call head.eval(), or {ELSEWHERE}"
+                )
+    values = _call(head, features)
+    if check and not _is_linear(head) and not torch.compiler.is_compiling() and not torch._C._get_tracing_state():
+        _check_pointwise(head, features, values)
+    return values
+
+
+def _check_pointwise(head: Head, features: Tensor, values: Tensor) -> None:
+    rows, columns = features.shape[-2:]
+    count = min(SAMPLES, rows * columns // 2)
+    if not len(features) or not count:
+        return
+    pixels = torch.arange(count, device=features.device) * (rows * columns) // count
+    y, x = pixels // columns, pixels % columns
+    with torch.no_grad():
+        alone, found = features[:1, :, y, x][:, :, None], values[:1, ..., y, x].flatten()
+        with translate(
+            Exception, lambda error: f"head must be pointwise, but fails on pixels alone: {error}; {ELSEWHERE}"
+        ):
+            again = _call(head, alone).flatten()
+        half = torch.is_autocast_enabled(features.device.type) or min(features.itemsize, values.itemsize) <= 2
+        tolerance = 0.05 if half or not values.is_floating_point() else 0.01  # rounding, with TF32 too
+        difference = _difference(found, again)
+        if difference <= tolerance or _is_random(head):
+            return
+        if _difference(again, _call(head, alone).flatten()) <= tolerance:  # else it is random itself
+            raise LoftUpError(
+                f"head must be pointwise, but gives pixels other values ({difference:.0%} away) beside other pixels; "
+                f"{ELSEWHERE}"
+            )
+
+
+def _is_random(head: Head) -> bool:
+    return isinstance(head, nn.Module) and any(isinstance(m, _DropoutNd) and m.training for m in head.modules())
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    """The root mean square difference of values over that of the first; for labels the share that differ."""
+    if not first.is_floating_point():
+        return float((first != second).float().mean())
+    first, second = (x.cpu().double().nan_to_num(0, 0, 0) for x in (first, second))
+    return float((first - second).norm() / first.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _call(head: Head, features: Tensor) -> Tensor:
     if isinstance(head, nn.Linear):
         return head(features.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
     values = head(features)
@@ -131,17 +228,21 @@ def apply_head(head: Head, features: Tensor) -> Tensor:
     return values
 
 
-def _commutes_with_averages(head: Head) -> bool:
-    """Tell whether a head is linear, so that it may be applied to the cells in place of the pixels."""
+def _is_linear(head: Head) -> bool:
+    """Tell whether a head is a plain linear layer of single pixels."""
     if type(head) is nn.Conv2d:
         linear = head.kernel_size == head.stride == (1, 1) and head.groups == 1 and head.padding == (0, 0)
     else:
         linear = type(head) is nn.Linear
-    if not linear or not isinstance(head, nn.Module):
+    return linear and isinstance(head, nn.Module) and is_plain(head) and not hooked_everywhere()
+
+
+def _commutes_with_averages(head: Head) -> bool:
+    """Tell whether a head is linear, so that it may be applied to the cells in place of the pixels."""
+    if not _is_linear(head) or not isinstance(head, nn.Module):
         return False
     # Where its parameters' gradients are wanted, the map is kept for them.
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
-    return is_plain(head) and not hooked_everywhere() and not learns
+    return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()))
 
 
 def sample(points: Tensor, size: tuple[int, int], most: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -156,7 +257,10 @@ def sample(points: Tensor, size: tuple[int, int], most: int, compute: Callable[[
     Returns:
         (N, C), N > 0, in float32 at least.
     """
-    pixels, shares = _corners(points.to(torch.float64), *size)
+    exact = points.cpu() if points.device.type == "mps" else points  # which has no float64
+    pixels, shares = _corners(exact.to(torch.float64), *size)
+    if exact is not points:
+        pixels, shares = pixels.to(points.device), shares.float().to(points.device)
     vectors = []
     for some in torch.arange(len(points), device=points.device).split(max(1, most // 4)):
         needed, position = pixels[some].unique(return_inverse=True)

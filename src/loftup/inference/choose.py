@@ -19,7 +19,7 @@ from .fold import FoldedNetwork, cached, is_plain, why_not_folded
 from .whole import Whole
 from .windows import Windows
 
-__all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "explain", "open_stream"]
+__all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "compute_dtype", "explain", "open_stream"]
 
 
 Stream = Bands | Windows | Whole  # a network ready for inference
@@ -70,8 +70,11 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
         LoftUpError: the backend asked for cannot run; nothing is put in its place.
     """
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    device, dtype, notes = next(network.parameters()).device, _dtype(network), []
+        raise ValueError(
+            f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}, and the device is that of the weights: "
+            "up.to(device)"
+        )
+    device, dtype, notes = next(network.parameters()).device, compute_dtype(network), []
     reasons: dict[str, str | None]
     if type(network) is LoftUpNetwork:
         width = network.config.width // network.config.heads
@@ -100,7 +103,7 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
 
 def open_stream(network: nn.Module, backend: str | None) -> Stream:
     """A network as it is now, ready for inference on the backend that :func:`choose` gives; raises as that does."""
-    name, dtype = choose(network, backend).backend, _dtype(network)
+    name, dtype = choose(network, backend).backend, compute_dtype(network)
     if type(network) is UniversalNetwork and _fits_windows(network):
         return Windows(network)
     if type(network) is not LoftUpNetwork or (why_not_folded(network) and not fits_bands(network)):
@@ -180,7 +183,7 @@ BACKENDS = {
 }
 
 
-def _dtype(network: nn.Module) -> torch.dtype:
+def compute_dtype(network: nn.Module) -> torch.dtype:
     """In which a network is computed: its own dtype, or autocast's where that is on and the network follows it."""
     own: torch.dtype = network.dtype  # type: ignore[assignment]
     kind = next(network.parameters()).device.type

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..networks.universal import CellAxis, UniversalNetwork
 
-__all__ = ["Blocks", "Codes", "channels_last", "cut_blocks", "encode", "rectangles", "too_small"]
+__all__ = ["Blocks", "Codes", "channels_last", "cut_blocks", "encode", "least_tile", "rectangles"]
 
 COARSE_TILE = 8  # side of the smallest tile of coarse codes
 
@@ -134,22 +134,27 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
-    """Make the coarse codes of a scaled image (1, 3, H, W) in tiles.
+def _coarse_pixel(net: UniversalNetwork, dtype: torch.dtype) -> int:
+    """Bytes of a coarse pixel's work: 4 fine ones, before and after their ReLU, a few arrays at half resolution."""
+    return dtype.itemsize * (4 * 3 + 8 * net.config.encoder_width)
 
-    Raises:
-        ValueError: the budget does not hold the smallest tile.
-    """
+
+def least_tile(net: UniversalNetwork, size: tuple[int, int], dtype: torch.dtype) -> int:
+    """The budget in bytes that :func:`encode` needs for an image of a size (H, W)."""
+    assert net.encoder.halo is not None
+    height, width = (min(-(-n // 2), COARSE_TILE + net.encoder.halo // 2 * 2) for n in size)
+    return height * width * _coarse_pixel(net, dtype)
+
+
+def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
+    """Make the coarse codes of a scaled image (1, 3, H, W) in tiles, within a budget of :func:`least_tile` or more."""
     height, width = (-(-n // 2) for n in image.shape[-2:])
     encoder = net.encoder
     assert encoder.halo is not None
     halo = encoder.halo // 2
-    # Around a coarse pixel: 4 fine ones, before and after their ReLU, and a few arrays at half resolution.
-    pixel = image.element_size() * (4 * 3 + 8 * net.config.encoder_width)
+    pixel = _coarse_pixel(net, image.dtype)
     tall, wide = height, width
     while min(height, tall + 2 * halo) * min(width, wide + 2 * halo) * pixel > budget:
-        if max(tall, wide) <= COARSE_TILE:
-            raise too_small(budget)
         # Whole rows if not most of the work is then the halo's.
         if tall > 4 * halo or wide <= min(tall, 4 * halo):
             tall = -(-tall // 2)
@@ -169,11 +174,3 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
             target = coarse[..., top : top + tall, left : left + wide]
             target.copy_(codes[..., top - north :, left - west :][..., : target.shape[2], : target.shape[3]])
     return Codes(net, image, coarse)
-
-
-def too_small(memory: int) -> ValueError:
-    """The error of a budget that does not hold the smallest step."""
-    return ValueError(
-        f"memory={memory} bytes do not hold the smallest piece of this network's work, a few pixels a side; give a "
-        "larger memory="
-    )

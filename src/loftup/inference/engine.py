@@ -4,8 +4,8 @@ An engine turns guidance into queries (``stem``) and queries into features (``wr
 :mod:`loftup.inference.bands` decides which pixels when.
 """
 
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +43,17 @@ class FoldedEngine:
         self.heads, self.halo = weights.heads, weights.halo
         self.width, self.channels = len(weights.conv2[1]), len(weights.head_norm[1])
         self.guidance = weights.code
-        self.arithmetic = partial(plain_arithmetic, weights.code[0].device)
-        self.code_norm = _to(weights.code_norm, torch.promote_types(dtype, torch.float32))
-        self.conv1, self.conv2 = _to(weights.conv1, self.stem_dtype), _to(weights.conv2, self.stem_dtype)
+        place = functools.partial(_to, device=weights.code[0].device)
+        self.arithmetic = functools.partial(plain_arithmetic, weights.code[0].device)
+        self.code_norm = place(weights.code_norm, torch.promote_types(dtype, torch.float32))
+        self.conv1, self.conv2 = place(weights.conv1, self.stem_dtype), place(weights.conv2, self.stem_dtype)
         self.blocks = [
-            {name: _to(getattr(block, name), dtype) for name in ("query", "key_value", "out", "up", "down")}
+            {name: place(getattr(block, name), dtype) for name in ("query", "key_value", "out", "up", "down")}
             for block in weights.blocks
         ]
-        self.head = _to(weights.head, dtype) if weights.head else None
-        self.final_norm = _to(weights.final_norm, dtype) if weights.final_norm else None
-        self.head_norm = _to(weights.head_norm, dtype)
+        self.head = place(weights.head, dtype) if weights.head else None
+        self.final_norm = place(weights.final_norm, dtype) if weights.final_norm else None
+        self.head_norm = place(weights.head_norm, dtype)
 
     def rows(self, width: int, budget: int) -> int:
         """How many rows of a strip ``width`` pixels wide fit a budget of working memory in bytes; 0 if none does."""
@@ -165,7 +166,7 @@ class StemReader:
         return self.queries(self.scaled, (top, self.left, self.next_row, self.right))
 
 
-def _to(pair: Pair, dtype: torch.dtype) -> Pair:
-    weight = pair[0].to(dtype)
+def _to(pair: Pair, dtype: torch.dtype, device: torch.device) -> Pair:
+    weight, bias = (x.to(dtype).to(device) for x in pair)  # in this order: not every device has float64
     # Channels last is the faster layout for convolutions on CPU and CUDA alike.
-    return (weight.to(memory_format=torch.channels_last) if weight.ndim == 4 else weight), pair[1].to(dtype)
+    return (weight.to(memory_format=torch.channels_last) if weight.ndim == 4 else weight), bias

@@ -35,7 +35,7 @@ class FoldedBlock:
 
 @dataclass(frozen=True)
 class FoldedNetwork:
-    """All of a network, float64 on its device; engines lay it out as they need."""
+    """All of a network, float64 on its device or the CPU, the code on its device; engines lay it out as they need."""
 
     heads: int
     halo: int  # of the stem, in pixels
@@ -102,7 +102,7 @@ def fold(network: LoftUpNetwork) -> FoldedNetwork:
     head_norm: Any = network.final_conv
     if isinstance(head_norm, nn.Sequential):
         convolution: Any = head_norm[0]
-        head = _behind_norm(transformer.norm, convolution.weight.double().flatten(1), convolution.bias.double())
+        head = _behind_norm(transformer.norm, _double(convolution.weight).flatten(1), _double(convolution.bias))
         head_norm = head_norm[1]
     assert stem.halo is not None
     return FoldedNetwork(
@@ -119,14 +119,19 @@ def fold(network: LoftUpNetwork) -> FoldedNetwork:
     )
 
 
+def _double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def _affine(norm: Any) -> Pair:
-    return norm.weight.double(), norm.bias.double()
+    return _double(norm.weight), _double(norm.bias)
 
 
 def _with_batch_norm(convolution: Any, norm: Any) -> Pair:
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = (convolution.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
-    return convolution.weight.double() * scale[:, None, None, None], bias
+    scale = _double(norm.weight) / (_double(norm.running_var) + norm.eps).sqrt()
+    bias = (_double(convolution.bias) - _double(norm.running_mean)) * scale + _double(norm.bias)
+    return _double(convolution.weight) * scale[:, None, None, None], bias
 
 
 def _behind_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Pair:
@@ -137,16 +142,16 @@ def _behind_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Pair:
 def _fold_block(block: Any) -> FoldedBlock:
     attention, feed_forward = block
     projection = attention.attention
-    weight, bias = projection.in_proj_weight.double(), projection.in_proj_bias.double()
+    weight, bias = _double(projection.in_proj_weight), _double(projection.in_proj_bias)
     width = weight.shape[1]
     scale = (width // projection.heads) ** -0.5
     norm, up, _, _, down = feed_forward.net
     return FoldedBlock(
         query=_behind_norm(attention.norm_q, weight[:width] * scale, bias[:width] * scale),
         key_value=_behind_norm(attention.norm_kv, weight[width:], bias[width:]),
-        out=(projection.out_proj.weight.double(), projection.out_proj.bias.double()),
-        up=_behind_norm(norm, up.weight.double(), up.bias.double()),
-        down=(down.weight.double(), down.bias.double()),
+        out=(_double(projection.out_proj.weight), _double(projection.out_proj.bias)),
+        up=_behind_norm(norm, _double(up.weight), _double(up.bias)),
+        down=(_double(down.weight), _double(down.bias)),
     )
 
 

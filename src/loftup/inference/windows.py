@@ -22,8 +22,8 @@ from torch import Tensor
 from ..inputs import resize_guidance
 from ..networks.layers import Box
 from ..networks.universal import Settings, UniversalNetwork, make_axis
-from .canvas import Canvas, budget, plain_arithmetic, sample
-from .codes import Blocks, channels_last, cut_blocks, encode, rectangles, too_small
+from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
+from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
 
 __all__ = ["Windows"]
 
@@ -86,7 +86,7 @@ class Job:
         features: (1, C, h, w).
         guidance: (1, 3, H, W) at output size.
         values: (1, E, h, w), what is averaged: the features, or a linear head's values for them.
-        budget: bytes.
+        memory: budget in bytes, or None.
         keep: whether codes may be kept for :meth:`pieces`.
 
     Raises:
@@ -99,12 +99,13 @@ class Job:
         features: Tensor,
         guidance: Tensor,
         values: Tensor,
-        budget: int,
+        memory: int | None,
         keep: bool = True,
     ) -> None:
         dtype = net.log_width.dtype
         self.net = net
-        self.limit = budget // 2
+        limit = budget(memory, features.device)
+        self.limit = limit // 2
         if features.device.type == "cpu":
             self.limit = min(self.limit, IN_CACHE)
         height, width = guidance.shape[-2:]
@@ -120,17 +121,18 @@ class Job:
             tables = window * (channels + values.shape[1] + depth + window)
             self.attention_bytes = item * (pixels * ((net.heads + 4) * window + depth + values.shape[1]) + tables)
             self.code_bytes = item * pixels * (4 * depth + net.config.encoder_width)
-            if max(self.attention_bytes, self.code_bytes) <= budget // 2:
+            needed = max(2 * self.attention_bytes, 2 * self.code_bytes, least_tile(net, (height, width), dtype))
+            if needed <= limit:
                 break
             if longest <= SHORTEST:
-                raise too_small(budget)
+                raise too_small(memory, limit, "piece of this network's work, a few pixels a side", needed)
             longest //= 2
         self.points_at_once = max(1, self.limit // (item * (tables + pixels)))
-        self.codes = encode(net, channels_last(net.scale(guidance).to(dtype)), budget)
+        self.codes = encode(net, channels_last(net.scale(guidance).to(dtype)), limit)
         self.down, self.across = down.with_pixels(), across.with_pixels()
         no_empty = self.down is down and self.across is across
         total = item * depth * pixels * len(down) * len(across)
-        self.stored: list[Tensor] | None = [] if keep and no_empty and total <= budget // 2 else None
+        self.stored: list[Tensor] | None = [] if keep and no_empty and total <= limit // 2 else None
         self.grid = self._grid(down, across, features, values)
 
     def _grid(self, down: Blocks, across: Blocks, features: Tensor, values: Tensor) -> Grid:
@@ -214,14 +216,13 @@ class Windows:
         Raises:
             ValueError: the budget is too small.
         """
-        limit = budget(memory, image.device)
         values = canvas.values()
         for index in range(len(image)):
             single = slice(index, index + 1)
             cells = features[single]
             averaged = cells if values is canvas.features else values[single]
             with self.arithmetic():
-                job = Job(self.network, cells, resize_guidance(image[single], canvas.size), averaged, limit)
+                job = Job(self.network, cells, resize_guidance(image[single], canvas.size), averaged, memory)
                 pieces = job.pieces()
             while True:
                 with self.arithmetic():
@@ -237,7 +238,7 @@ class Windows:
             for index in range(len(image)):
                 single = slice(index, index + 1)
                 guidance, values = resize_guidance(image[single], size), features[single]
-                job = Job(self.network, values, guidance, values, budget(None, image.device), keep=False)
+                job = Job(self.network, values, guidance, values, None, keep=False)
                 at = job.at
                 out[index] = sample(points[index], size, job.points_at_once, lambda p, at=at: at(p // width, p % width))  # type: ignore[misc]
                 del job, at

@@ -43,6 +43,7 @@ class LoftUpConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"LoftUpConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
         _check_counts(self, "channels", "lr_size", "heads", "blocks", "image_frequencies", "feature_frequencies")
+        _check_backbone(self)
         if self.width % self.heads:
             fitting = [n for n in range(1, 17) if self.width % n == 0]
             raise ValueError(
@@ -79,7 +80,7 @@ class UniversalConfig:
 
     Args:
         heads: attention heads.
-        radius: of the window of cells that a pixel looks at, (2 * radius + 1)**2 cells.
+        radius: of the window of cells that a pixel looks at, (2 * radius + 1)**2 cells; at most 64.
         code_width: width of a head's guidance code.
         encoder_width: width of the network that makes these codes, at least 2.
         backbone: name of a backbone that the weights were trained for alone, for messages; empty for all.
@@ -98,6 +99,9 @@ class UniversalConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "heads", "radius", "code_width", "encoder_width")
+        _check_backbone(self)
+        if self.radius > 64:
+            raise ValueError(f"UniversalConfig.radius must be at most 64, got {self.radius}")
         if self.encoder_width < 2:
             raise ValueError(f"UniversalConfig.encoder_width must be at least 2, got {self.encoder_width}")
 
@@ -133,6 +137,11 @@ def _check_counts(config: Config, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{type(config).__name__}.{name} must be a positive integer, got {value!r}")
+
+
+def _check_backbone(config: Config) -> None:
+    if not isinstance(config.backbone, str):
+        raise ValueError(f"{type(config).__name__}.backbone must be a string, got {config.backbone!r}")
 
 
 def _check_keys(cls: type, fields: Mapping[str, Any]) -> None:

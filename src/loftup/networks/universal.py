@@ -63,9 +63,9 @@ def make_axis(length: int, cells: int, device: torch.device | None = None) -> Ce
     slot = torch.arange(most, device=device)
     nearest = ((2 * index + 1) * length // (2 * cells)).clamp(max=length - 1)
     pixels = torch.where(count[:, None] > 0, first[:, None] + slot.minimum(count[:, None] - 1), nearest[:, None])
-    weights = (slot < count[:, None].clamp(min=1)) / count[:, None].clamp(min=1)
+    weights = (slot < count[:, None].clamp(min=1)).float() / count[:, None].clamp(min=1).float()
     offsets = ((2 * pixels + 1) * cells - (2 * index[:, None] + 1) * length).float() / (2 * length)
-    return CellAxis(pixels, weights.float(), offsets, cell * most + pixel - first[cell])
+    return CellAxis(pixels, weights, offsets, cell * most + pixel - first[cell])
 
 
 class GuidanceEncoder(nn.Module):

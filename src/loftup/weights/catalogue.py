@@ -107,8 +107,12 @@ _BY_NAME = {
 
 def find_checkpoint(name: str) -> Checkpoint | None:
     """Look up weights by loftup's name, the repository, or any name of the backbone; None if unknown."""
+    if found := _BY_NAME.get(name):
+        return found
     bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    return _BY_NAME.get(bare) or _BY_NAME.get(bare.removeprefix("timm/"))
+    found = _BY_NAME.get(bare) or _BY_NAME.get(bare.removeprefix("timm/"))
+    # loftup's own names take no prefix: "timm/any" is somebody's repository.
+    return None if found is not None and bare.removeprefix("timm/") == found.name else found
 
 
 def known_names() -> list[str]:

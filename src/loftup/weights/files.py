@@ -3,20 +3,23 @@
 import functools
 import json
 import os
-import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from pickle import UnpicklingError
+from typing import IO, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import LoftUpError, translate
+from ..errors import LoftUpError, one_line, translate
 from ..files import write_atomically
+from ..networks import build_network, build_norm
 from ..networks.config import Config, UniversalConfig, read_config
+from ..pictures import IMAGE_SUFFIXES
 from ..version import __version__
 from .catalogue import PUBLISHED
 from .hub import Repository, upload
@@ -26,6 +29,7 @@ __all__ = ["StateDict", "StoredWeights", "check_fit", "model_card", "push", "rea
 
 METADATA_KEY = "loftup_config"
 UNIVERSAL_KEY = "upsampler.gate.weight"  # only the universal network has it, and that has no channel norm
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that the networks compute in
 StateDict = dict[str, Tensor]
 
 
@@ -55,8 +59,16 @@ def read_weights(
             reason = "comes with the package and has no revisions"
             raise LoftUpError(f"{checkpoint.name!r} {reason}, got revision={revision!r}; leave it out")
         path = checkpoint.folder
-    if path is not None and path.is_file():
-        return _first_complete([path], None, channel_norm)
+    if source.path is not None:
+        if revision is not None:
+            raise LoftUpError(
+                f"{source.path} is a local {'folder' if source.path.is_dir() else 'file'}, which has no revisions, got "
+                f"revision={revision!r}; leave it out"
+            )
+        if source.path.is_file():
+            return _first_complete([source.path], None, channel_norm)
+        if not source.path.is_dir():
+            raise LoftUpError(f"{source.path} is neither a file nor a folder, but a device, pipe or socket")
     if path is not None:
         where = f"the installed folder {path}" if source.path is None else str(path)
         files, config = _candidates(lambda file: path / file if (path / file).is_file() else None, where)
@@ -77,17 +89,14 @@ def _fetch(hub: Repository, file: str) -> Path | None:
     try:
         return hub.fetch(file)
     except LoftUpError as error:
-        raise type(error)(f"{error}; and there is no local folder of that name") from error
+        raise type(error)(f"{error}; and there is no local folder of that name") from None
 
 
 def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterator[Path], dict[str, Any] | None]:
     """Weight files of a folder or repository, fetched one by one as they are asked for, and its config."""
     config: dict[str, Any] | None = None
     if (config_file := fetch(CONFIG)) is not None:
-        try:
-            config = json.loads(config_file.read_text("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise LoftUpError(f"{config_file} is not valid JSON ({error}); fetch or write it anew") from error
+        config = _read_json(config_file)
         if not isinstance(config, dict):
             raise LoftUpError(f"{config_file} holds a {type(config).__name__}, expected a JSON object")
         if "model_type" in config or "architecture" in config:
@@ -104,6 +113,14 @@ def _candidates(fetch: Callable[[str], Path | None], where: str) -> tuple[Iterat
             raise LoftUpError(f"{where} holds neither {SAFETENSORS} nor {PICKLE}")
 
     return files(), config
+
+
+def _read_json(file: Path) -> Any:
+    """The content of a JSON file; LoftUpError where it is none."""
+    # ValueError: also text that is not UTF-8, and whole numbers of thousands of digits.
+    failures = (ValueError, RecursionError, OSError)
+    with translate(failures, lambda error: f"{file} is not valid JSON ({error}); fetch or write it anew"):
+        return json.loads(file.read_text("utf-8"))
 
 
 def _first_complete(
@@ -151,8 +168,12 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
         The state dict, and the config that our own safetensors files and checkpoints carry (None for others).
 
     Raises:
-        LoftUpError: the file is truncated, unsafe, or not a state dict.
+        LoftUpError: the file is truncated, damaged, unsafe, a picture, or not a state dict of plain tensors.
     """
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        raise LoftUpError(
+            f"{file} is a picture, not LoftUp weights; load the weights by name or path, then call up(features, image)"
+        )
     config: dict[str, Any] | None = None
     if file.suffix == ".safetensors":
         state, config = _read_safetensors(file)
@@ -162,14 +183,15 @@ def read_state(file: Path) -> tuple[StateDict, dict[str, Any] | None]:
             config = _described(state[METADATA_KEY], f"the config in {file}")
     if isinstance(state.get("state_dict"), dict):
         # A training checkpoint also holds the backbone (model.0.*), losses and downsamplers: not ours to load.
-        entries: dict[str, Any] = state["state_dict"]
+        entries = {key: value for key, value in state["state_dict"].items() if isinstance(key, str)}
         renamed = {re.sub(r"^model\.1\.norm\.", "channelnorm.norm.", key): value for key, value in entries.items()}
         state = {key: value for key, value in renamed.items() if key.startswith(("upsampler.", "channelnorm."))}
         if not state:
             kind = "a training checkpoint without upsampler.* entries"
             raise LoftUpError(f"{file} is {kind}; its keys begin {_some(entries)}")
-    if strangers := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+    if strangers := [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
         raise LoftUpError(f"{file} is not a state dict of tensors: {_some(strangers)} hold other things")
+    _check_tensors(state, file)
     if state and not any(key.startswith(("upsampler.", "channelnorm.")) for key in state):
         state = {f"upsampler.{key}": value for key, value in state.items()}
     return state, config
@@ -181,35 +203,62 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}
-            # Cloned, because the tensors are views of the mapped file, which may be replaced while they live.
-            state = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        # The last two: a name that is not UTF-8, a dtype that this PyTorch does not have.
         raise LoftUpError(_unreadable(file, error)) from error
     if METADATA_KEY not in metadata:
         return state, None
-    with translate(json.JSONDecodeError, lambda error: f"the config in {file} is damaged: {error}"):
-        return state, _described(json.loads(metadata[METADATA_KEY]), f"the config in {file}")
+    with translate((ValueError, RecursionError), lambda error: f"the config in {file} is damaged: {error}"):
+        values = json.loads(metadata[METADATA_KEY])
+    return state, _described(values, f"the config in {file}")
 
 
 def _read_pickle(file: Path) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with file.open("rb") as stream:
+            _check_sums(stream)
+            state = torch.load(stream, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
         raise LoftUpError(
             f"{file} ({file.stat().st_size} bytes) is truncated or holds more than tensors; loftup never unpickles "
             "arbitrary objects. Fetch it anew, or save its tensors alone: torch.save(model.state_dict(), ...) "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise LoftUpError(_unreadable(file, error)) from error
     if not isinstance(state, dict):
         raise LoftUpError(f"{file} holds a {type(state).__name__}, expected a state dict")
     return state
 
 
+def _check_sums(stream: IO[bytes]) -> None:
+    """Raise BadZipFile where content differs from its checksum, which PyTorch does not read."""
+    if stream.read(4) == b"PK\x03\x04":
+        with zipfile.ZipFile(stream) as archive:
+            for entry in archive.infolist():
+                if entry.CRC:  # 0: PyTorch was told to write none
+                    with archive.open(entry) as content:
+                        while content.read(2**20):
+                            pass
+    stream.seek(0)
+
+
+def _check_tensors(state: StateDict, where: "str | Path") -> None:
+    """Raise LoftUpError unless all tensors are plain ones with memory of their own."""
+    for key, value in state.items():
+        kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        kind = "meta" if value.is_meta else kind
+        if kind != "strided":
+            raise LoftUpError(f"{key} in {where} is a {kind} tensor, expected a dense one; save the weights as such")
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    if sum(value.numel() * value.itemsize for value in state.values()) > sum(storages.values()):
+        raise LoftUpError(f"tensors of {where} are expanded or share their memory; save value.clone() of each")
+
+
 def _unreadable(file: Path, error: Exception) -> str:
     size = file.stat().st_size if file.exists() else 0
-    return f"cannot read {file} ({size} bytes): truncated or damaged ({error}); fetch or save it anew"
+    return f"cannot read {file} ({size} bytes): truncated or damaged ({one_line(error)}); fetch or save it anew"
 
 
 def _some(keys: Any, most: int = 8) -> str:
@@ -238,43 +287,79 @@ def infer_config(state: StateDict) -> dict[str, Any]:
 
 def _stored(state: StateDict, settings: dict[str, Any], file: Path, backbone: str) -> StoredWeights:
     try:
-        complete = "channels" in settings or settings.get("values") == "features"
-        config = read_config(settings if complete else {**infer_config(state), **settings})
-    except (KeyError, ValueError) as error:
+        found = infer_config(state)
+        config = read_config({**found, **settings})
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise LoftUpError(
             f"{file} does not hold a LoftUp network ({error}); its keys are {_some(state) or 'none at all'}"
         ) from error
+    # Before a network is built: one of 20 000 blocks takes a minute and gigabytes.
+    said = config.to_dict()
+    if wrong := [f"{name}={said[name]}, tensors for {seen}" for name, seen in found.items() if said[name] != seen]:
+        raise LoftUpError(f"{file} does not fit this LoftUp network: its config says {'; '.join(wrong)}")
     return StoredWeights(replace(config, backbone=backbone) if backbone else config, state, file)
 
 
-def check_fit(weights: StoredWeights, expected: StateDict) -> None:
-    """Raise LoftUpError unless the weights are those of a network with the state dict ``expected``, in one dtype."""
-    state, file = weights.state, weights.file
+def check_fit(state: StateDict, expected: StateDict, where: "str | Path") -> None:
+    """Raise LoftUpError unless the weights are finite ones in one dtype for a network with the state ``expected``."""
     differences = {"missing": set(expected) - set(state), "unexpected": set(state) - set(expected)}
     problems = [f"{name}: {_some(sorted(keys))}" for name, keys in differences.items() if keys]
     for key in expected:
         if key in state and state[key].shape != expected[key].shape:
             problems.append(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")
     if problems:
-        raise LoftUpError(f"{file} does not fit this LoftUp network: {'; '.join(problems)}")
+        raise LoftUpError(f"{where} does not fit this LoftUp network: {'; '.join(problems)}")
     dtypes = {value.dtype for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
         raise LoftUpError(
-            f"{file} holds tensors of {', '.join(sorted(map(str, dtypes)))}, expected one floating dtype for all but "
-            "num_batches_tracked; convert them, for example with up.to(torch.float32), and save anew"
+            f"{where} holds tensors of {', '.join(sorted(map(str, dtypes)))}, expected one floating dtype for all but "
+            "num_batches_tracked, of 16, 32 or 64 bits; convert them, for example with up.to(torch.float32), and save "
+            "anew"
         )
+    for key, value in state.items():
+        if not bool(value.isfinite().all()):
+            count = int((~value.isfinite()).sum())
+            raise LoftUpError(f"{key} in {where} holds {count} values that are not finite; use weights from before")
 
 
 def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> None:
-    """Write ``model.safetensors``, with the config in its header, and ``config.json``, each whole or not at all."""
+    """Write ``model.safetensors``, with the config in its header, and ``config.json``, each whole or not at all.
+
+    The same tensors give the same bytes. Raises as :meth:`loftup.LoftUp.save_pretrained` does.
+    """
     from safetensors.torch import save as to_bytes
 
     folder = Path(folder).expanduser()
     fields = config.to_dict()
+    with torch.device("meta"):
+        network = nn.ModuleDict({"upsampler": build_network(config), "channelnorm": build_norm(config)})
+    expected = network.state_dict()
+    if state.keys() != expected.keys():
+        raise LoftUpError(
+            f"modules of this LoftUp were replaced ({_some(sorted(state.keys() ^ expected.keys()), 2)}), and their "
+            "weights could not be loaded; merge the LoRA first (peft: merge_and_unload()), or put the modules back"
+        )
+    _check_tensors(state, "this LoftUp")
+    check_fit(state, expected, "this LoftUp")
+    _check_replaceable(folder)
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    write_atomically(folder / SAFETENSORS, to_bytes(plain, {"format": "pt", METADATA_KEY: json.dumps(fields)}))
+    # One entry of metadata: safetensors writes several in any order.
+    write_atomically(folder / SAFETENSORS, to_bytes(plain, {METADATA_KEY: json.dumps(fields)}))
     content = {**fields, "library_name": "loftup", "loftup_version": __version__}
     write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise LoftUpError where a folder holds weights or a config that are neither loftup's nor LoftUp weights."""
+    for file in filter(os.path.lexists, (folder / CONFIG, folder / SAFETENSORS)):
+        with translate(LoftUpError, f"{file} is not loftup's, and is not replaced; name another folder, or remove it"):
+            if file.name == SAFETENSORS:
+                read_weights(WeightsName("", path=file))
+                continue
+            values = _read_json(file)
+            if isinstance(values, dict) and values.get("library_name") == "loftup":
+                return
+            _described(values, "")
 
 
 def push(config: Config, state: StateDict, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:

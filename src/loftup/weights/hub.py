@@ -11,10 +11,12 @@ from ..version import __version__
 __all__ = ["Repository", "UnreachableError", "upload"]
 
 OFFLINE_HELP = (
-    "Without a network: fetch the repository once where there is one, then either copy the Hub cache here and pass "
-    "local_files_only=True (on the command line: set the environment variable HF_HUB_OFFLINE=1), or pass the path of "
-    "the file or folder instead of the name (on the command line: --weights PATH and --backbone-weights FILE)"
+    "Without a network: 'any' and 'tiny' come with the package. For others, fetch the repository once where there is a "
+    "network, then either copy the Hub cache here and pass local_files_only=True (on the command line: set the "
+    "environment variable HF_HUB_OFFLINE=1), or pass the path of the file or folder instead of the name (on the "
+    "command line: --weights PATH and --backbone-weights FILE)"
 )
+PATIENCE = 5  # seconds for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 CLIENT: dict[str, Any] = {"library_name": "loftup", "library_version": __version__}
 
 
@@ -31,7 +33,8 @@ class Repository:
     revision: str | None = None  # branch, tag or commit; None means the default branch
     cache_dir: "str | os.PathLike[str] | None" = None  # where files are kept; None means the Hub's default cache
     local_files_only: bool = False  # never ask the network
-    unreachable: bool = field(default=False, init=False)  # the Hub has not answered
+    reachable: bool | None = field(default=None, init=False)  # whether the Hub answers; None until it was asked
+    silence: str = field(default="", init=False)  # why it does not
 
     def __str__(self) -> str:
         return f"the Hub repository {self.repo!r}" + (f" at revision {self.revision!r}" if self.revision else "")
@@ -48,18 +51,19 @@ class Repository:
 
         cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
         where: dict[str, Any] = {"revision": self.revision, "cache_dir": cache_dir}
-        # Once the client has given up after its retries, further files come from the cache alone.
-        client: dict[str, Any] = {"local_files_only": self.local_files_only or self.unreachable, **CLIENT}
+        if self.reachable is None:
+            self.reachable = not self.local_files_only and self._answers(file)
+        client: dict[str, Any] = {"local_files_only": not self.reachable, **CLIENT}
         try:
             return Path(hf.hf_hub_download(self.repo, file, **where, **client))
-        except errors.LocalEntryNotFoundError as error:
-            if hf.try_to_load_from_cache(self.repo, file, **where) is hf._CACHED_NO_EXIST:
-                self.unreachable = True
+        except errors.LocalEntryNotFoundError:
+            # Neither a path nor None: the cache knows that there is no such file.
+            if not isinstance(hf.try_to_load_from_cache(self.repo, file, **where), str | None):
                 return None
-            message = f"the Hub cannot be reached for {file!r} of {self}. {OFFLINE_HELP}"
+            message = f"the Hub cannot be reached for {file!r} of {self} ({self.silence}). {OFFLINE_HELP}"
             if self.local_files_only:
                 message = f"{file!r} of {self} is not in the Hub cache, and local_files_only=True"
-            raise UnreachableError(message) from error
+            raise UnreachableError(message) from None  # the client's own account is of some 80 lines
         except errors.EntryNotFoundError:
             return None
         except Exception as error:  # requests, httpx, disk: which ones differs between versions of the client
@@ -74,6 +78,23 @@ class Repository:
                 f"{OFFLINE_HELP}",
             }
             raise LoftUpError(next(text for kind, text in messages.items() if isinstance(error, kind))) from error
+
+    def _answers(self, file: str) -> bool:
+        """Ask the Hub once; the client itself would ask for a minute and more."""
+        import huggingface_hub as hf
+        from huggingface_hub import constants, errors
+
+        patience = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get("HF_HUB_ETAG_TIMEOUT") else PATIENCE
+        try:
+            address = hf.hf_hub_url(self.repo, file, revision=self.revision)
+            hf.get_hf_file_metadata(address, timeout=patience, **CLIENT)
+        except (errors.HFValidationError, errors.EntryNotFoundError, errors.RepositoryNotFoundError):
+            return True
+        except Exception as error:  # of requests or httpx: no network, a server that fails, offline by setting
+            self.silence = str(error).partition("\n")[0] or type(error).__name__
+            # What the Hub refuses the client explains.
+            return isinstance(error, errors.HfHubHTTPError) and 400 <= error.response.status_code < 429
+        return True
 
 
 def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:

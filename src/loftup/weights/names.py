@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, translate
 from ..files import stamp
+from ..pictures import IMAGE_SUFFIXES
 from .catalogue import ANY, CATALOGUE, IN_PACKAGE, PUBLISHED, Checkpoint, find_checkpoint, known_names
 
 __all__ = ["CONFIG", "PICKLE", "SAFETENSORS", "WeightsName", "in_package", "resolve", "resolve_backbone"]
@@ -26,6 +27,7 @@ class WeightsName:
     repo: str | None = None  # id of a Hub repository
     # A sentence that says that "any" takes the place of missing weights, and why; "" where it does not.
     substitute: str = ""
+    shadowed: str = ""  # a sentence that says that a local folder hides the Hub repository of its name; or ""
 
     def identity(self) -> str:
         """Tell these weights from others, for metadata: a name as it is, files with size and time."""
@@ -44,7 +46,7 @@ def in_package(folder: Path) -> str:
 
 
 def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsName:
-    """Find what a name or path means; names win over paths, a ``Path`` is never a name.
+    """Find what a name or path means; names win over paths, paths over the Hub, a ``Path`` is never a name.
 
     Args:
         source: a name of the catalogue or of a backbone in it, a timm name of another backbone (for which "any" takes
@@ -57,17 +59,24 @@ def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsNa
     """
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"expected a name, a path, or a backbone object (torch.nn.Module), got {type(source).__name__}")
-    name, path = os.fspath(source), Path(source).expanduser()
+    name, path = os.fspath(source), Path(source)
+    if not name:
+        raise LoftUpError("the name of the weights is empty; pass one such as 'any', or a path ('.' for this folder)")
+    with translate(RuntimeError, f"no such file or folder: {name}: there is no such home folder"):
+        path = path.expanduser()
+    exists, repository = os.path.exists(path), re.fullmatch(r"[\w.-]+/[\w.-]+", name)  # also for names too long
     if isinstance(source, str):
         if checkpoint := find_checkpoint(name):
             return WeightsName(name, checkpoint=checkpoint)
-        if _is_timm_backbone(name, path):
+        if not exists and _is_timm_backbone(name):
             return _any_for(name, f"named {name!r}", strict)
-    if path.exists():
-        return WeightsName(name, path=path)
+    if exists:
+        hidden = isinstance(source, str) and repository and not _looks_like_path(name)
+        sentence = f"{name!r} is the local path of that name, not the Hub repository; write './{name}' to say so"
+        return WeightsName(name, path=path, shadowed=sentence if hidden else "")
     if not isinstance(source, str) or _looks_like_path(name):
         raise LoftUpError(f"no such file or folder: {name}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if repository:
         return WeightsName(name, repo=name)
     raise LoftUpError(_unknown(name))
 
@@ -97,12 +106,12 @@ def _any_for(asked: str, subject: str, strict: bool) -> WeightsName:
     return WeightsName(asked, checkpoint=CATALOGUE[ANY], substitute=sentence)
 
 
-def _is_timm_backbone(name: str, path: Path) -> bool:
-    """Tell whether a name that is not in the catalogue is that of a timm model, and not of a file here."""
+def _is_timm_backbone(name: str) -> bool:
+    """Tell whether a name that is not in the catalogue is that of a timm model."""
     if name.startswith(("hf-hub:", "hf_hub:")):
         return True
     bare = name.removeprefix("timm/")
-    if "/" in bare or _looks_like_path(name) or path.exists():
+    if "/" in bare or _looks_like_path(name):
         return False
     import timm
 
@@ -113,8 +122,8 @@ def _is_timm_backbone(name: str, path: Path) -> bool:
 
 def _looks_like_path(name: str) -> bool:
     """Tell whether a string can only be meant as a file or folder."""
-    suffixes = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
-    return name.endswith(suffixes) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
+    suffixes = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", *IMAGE_SUFFIXES)
+    return name.lower().endswith(suffixes) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1
 
 
 def _unknown(name: str) -> str:
