@@ -350,8 +350,7 @@ def _resolve(source: "str | os.PathLike[str] | nn.Module", strict: bool) -> "Wei
     from .backbones import identify, wrap
 
     try:
-        wrap(source)
-        usable = True
+        name, usable = identify(wrap(source, check=False)), True
     except LoftUpError:
-        usable = False
-    return resolve_backbone(identify(source), type(source).__name__, usable, strict)
+        name, usable = None, False
+    return resolve_backbone(name, type(source).__name__, usable, strict)

@@ -112,9 +112,9 @@ def test_what_is_not_there(hub, up):
     hub.add("haiwen/loftup-siglip", {"model.safetensors": inner(up)})
     with pytest.raises(LoftUpError, match="'haiwen/loftup-siglip' holds no 'pytorch_model.bin'"):
         LoftUp.from_pretrained("siglip_vitb16")
-    hub.add("facebook/dinov2-large", {"config.json": b'{"model_type": "dinov2"}', "model.safetensors": b""})
-    with pytest.raises(LoftUpError, match="'facebook/dinov2-large' holds a 'dinov2' model, not LoftUp weights"):
-        LoftUp.from_pretrained("facebook/dinov2-large")
+    hub.add("facebook/dinov2-huge", {"config.json": b'{"model_type": "dinov2"}', "model.safetensors": b""})
+    with pytest.raises(LoftUpError, match="'facebook/dinov2-huge' holds a 'dinov2' model, not LoftUp weights"):
+        LoftUp.from_pretrained("facebook/dinov2-huge")
 
 
 def test_without_a_network_the_error_says_how_to_work_offline(hub):

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import LoftUpError, one_line
 from .vit import IMAGENET, Scaling
 
-__all__ = ["build_open_clip", "build_transformers", "is_open_clip", "is_transformers"]
+__all__ = ["build_open_clip", "build_transformers", "is_transformers"]
 
 
 def is_transformers(name: str) -> bool:
@@ -49,15 +49,6 @@ def build_transformers(name: str, weights: Any, options: dict[str, Any]) -> tupl
     except (OSError, ValueError, AttributeError, TypeError):
         mean, std = IMAGENET  # a folder with a model alone
     return model, (mean, std)  # type: ignore[return-value]
-
-
-def is_open_clip(name: str) -> bool:
-    """Tell whether a name is open_clip's, with or without the tag of its weights."""
-    try:
-        import open_clip
-    except ImportError:
-        return False
-    return name.partition("/")[0] in open_clip.list_models()
 
 
 def build_open_clip(name: str, weights: Any, options: dict[str, Any]) -> tuple[nn.Module, Scaling | None]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError, one_line, suggest
-from ..weights.aliases import TIMM_NAMES
+from ..weights.aliases import TIMM_NAMES, is_open_clip
 from ..weights.catalogue import ANY, PUBLISHED, TINY, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
-from .libraries import build_open_clip, build_transformers, is_open_clip, is_transformers
+from .libraries import build_open_clip, build_transformers, is_transformers
 from .maps import FLEXIBLE, timm_config
 
 __all__ = ["build_named", "size_options"]

@@ -1,6 +1,9 @@
-"""Other packages' names of backbones that timm has: data, not code. None of them has an upsampler of its own."""
+"""Other packages' names of backbones."""
 
-__all__ = ["TIMM_NAMES"]
+import importlib.util
+import os
+
+__all__ = ["TIMM_NAMES", "is_open_clip"]
 
 
 def _names() -> dict[str, str]:
@@ -29,3 +32,15 @@ def _names() -> dict[str, str]:
 
 # torch.hub's and Hugging Face's names to timm's.
 TIMM_NAMES = _names()
+
+
+def is_open_clip(name: str) -> bool:
+    """Tell whether a name is open_clip's, with or without the tag of its weights ("ViT-B-16/openai").
+
+    Without importing it: its configurations are files of the models' names.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    kind = name.partition("/")[0]
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    # os.path answers also for names that are too long.
+    return bool(kind) and any(os.path.isfile(f"{folder}/model_configs/{kind}.json") for folder in folders)

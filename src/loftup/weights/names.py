@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import LoftUpError, translate
 from ..files import stamp
 from ..pictures import IMAGE_SUFFIXES
+from .aliases import TIMM_NAMES, is_open_clip
 from .catalogue import ANY, CATALOGUE, IN_PACKAGE, PUBLISHED, Checkpoint, find_checkpoint, known_names
 
 __all__ = ["CONFIG", "PICKLE", "SAFETENSORS", "WeightsName", "in_package", "resolve", "resolve_backbone"]
@@ -49,8 +50,8 @@ def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsNa
     """Find what a name or path means; names win over paths, paths over the Hub, a ``Path`` is never a name.
 
     Args:
-        source: a name of the catalogue or of a backbone in it, a timm name of another backbone (for which "any" takes
-            the place of weights of its own), a Hub repository id, or a path.
+        source: a name of the catalogue or of a backbone in it, the name of another backbone in timm, torch.hub or
+            open_clip (for which "any" takes the place of weights of its own), a Hub repository id, or a path.
         strict: refuse where "any" would take the place of weights.
 
     Raises:
@@ -68,7 +69,7 @@ def resolve(source: "str | os.PathLike[str]", strict: bool = False) -> WeightsNa
     if isinstance(source, str):
         if checkpoint := find_checkpoint(name):
             return WeightsName(name, checkpoint=checkpoint)
-        if not exists and _is_timm_backbone(name):
+        if not exists and _is_backbone(name):
             return _any_for(name, f"named {name!r}", strict)
     if exists:
         hidden = isinstance(source, str) and repository and not _looks_like_path(name)
@@ -106,10 +107,13 @@ def _any_for(asked: str, subject: str, strict: bool) -> WeightsName:
     return WeightsName(asked, checkpoint=CATALOGUE[ANY], substitute=sentence)
 
 
-def _is_timm_backbone(name: str) -> bool:
-    """Tell whether a name that is not in the catalogue is that of a timm model."""
-    if name.startswith(("hf-hub:", "hf_hub:")):
+def _is_backbone(name: str) -> bool:
+    """Tell whether a name that is not in the catalogue is that of a backbone: timm's, torch.hub's, open_clip's."""
+    if name.startswith(("hf-hub:", "hf_hub:")) or name in TIMM_NAMES:
         return True
+    if is_open_clip(name):
+        # Where some weights of the model have an upsampler, the tag has to be said.
+        return not any(known.startswith(f"{name}/") for known in known_names())
     bare = name.removeprefix("timm/")
     if "/" in bare or _looks_like_path(name):
         return False
