@@ -1,5 +1,6 @@
 """Backbones by the names of transformers and open_clip."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoftUpError, one_line
+from ..weights.hub import cache_alone_if_unreachable
 from .vit import IMAGENET, Scaling
 
 __all__ = ["build_open_clip", "build_transformers", "is_transformers"]
@@ -32,12 +34,21 @@ def build_transformers(name: str, weights: Any, options: dict[str, Any]) -> tupl
     """
     _refuse(name, "transformers", weights, options)
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+        import transformers  # noqa: F401
     except ImportError as error:
         raise LoftUpError(f"{name!r} is a transformers model: pip install transformers") from error
     source = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    local = source != name or Path(source).exists()
+    hub = contextlib.nullcontext() if local else cache_alone_if_unreachable(name)
+    with hub:
+        return _from_transformers(name, source, weights is not False)
+
+
+def _from_transformers(name: str, source: str, pretrained: bool) -> tuple[nn.Module, Scaling]:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
     try:
-        if weights is False:
+        if not pretrained:
             model = AutoModel.from_config(AutoConfig.from_pretrained(source))  # type: ignore[no-untyped-call]
         else:
             model = AutoModel.from_pretrained(source)

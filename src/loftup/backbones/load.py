@@ -1,5 +1,6 @@
 """Building a timm model by name, with weights from the Hub, from the package, from a local file, or none."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import LoftUpError, one_line, suggest
 from ..weights.aliases import TIMM_NAMES, is_open_clip
 from ..weights.catalogue import ANY, PUBLISHED, TINY, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
+from ..weights.hub import cache_alone_if_unreachable
 from .libraries import build_open_clip, build_transformers, is_transformers
 from .maps import FLEXIBLE, timm_config
 
@@ -98,7 +100,8 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
     subject = f"{name!r} with the options {options}" if options else repr(name)
     try:
-        with _Copies() as copies:
+        hub = cache_alone_if_unreachable(f"timm/{name}") if weights is None else contextlib.nullcontext()
+        with hub, _Copies() as copies:
             try:
                 model = _create(name, options, weights is not False, overlay)
             except RuntimeError as error:
@@ -115,7 +118,7 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
             message = f"{weights} does not hold weights for {subject}: {_shorten(error)}. Keys of the file: {keys}"
         else:
             message = (
-                f"could not load timm's weights for {subject} from the Hub ({_shorten(error)}). Without the Hub, "
+                f"could not load timm's weights for {subject} from the Hub ({_shorten(error, 200)}). Without the Hub, "
                 "give a local file, load_backbone(name, weights=path), or weights=False for random ones"
             )
         raise LoftUpError(message) from error

@@ -1,6 +1,8 @@
 """The Hub, with its errors turned into what to do about them."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from ..errors import LoftUpError, translate
 from ..version import __version__
 
-__all__ = ["Repository", "UnreachableError", "upload"]
+__all__ = ["Repository", "UnreachableError", "cache_alone_if_unreachable", "upload"]
 
 OFFLINE_HELP = (
     "Without a network: 'any' and 'tiny' come with the package. For others, fetch the repository once where there is a "
@@ -52,7 +54,7 @@ class Repository:
         cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
         where: dict[str, Any] = {"revision": self.revision, "cache_dir": cache_dir}
         if self.reachable is None:
-            self.reachable = not self.local_files_only and self._answers(file)
+            self.reachable = not self.local_files_only and self.answers(file)
         client: dict[str, Any] = {"local_files_only": not self.reachable, **CLIENT}
         try:
             return Path(hf.hf_hub_download(self.repo, file, **where, **client))
@@ -79,7 +81,7 @@ class Repository:
             }
             raise LoftUpError(next(text for kind, text in messages.items() if isinstance(error, kind))) from error
 
-    def _answers(self, file: str) -> bool:
+    def answers(self, file: str) -> bool:
         """Ask the Hub once; the client itself would ask for a minute and more."""
         import huggingface_hub as hf
         from huggingface_hub import constants, errors
@@ -95,6 +97,19 @@ class Repository:
             # What the Hub refuses the client explains.
             return isinstance(error, errors.HfHubHTTPError) and 400 <= error.response.status_code < 429
         return True
+
+
+@contextlib.contextmanager
+def cache_alone_if_unreachable(repo: str) -> Iterator[None]:
+    """Keep other libraries to the Hub's cache meanwhile if the Hub does not answer: they would ask for a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not Repository(repo).answers("config.json")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def upload(folder: str, repo: str, *, private: bool, token: str | None, commit_message: str) -> str:
