@@ -52,7 +52,7 @@ def _maker(arguments: argparse.Namespace) -> MaskMaker:
     options: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.sam:
         return SamMaker(arguments.sam, device=arguments.device, **options)
-    if arguments.device != "cpu":
+    if arguments.device not in (None, "cpu"):
         raise ValueError(f"--device {arguments.device} would do nothing: Felzenszwalb's masks are made on the CPU")
     return FelzenszwalbMaker(**options)
 
