@@ -18,13 +18,7 @@ def add_parser(commands: Any) -> None:
         task = tasks.add_parser(name, help=entry.help)
         add = task.add_argument
         if entry.data:
-            add(
-                "--dataset",
-                required=True,
-                type=word,
-                metavar="NAME:PATH",
-                help="see loftup eval list; or synthetic",
-            )
+            add("--dataset", required=True, type=word, metavar="NAME:PATH", help="see loftup eval list; or synthetic")
         add_backbone_options(task)
         add(
             "--upsampler",

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICE", "add_backbone_options", "add_model_options", "key_value", "place", "positive", "word"]
+__all__ = ["DEVICE", "add_backbone_options", "add_model_options", "key_value", "number", "place", "positive", "word"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICE = "torch device; default: cuda where there is one, else cpu"

@@ -12,6 +12,7 @@ import torch
 from loftup import LoftUpError
 from loftup.train.run import checkpoint, logs
 from loftup.train.run.checkpoint import (
+    ENTRIES,
     differences,
     latest_checkpoint,
     load_checkpoint,
@@ -30,6 +31,7 @@ def state(step):
         "optimizer": {"state": {0: torch.full((2,), float(step))}},
         "best": math.inf,
         "random": random_states(),
+        **dict.fromkeys(name for name in ENTRIES if name not in ("step", "optimizer", "random")),
     }
 
 
@@ -101,6 +103,28 @@ def test_damaged_and_foreign_files(tmp_path):
         load_checkpoint(path)
     torch.save({"step": 1, "optimizer": tmp_path}, path)
     with pytest.raises(LoftUpError, match="cannot read the checkpoint"):
+        load_checkpoint(path)
+    torch.save({"step": 1, "optimizer": {}}, path)
+    with pytest.raises(LoftUpError, match=r"others; it lacks state_dict, objective, .*loftup_config$"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", bytes(1000), b"\x80\x04N.", b"c" * 50])
+def test_a_checkpoint_of_anything_can_be_removed(tmp_path, content):
+    path = step_file(tmp_path, 2)
+    path.write_bytes(content)
+    match = rf"step_000002.pt: .+ \({len(content)} bytes\); remove it to go on from the one before"
+    with pytest.raises(LoftUpError, match=match):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    path = step_file(tmp_path, 2)
+    save_checkpoint(path, {**state(2), "objective": {"x": torch.arange(10_000.0)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(10_000.0).numpy().tobytes()) + 5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LoftUpError, match="its part .* is damaged .*; remove it to go on from the one before"):
         load_checkpoint(path)
 
 

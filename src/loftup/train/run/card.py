@@ -19,10 +19,9 @@ from ...weights.hub import upload
 from ...weights.names import CONFIG, SAFETENSORS
 from ..baselines import card as baseline_card
 from ..config import BackboneConfig, TrainConfig, to_yaml
+from .folder import CARD
 
 __all__ = ["how_to_load", "portable", "push", "training_card", "versions"]
-
-CARD = "README.md"
 
 
 def versions() -> dict[str, str]:
