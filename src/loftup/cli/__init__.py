@@ -39,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_streams() -> None:
     """Standard streams that are there, and that show what they cannot encode as codes."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # closed: pythonw, some services, 2>&-
+        while os.open(os.devnull, os.O_RDWR) < 3:  # their numbers, which the next files would get
+            pass
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed: pythonw, some services, 2>&-
+        if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):

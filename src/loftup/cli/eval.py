@@ -27,6 +27,8 @@ def add_parser(commands: Any) -> None:
             metavar="U[,U...]",
             help="[LABEL=]NAME[:ARGUMENT], see loftup eval list",
         )
+        remote = "let upsamplers run code of other GitHub repositories, at the commits named in loftup"
+        add("--trust-remote-code", action="store_true", help=remote)
         add("--seeds", type=positive, metavar="N", help="how many times heads are trained (default: the task's)")
         add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="of the task's protocol")
         add("-o", "--output", type=place, required=True, metavar="DIR", help="for results.json, tables and pictures")

@@ -58,6 +58,7 @@ ShareBelow1 = Annotated[Real, Field(ge=0, lt=1)]
 PositiveShare = Annotated[Real, Field(gt=0, le=1)]
 Triple = Annotated[list[Real], Field(min_length=3, max_length=3)]
 Counts = Annotated[list[Count], Field(min_length=1)]
+Sides = Annotated[list[Count], Field(min_length=2, max_length=2)]  # height and width
 Positives = Annotated[list[Positive], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 # A single path may stand alone.
