@@ -1,5 +1,6 @@
 """Commands with a user's own files in the way, full disks, closed streams and odd names."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from material import drawn_scene
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import loftup.cli.models
@@ -175,6 +177,41 @@ def test_without_a_network_features_name_what_works(hub, photo, tmp_path, capsys
     assert "the Hub cannot be reached" in err
     assert "without any network: --backbone tiny --weights any" in err
     assert not (tmp_path / "out").exists()
+
+
+LIMITED = """
+import resource, sys
+import loftup.cli.models
+resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30,) * 2)
+sys.exit(loftup.cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+@pytest.mark.parametrize("command", ["features", "demo"])
+def test_twelve_megapixels_need_little_memory(tmp_path, command):
+    Image.linear_gradient("L").resize((4000, 3000)).save(tmp_path / "photo.jpg")
+    words = [command, "photo.jpg", "--backbone", "tiny", "--weights", "any", "-o", "out.png"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-c", LIMITED, *words]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    if command == "features":
+        features = load_file(tmp_path / "out.png" / "photo.jpg.safetensors")["features"]
+        assert features.shape == (192, 384, 512)
+    else:
+        assert Image.open(tmp_path / "out.png").width > 4 * 512
+
+
+def test_an_ascii_console_shows_a_table(tmp_path):
+    row = {"metrics": {"miou": [1.0, 2.0]}, "parameters": 0, "seconds": 1}
+    results = {"task": "segmentation", "dataset": "d", "backbone": {}, "config": {}, "upsamplers": {"ä": row}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [*LOFTUP, "eval", "table", str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| \\xe4 | 1.50 \\xb1 1.00 |" in done.stdout
 
 
 def test_what_a_demo_makes_is_marked(photo, tmp_path):

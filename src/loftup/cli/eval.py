@@ -18,20 +18,18 @@ def add_parser(commands: Any) -> None:
         task = tasks.add_parser(name, help=entry.help)
         add = task.add_argument
         if entry.data:
-            add("--dataset", required=True, type=word, metavar="NAME:PATH", help="see loftup eval list; or synthetic")
+            known = "see loftup eval list; or synthetic"
+            add("--dataset", required=True, type=word, metavar="NAME:PATH", help=known)
         add_backbone_options(task)
-        add(
-            "--upsampler",
-            required=True,
-            type=word,
-            metavar="U[,U...]",
-            help="[LABEL=]NAME[:ARGUMENT], see loftup eval list",
-        )
+        named = "[LABEL=]NAME[:ARGUMENT], see loftup eval list"
+        add("--upsampler", required=True, type=word, metavar="U[,U...]", help=named)
         remote = "let upsamplers run code of other GitHub repositories, at the commits named in loftup"
         add("--trust-remote-code", action="store_true", help=remote)
         add("--seeds", type=positive, metavar="N", help="how many times heads are trained (default: the task's)")
-        add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="of the task's protocol")
-        add("-o", "--output", type=place, required=True, metavar="DIR", help="for results.json, tables and pictures")
+        protocol = "of the task's protocol, such as size, to which pictures of any size are scaled"
+        add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help=protocol)
+        made = "for results.json, tables and pictures"
+        add("-o", "--output", type=place, required=True, metavar="DIR", help=made)
         add("--overwrite", action="store_true", help="forget results that are there already")
     listing = tasks.add_parser("list", help="upsamplers, tasks and datasets by name")
     listing.add_argument("--json", action="store_true", help="as JSON")

@@ -14,13 +14,11 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_run)
     add = parser.add_argument
     add("folder", type=place, metavar="FOLDER", help="pictures, and folders of them")
-    add(
-        "-o", "--output", type=place, metavar="DIR", help="copy the pictures there, beside their masks; default: FOLDER"
-    )
+    copied = "copy the pictures there, beside their masks; default: FOLDER"
+    add("-o", "--output", type=place, metavar="DIR", help=copied)
     maker = parser.add_mutually_exclusive_group()
-    maker.add_argument(
-        "--sam", type=word, metavar="MODEL", help="by a SAM model of transformers: name on the Hub, or folder"
-    )
+    model = "by a SAM model of transformers: name on the Hub, or folder"
+    maker.add_argument("--sam", type=word, metavar="MODEL", help=model)
     segments = "by Felzenszwalb's segments (the default: it needs no download)"
     maker.add_argument("--felzenszwalb", action="store_true", help=segments)
     add("--scales", nargs="+", type=number, metavar="K", help="Felzenszwalb: sizes of segments (default: 300 600 1200)")
