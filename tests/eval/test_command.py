@@ -92,7 +92,7 @@ def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
     assert list(json.loads((folder / "results.json").read_text())["upsamplers"]) == ["nearest"]
     (folder / "results.json").write_text("{")
     assert call(*common, "--upsampler", "nearest") == 2
-    assert "results.json is damaged" in capsys.readouterr().err
+    assert "results.json does not hold results of `loftup eval` (" in capsys.readouterr().err
 
 
 def test_a_failing_upsampler_stops_no_other(camvid, colours, tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_what_is_the_users_is_not_overwritten(camvid, colours, tmp_path, capsys,
     assert call(*common, "-o", tmp_path / "out", *options) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "results.json is damaged" in err or f"{file.name} exists and was not made by loftup" in err
+    assert "results.json does not hold results" in err or f"{file.name} exists and was not made by loftup" in err
     assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["{}"]
 
 
@@ -270,9 +270,17 @@ def test_tables_from_folders(tmp_path, capsys):
         assert call("table", tmp_path / "one", "-o", tmp_path / "made" / f"table{name[4:]}") == 0
     with pytest.raises(LoftUpError, match="expected results.json of `loftup eval` in"):
         read_results([tmp_path / "three"])
-    (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(LoftUpError, match="does not hold results of `loftup eval`"):
-        read_results([tmp_path / "bad.json"])
+    row = {"upsampler": "a", "metrics": {"miou": [1.0]}, "parameters": 0, "seconds": 1}
+    bad = [
+        "[]", "{", "[" * 100_000, "\xff", "{}", json.dumps(result_of({"a": [1.0]}) | {"task": "x"}),
+        *(json.dumps(result_of({}) | {"upsamplers": rows}) for rows in ([], {"a": 1}, {"a": {**row, "metrics": []}})),
+        *(json.dumps(result_of({}) | {"upsamplers": {"a": row | {key: "x"}}}) for key in ("metrics", "seconds")),
+        json.dumps(result_of({}) | {"upsamplers": {"a": row | {"metrics": {"miou": []}}}}),
+    ]  # fmt: skip
+    for content in bad:
+        (tmp_path / "bad.json").write_text(content, "latin1")
+        with pytest.raises(LoftUpError, match=r"does not hold results of `loftup eval` \(.*; remove it"):
+            read_results([tmp_path / "bad.json"])
 
 
 def test_lower_is_better_where_it_is(monkeypatch):

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("images", nargs="+", type=place, metavar="IMAGE", help="image files or folders of them")
     add_model_options(parser)
     parser.add_argument("-o", "--output", type=place, required=True, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="write files anew that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="write files of loftup's anew that are there already")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -71,7 +71,8 @@ def _features(
     from ..pictures import open_picture
     from .models import upsample_picture
 
-    source = {"image": image.name, "image_file": stamp(image)}
+    name = os.fsencode(image.name).decode("utf-8", "backslashreplace")  # which metadata can hold
+    source = {"image": name, "image_file": stamp(image)}
     _, high = upsample_picture(arguments, backbone, up, open_picture(image))
     half = high[0].to(torch.float16)
     if not bool(half.isfinite().all()):

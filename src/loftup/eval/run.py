@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..backbones import Backbone
-from ..errors import FAILURES, LoftUpError, one_line, translate
+from ..errors import FAILURES, LoftUpError, one_line
 from ..files import MADE_BY, refuse_others, write_atomically
 from ..pictures import encode
 from ..train.config import checked
@@ -28,7 +28,7 @@ from .catalogue import TASKS
 from .datasets import open_dataset
 from .datasets.base import Dataset
 from .figure import figure
-from .table import markdown
+from .table import markdown, read_file
 from .upsamplers import Upsampler, create
 
 __all__ = ["Comparison"]
@@ -165,11 +165,9 @@ class Comparison:
         file = self.folder / RESULTS
         if not file.is_file():
             return
-        remedy = "remove it"
-        with translate((ValueError, KeyError), lambda error: f"{file} is damaged ({error}); {remedy}"):
-            results = json.loads(file.read_text("utf-8"))
-            previous = {key: results[key] for key in self.identity}
-            self.rows = results["upsamplers"]
+        results = read_file(file)
+        previous = {key: results[key] for key in self.identity}
+        self.rows = results["upsamplers"]
         # As JSON has it: tuples are lists there.
         current = json.loads(json.dumps(self.identity))
         if previous != current:

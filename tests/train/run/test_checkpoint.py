@@ -113,8 +113,7 @@ def test_damaged_and_foreign_files(tmp_path):
 def test_a_checkpoint_of_anything_can_be_removed(tmp_path, content):
     path = step_file(tmp_path, 2)
     path.write_bytes(content)
-    match = rf"step_000002.pt: .+ \({len(content)} bytes\); remove it to go on from the one before"
-    with pytest.raises(LoftUpError, match=match):
+    with pytest.raises(LoftUpError, match=r"step_000002.pt: .+; remove it to go on from the one before"):
         load_checkpoint(path)
 
 
@@ -124,7 +123,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(torch.arange(10_000.0).numpy().tobytes()) + 5000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(LoftUpError, match="its part .* is damaged .*; remove it to go on from the one before"):
+    with pytest.raises(LoftUpError, match="its part .* is damaged; remove it to go on from the one before"):
         load_checkpoint(path)
 
 

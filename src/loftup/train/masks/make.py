@@ -127,7 +127,7 @@ def _finished(path: Path, picture: Path, settings: dict[str, Any], overwrite: bo
     if overwrite:
         return False
     remedy = "overwrite it (--overwrite) or write to another folder"
-    with translate((ValueError, KeyError, TypeError), f"{path} is damaged; {remedy}"):
+    with translate((ValueError, KeyError, TypeError, RecursionError), f"{path} is damaged; {remedy}"):
         before = dict(json.loads(path.read_bytes())["info"]["settings"])
     pairs = {key: (before.get(key), settings.get(key)) for key in sorted({*settings, *before})}
     if changes := [f"{key} {old!r}, now {new!r}" for key, (old, new) in pairs.items() if old != new]:
@@ -142,6 +142,6 @@ def _copied(copy: Path, picture: Path, path: Path) -> bool:
     size = copy.stat().st_size
     if picture.is_file() and size == picture.stat().st_size and copy.read_bytes() == picture.read_bytes():
         return True
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return made_here(path) and bool(json.loads(path.read_bytes())["info"]["settings"]["picture_bytes"] == size)
     return False

@@ -105,7 +105,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch's unpickler, fed with anything, raises anything
         reason = one_line(str(error).partition("\n")[0] or error)
         raise LoftUpError(
-            f"cannot read the checkpoint {path}: {reason} ({_bytes(path)}); remove it to go on from the one before"
+            f"cannot read the checkpoint {path}: {reason}; remove it to go on from the one before"
         ) from error
     if not isinstance(state, dict) or (missing := [name for name in ENTRIES if name not in state]):
         expected = "step, optimizer and others"
@@ -114,12 +114,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _bytes(path: Path) -> str:
-    return f"{path.stat().st_size} bytes" if path.exists() else "not there"
-
-
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints, and what a killed run left half-written."""
+    """Remove all but the last ``keep`` checkpoints, and what a killed run of an earlier version left half-written."""
     for path in [*_step_files(folder)[:-keep], *folder.glob(".*.pt.*")]:
         path.unlink(missing_ok=True)
 
