@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..errors import LoftUpError, translate
+from ..errors import LoftUpError
 from .catalogue import TASKS
 from .result import Metric
 
@@ -26,10 +26,10 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     all_results = []
     for folder in folders:
         file = folder if folder.is_file() else folder / "results.json"
-        with translate(
-            OSError, lambda error, where=folder: f"expected results.json of `loftup eval` in {where}: {error}"
-        ):
+        try:
             all_results.append(read_file(file))
+        except OSError as error:
+            raise LoftUpError(f"expected results.json of `loftup eval` in {folder}: {error}") from error
     return all_results
 
 
