@@ -19,7 +19,6 @@ from ...errors import LoftUpError
 from ...files import refuse_others, write_atomically
 from ...networks.config import LoftUpConfig
 from ...networks.universal import UniversalNetwork
-from ...weights.names import CONFIG as UP_CONFIG
 from ..config import TrainConfig, check
 from ..data.loader import loader
 from ..data.views import Batch
@@ -28,7 +27,7 @@ from .build import build_backbones, build_upsampler, calibrate, check_paths, reb
 from .card import how_to_load, machine, portable, push, training_card, versions
 from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
 from .distributed import Processes, synchronise_batch_norm
-from .folder import CARD, check_data, hold_folder, open_folder, write_config
+from .folder import AT_THE_END, CARD, check_data, hold_folder, open_folder, write_config
 from .logs import Board, Table
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, StopSignal, ignore_signals
@@ -384,7 +383,7 @@ class _Run:
             "steps left out as not finite": progress.nonfinite,
         }
         try:
-            refuse_others([self.folder / name for name in (CARD, UP_CONFIG)])  # made by the user since the start
+            refuse_others([self.folder / name for name in AT_THE_END])  # made by the user since the start
             up.save_pretrained(self.folder)
             card = training_card(config, up.config, facts, progress.measured)
             write_atomically(self.folder / CARD, card.encode())

@@ -12,10 +12,10 @@ from ...weights.names import SAFETENSORS
 from ..config import TrainConfig, to_yaml
 from .checkpoint import differences, latest_checkpoint, load_checkpoint
 
-__all__ = ["CARD", "CONFIG", "check_data", "hold_folder", "open_folder", "write_config"]
+__all__ = ["AT_THE_END", "CARD", "CONFIG", "check_data", "hold_folder", "open_folder", "write_config"]
 
 CONFIG, CARD = "train.yaml", "README.md"
-# What a run writes while it lasts; CARD and the weights come at its end.
+AT_THE_END = (CARD, UP_CONFIG, SAFETENSORS)  # of a run these are written, the others while it lasts
 DURING = ("log.csv", "validation.csv", "checkpoints", "pictures", "tensorboard")
 
 
@@ -85,7 +85,7 @@ def _evidence(folder: Path) -> str:
 def _check_own(folder: Path, goes_on: bool) -> None:
     """Raise LoftUpError if a run would overwrite what is the user's: a folder without a run's config is no run's."""
     begun = goes_on or made_here(folder / CONFIG)
-    refuse_others(folder / name for name in (CARD, UP_CONFIG, *(() if begun else (CONFIG, *DURING))))
+    refuse_others(folder / name for name in (*AT_THE_END, *(() if begun else (CONFIG, *DURING))))
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
