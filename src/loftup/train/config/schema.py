@@ -47,8 +47,8 @@ def _values(*values: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_number)]
-Whole = Annotated[Integer, Field(ge=0)]
-Count = Annotated[Integer, Field(ge=1)]
+Whole = Annotated[Integer, Field(ge=0, lt=2**31)]
+Count = Annotated[Integer, Field(ge=1, lt=2**31)]
 Real = Annotated[float, BeforeValidator(_number)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Positive = Annotated[Real, Field(gt=0)]
@@ -286,7 +286,7 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"  # the latter by autocast
     compile: bool = False  # the network, by torch.compile; of "any" the part that looks at images
     checkpointing: bool = False  # compute activations twice to save memory
-    seed: Integer = 0  # of everything random
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0  # of everything random
     save_every: Count = 500  # steps between checkpoints
     keep: Count = 2  # checkpoints, beside the best
     log_every: Count = 10  # steps between lines of the log
