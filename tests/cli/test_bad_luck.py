@@ -205,7 +205,7 @@ def test_twelve_megapixels_need_little_memory(tmp_path, command):
 
 
 def test_an_ascii_console_shows_a_table(tmp_path):
-    row = {"metrics": {"miou": [1.0, 2.0]}, "parameters": 0, "seconds": 1}
+    row = {"upsampler": "a", "metrics": {"miou": [1.0, 2.0]}, "parameters": 0, "seconds": 1}
     results = {"task": "segmentation", "dataset": "d", "backbone": {}, "config": {}, "upsamplers": {"ä": row}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
