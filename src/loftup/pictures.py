@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LoftUpError, translate
+from .files import MADE_BY, check_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,11 +20,13 @@ def open_picture(path: "str | os.PathLike[str]") -> "Image.Image":
     """Read a picture as :func:`to_rgb` gives it.
 
     Raises:
-        OSError: the file cannot be read as a picture: missing, truncated, of no known format, or too large for Pillow.
+        OSError: the file cannot be read as a picture: missing, truncated, a pipe, of no known format, or too large for
+            Pillow.
         LoftUpError: see :func:`to_rgb`.
     """
     pil = require_pillow()
     try:
+        check_regular(path)
         with pil.open(path) as picture:
             picture.load()
             return to_rgb(picture, os.fspath(path))
@@ -56,20 +59,23 @@ def to_rgb(picture: "Image.Image", name: str = "the picture") -> "Image.Image":
 
 
 def encode(picture: "Image.Image", kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a picture's file; ``options`` are Pillow's."""
-    stream = BytesIO()
-    picture.save(stream, kind, **options)
+    """The bytes of a picture's file, marked as made by loftup where it can be; ``options`` are Pillow's."""
+    stream, exif = BytesIO(), require_pillow().Exif()
+    exif[0x0131] = MADE_BY  # Software
+    picture.save(stream, kind, exif=exif, **options)
     return stream.getvalue()
 
 
-def check_suffix(path: Path) -> None:
-    """Raise ValueError unless Pillow can write a picture under that name."""
+def check_suffix(path: Path) -> str:
+    """The format that Pillow writes under that name, or ValueError if it writes none."""
     pil = require_pillow()
-    if pil.registered_extensions().get(path.suffix.lower()) not in pil.SAVE:
+    kind = pil.registered_extensions().get(path.suffix.lower())
+    if kind not in pil.SAVE:
         raise ValueError(
             f"cannot write a picture named {path.name!r}: expected a suffix such as .png, .jpg or .webp, "
             f"got {path.suffix!r}"
         )
+    return str(kind)
 
 
 def require_pillow() -> Any:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from loftup.eval.datasets.base import KINDS
 from loftup.eval.result import Metric, Result
 from loftup.eval.run import Comparison
 from loftup.eval.table import comma_separated, markdown, read_results
+from loftup.files import alone_in
 
 SMALL = ["--set", "size=[32,32]", "--set", "training=samples", "--set", "points=50", "--set", "pictures=1"]
 
@@ -89,7 +92,7 @@ def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
     assert list(json.loads((folder / "results.json").read_text())["upsamplers"]) == ["nearest"]
     (folder / "results.json").write_text("{")
     assert call(*common, "--upsampler", "nearest") == 2
-    assert "results.json is damaged" in capsys.readouterr().err
+    assert "results.json does not hold results of `loftup eval` (" in capsys.readouterr().err
 
 
 def test_a_failing_upsampler_stops_no_other(camvid, colours, tmp_path, capsys):
@@ -135,11 +138,73 @@ def test_efficiency_needs_no_dataset(colours, tmp_path, capsys):
         (["--upsampler", "nearest,nearest"], "expected upsamplers of different labels"),
         (["--dataset", "camvid:nowhere"], "the folder of 'camvid' is not there: nowhere"),
         (["--device", "abacus"], "cannot use the device 'abacus'"),
+        (["--set", "device=abacus"], "cannot use the device 'abacus'"),
+        (["--device", "cpu", "--set", "device=cuda"], "--set device=cuda contradicts --device cpu; give one of them"),
+        (["--set", "device=3"], "--set device=3: expected cpu, cuda"),
+        (["--seeds", "2", "--set", "seeds=7"], "--set seeds=7 contradicts --seeds 2; give one of them"),
+        (["--set", "size=[1.5,2]"], "the settings of segmentation: size[0] is 1.5, expected a valid integer"),
+        (["--set", "size=[0,2]"], "the settings of segmentation: size[0] is 0, expected at least 1"),
+        (["--set", "size=[true,2]"], "the settings of segmentation: size[0] is True, expected a number"),
+        (["--set", "size=[2]"], "size is [2], expected a list of at least 2 items"),
+        (["--set", "rate=1e999"], "the settings of segmentation: rate is inf, expected a finite number"),
+        (["--set", "rate=NaN"], "the settings of segmentation: rate is nan, expected a finite number"),
+        (["--set", "rate=0"], "the settings of segmentation: rate is 0, expected above 0"),
+        (["--set", "rate=-1"], "the settings of segmentation: rate is -1, expected above 0"),
+        (["--set", "points=true"], "the settings of segmentation: points is True, expected a number"),
+        (["--set", "points=0"], "the settings of segmentation: points is 0, expected at least 1"),
     ],
 )
 def test_what_is_asked_wrongly(settings, expected, camvid, colours, tmp_path, capsys):
     assert call("segmentation", "--dataset", camvid, "--upsampler", "nearest", "-o", tmp_path / "o", *settings) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.md", "figure.png", "pictures/03_mine.png"])
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_what_is_the_users_is_not_overwritten(camvid, colours, tmp_path, capsys, name, options):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    common = ["segmentation", "--dataset", camvid, "--seeds", 1, *SMALL, "--upsampler", "bilinear"]
+    assert call(*common, "-o", tmp_path / "out", *options) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "results.json does not hold results" in err or f"{file.name} exists and was not made by loftup" in err
+    assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["{}"]
+
+
+def test_a_run_killed_between_its_files_is_finished(camvid, colours, tmp_path, capsys):
+    folder = tmp_path / "out"
+    two = ["--upsampler", "a/b=lowres,a_b=nearest"]
+    common = ["segmentation", "--dataset", camvid, "--seeds", 1, *SMALL, "-o", folder, *two]
+    assert call(*common) == 0
+    names = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert len(names) == 4
+    assert names[2:] == ["00_of_a_b.png", "00_truth.png"]
+    assert names[1].startswith("00_of_a_b-")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("results.md", "figure.png"):
+        (folder / name).unlink()
+    (folder / "pictures" / ".loftup.0123456789abcdef").write_bytes(b"half")
+    assert call(*common) == 0
+    assert "a/b: finished already\na_b: finished already\n" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    assert call(*common, "--overwrite") == 0
+
+
+def test_labels_have_files_of_their_own():
+    labels = ["a", "A", "a/b", "a_b", "a b", "ä", "x" * 300, "x" * 301, "../a", "a_b-1234"]
+    columns = {module._column(label).lower() for label in labels}
+    assert len(columns) == len(labels)
+    assert all(re.fullmatch(r"of_[a-z0-9_.-]{1,109}", column) for column in columns)
+
+
+def test_two_runs_in_one_folder(camvid, colours, tmp_path, capsys):
+    common = ["segmentation", "--dataset", camvid, "--seeds", 1, *SMALL, "--upsampler", "bilinear"]
+    with alone_in(tmp_path / "out"):
+        assert call(*common, "-o", tmp_path / "out") == 2
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_lists(capsys):
@@ -198,11 +263,24 @@ def test_tables_from_folders(tmp_path, capsys):
         assert expected in file.read_text()
     assert call("table", tmp_path / "one", "-o", tmp_path / "table.txt") == 2
     assert "expected a file with one of the suffixes .md, .csv" in capsys.readouterr().err
+    for name in ("mine.md", "mine.csv"):
+        (tmp_path / name).write_text("# mine\n")
+        assert call("table", tmp_path / "one", "-o", tmp_path / name) == 2
+        assert f"{name} exists and was not made by loftup" in capsys.readouterr().err
+        assert call("table", tmp_path / "one", "-o", tmp_path / "made" / f"table{name[4:]}") == 0
     with pytest.raises(LoftUpError, match="expected results.json of `loftup eval` in"):
         read_results([tmp_path / "three"])
-    (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(LoftUpError, match="does not hold results of `loftup eval`"):
-        read_results([tmp_path / "bad.json"])
+    row = {"upsampler": "a", "metrics": {"miou": [1.0]}, "parameters": 0, "seconds": 1}
+    bad = [
+        "[]", "{", "[" * 100_000, "\xff", "{}", json.dumps(result_of({"a": [1.0]}) | {"task": "x"}),
+        *(json.dumps(result_of({}) | {"upsamplers": rows}) for rows in ([], {"a": 1}, {"a": {**row, "metrics": []}})),
+        *(json.dumps(result_of({}) | {"upsamplers": {"a": row | {key: "x"}}}) for key in ("metrics", "seconds")),
+        json.dumps(result_of({}) | {"upsamplers": {"a": row | {"metrics": {"miou": []}}}}),
+    ]  # fmt: skip
+    for content in bad:
+        (tmp_path / "bad.json").write_text(content, "latin1")
+        with pytest.raises(LoftUpError, match=r"does not hold results of `loftup eval` \(.*; remove it"):
+            read_results([tmp_path / "bad.json"])
 
 
 def test_lower_is_better_where_it_is(monkeypatch):
@@ -220,7 +298,7 @@ def test_a_network_is_moved_and_counted(monkeypatch, tmp_path):
             moved.append(device)
             return self
 
-    monkeypatch.setattr(module, "create", lambda spec, backbone: Network(2, 3))
+    monkeypatch.setattr(module, "create", lambda spec, backbone, trust_remote_code: Network(2, 3))
     comparison = Comparison("efficiency", None, mean_colours(), {}, {}, tmp_path)
     comparison.function = lambda backbone, up, config: Result({"seconds": [1.0]})
     assert comparison.run("net", lambda text: None) == 0

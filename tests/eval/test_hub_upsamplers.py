@@ -6,10 +6,15 @@ from small import mean_colours
 from torch import nn
 
 from loftup import LoftUpError
-from loftup.eval.upsamplers import create
+from loftup.eval.upsamplers import create as create_any
+from loftup.eval.upsamplers.hub import COMMITS
 
 IMAGE = torch.rand(1, 3, 32, 48)
 FEATURES = torch.randn(1, 3, 2, 3)
+
+
+def create(spec, backbone):
+    return create_any(spec, backbone, trust_remote_code=True)
 
 
 class Recorder(nn.Module):
@@ -32,7 +37,11 @@ def hub(monkeypatch):
     """Replaces torch.hub.load; returns what it gives and what it was asked for."""
     state = {"gives": None, "asked": []}
 
-    def load(repository, entry, **options):
+    def load(repository, entry, *, skip_validation, **options):
+        repository, commit = repository.split(":")
+        assert commit == COMMITS[repository]
+        assert len(commit) == 40
+        assert skip_validation
         state["asked"].append((repository, entry, options))
         if isinstance(state["gives"], Exception):
             raise state["gives"]
@@ -130,4 +139,15 @@ def test_arguments(hub):
         create("anyup:x", mean_colours())
     with pytest.raises(LoftUpError, match="needs the name of an entry point of mwalmer-umd/UPLiFT; write for example"):
         create("uplift", mean_colours())
+    assert not hub["asked"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["anyup", "anyup_multi_backbone", "naf", "featup:dinov2", "uplift", "loftup_published"]
+)
+def test_code_of_others_is_run_only_where_it_is_asked_for(hub, spec):
+    name = spec.partition(":")[0]
+    match = rf"the upsampler '{name}' runs code of github.com/\S+/\S+ at [0-9a-f]{{10}}, .* give --trust-remote-code"
+    with pytest.raises(LoftUpError, match=match):
+        create_any(spec, mean_colours())
     assert not hub["asked"]

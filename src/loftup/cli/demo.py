@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..files import refuse_others, sweep, write_atomically
 from ..weights.catalogue import ANY, TINY
-from .options import add_model_options
+from .options import add_model_options, place
 
 __all__ = ["PHOTO", "add_parser"]
 
@@ -19,20 +20,23 @@ def add_parser(commands: Any) -> None:
         "demo", help="picture of an image's features: low-res, bilinear, upsampled; needs no network as it stands"
     )
     parser.set_defaults(run=_run)
-    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="photograph; default: one in the package")
+    parser.add_argument("image", nargs="?", type=place, metavar="IMAGE", help="photograph; default: one in the package")
     add_model_options(parser, backbone=None)
-    parser.add_argument("-o", "--output", type=Path, default=Path("loftup_demo.png"), metavar="FILE")
+    replaced = "(default: %(default)s); replaced only where a demo made it"
+    add = parser.add_argument
+    add("-o", "--output", type=place, default=Path("loftup_demo.png"), metavar="FILE", help=replaced)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     import torch.nn.functional as F
 
-    from ..pictures import check_suffix, open_picture, require_pillow
+    from ..pictures import check_suffix, encode, open_picture, require_pillow
     from ..viz import compare
     from .models import load_models, upsample_picture
 
     pil = require_pillow()
-    check_suffix(arguments.output)
+    kind = check_suffix(arguments.output)
+    refuse_others([arguments.output])
     picture = open_picture(arguments.image or PHOTO)
     weights = _weights(arguments)
     backbone, up = load_models(arguments, weights)
@@ -48,8 +52,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "bilinear": F.interpolate(low.float(), size, mode="bilinear", align_corners=False),
         _caption(weights): dense,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    compare(picture.resize(size[::-1], pil.Resampling.BICUBIC), maps).save(arguments.output)
+    sheet = compare(picture.resize(size[::-1], pil.Resampling.BICUBIC), maps)
+    sweep(arguments.output.parent, older=3600)
+    write_atomically(arguments.output, encode(sheet, kind))
     shapes = f"{tuple(low.shape[1:])} -> {tuple(dense.shape[1:])}"
     print(f"{arguments.backbone}: {shapes} in {seconds:.1f} s; wrote {arguments.output}")
     return 0

@@ -1,11 +1,10 @@
 """The command ``loftup eval``: upsamplers compared by tasks, and what is done with the results."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..eval.catalogue import TASKS
-from .options import add_backbone_options, key_value, positive
+from .options import add_backbone_options, key_value, place, positive, word
 
 __all__ = ["add_parser"]
 
@@ -19,25 +18,45 @@ def add_parser(commands: Any) -> None:
         task = tasks.add_parser(name, help=entry.help)
         add = task.add_argument
         if entry.data:
-            add("--dataset", required=True, metavar="NAME:PATH", help="see loftup eval list; or synthetic")
+            known = "see loftup eval list; or synthetic"
+            add("--dataset", required=True, type=word, metavar="NAME:PATH", help=known)
         add_backbone_options(task)
-        add("--upsampler", required=True, metavar="U[,U...]", help="[LABEL=]NAME[:ARGUMENT], see loftup eval list")
+        named = "[LABEL=]NAME[:ARGUMENT], see loftup eval list"
+        add("--upsampler", required=True, type=word, metavar="U[,U...]", help=named)
+        remote = "let upsamplers run code of other GitHub repositories, at the commits named in loftup"
+        add("--trust-remote-code", action="store_true", help=remote)
         add("--seeds", type=positive, metavar="N", help="how many times heads are trained (default: the task's)")
-        add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help="of the task's protocol")
-        add("-o", "--output", type=Path, required=True, metavar="DIR", help="for results.json, tables and pictures")
+        protocol = "of the task's protocol, such as size, to which pictures of any size are scaled"
+        add("--set", action="append", default=[], type=key_value, metavar="KEY=VALUE", help=protocol)
+        made = "for results.json, tables and pictures"
+        add("-o", "--output", type=place, required=True, metavar="DIR", help=made)
         add("--overwrite", action="store_true", help="forget results that are there already")
     listing = tasks.add_parser("list", help="upsamplers, tasks and datasets by name")
     listing.add_argument("--json", action="store_true", help="as JSON")
     table = tasks.add_parser("table", help="join the results of several folders")
-    table.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="written by loftup eval TASK -o DIR")
-    table.add_argument("--metrics", metavar="M[,M...]", help="which ones; default: all")
-    table.add_argument("-o", "--output", type=Path, metavar="FILE", help=".md or .csv; default: print Markdown")
+    table.add_argument("folders", nargs="+", type=place, metavar="DIR", help="written by loftup eval TASK -o DIR")
+    table.add_argument("--metrics", type=word, metavar="M[,M...]", help="which ones; default: all")
+    table.add_argument("-o", "--output", type=place, metavar="FILE", help=".md or .csv; default: print Markdown")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..eval.command import run
-    from .models import backbone_of, check_device
+    from .models import backbone_of, choose_device
 
     if arguments.task not in ("list", "table"):
-        check_device(arguments.device)
+        _join_settings(arguments)
+        choose_device(arguments)
     return run(arguments, backbone_of)
+
+
+def _join_settings(arguments: argparse.Namespace) -> None:
+    """Take --set device=... and seeds=... as the options of these names; ValueError where they say otherwise."""
+    settings = dict(arguments.set)
+    for name in ("device", "seeds"):
+        asked = getattr(arguments, name)
+        value = settings.get(name, asked)
+        if asked not in (None, value):
+            raise ValueError(f"--set {name}={value} contradicts --{name} {asked}; give one of them")
+        if not isinstance(value, str | None) and name == "device":
+            raise ValueError(f"--set device={value}: expected cpu, cuda, cuda:1 or another device that torch has")
+        setattr(arguments, name, value)

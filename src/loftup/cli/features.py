@@ -2,18 +2,19 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FAILURES, one_line
-from ..files import stamp, write_atomically
+from ..files import alone_in, refuse_others, stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
 from ..version import __version__
 from ..weights.catalogue import TINY, TINY_BACKBONE
 from ..weights.names import in_package, resolve
-from .options import add_model_options
+from .options import add_model_options, place
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -26,34 +27,36 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser's."""
     parser = commands.add_parser("features", help="write upsampled features of images as float16 safetensors")
     parser.set_defaults(run=_run)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files or folders of them")
+    parser.add_argument("images", nargs="+", type=place, metavar="IMAGE", help="image files or folders of them")
     add_model_options(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="write files anew that are there already")
+    parser.add_argument("-o", "--output", type=place, required=True, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="write files of loftup's anew that are there already")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .models import load_models
+    from .models import check_backbone, load_models
 
+    check_backbone(arguments)
     images = _expand(arguments.images)
     targets = _targets(images, arguments.output)
     settings = _settings(arguments)
+    refuse_others(targets.values())
     waiting = [image for image in images if arguments.overwrite or not _finished(targets[image], image, settings)]
     if skipped := len(images) - len(waiting):
         print(f"{skipped} of {len(images)} images are finished already", file=sys.stderr)
     if not waiting:
         return 0
-    backbone, up = load_models(arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
-        try:
-            write_atomically(targets[image], _features(arguments, backbone, up, image, settings))
-        except FAILURES as error:
-            failed += 1
-            tqdm.write(f"loftup features: {image}: {one_line(error)}", file=sys.stderr)
+    with alone_in(arguments.output):
+        backbone, up = load_models(arguments)
+        for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
+            try:
+                write_atomically(targets[image], _features(arguments, backbone, up, image, settings))
+            except (*FAILURES, OverflowError) as error:
+                failed += 1
+                tqdm.write(f"loftup features: {image}: {one_line(error)}", file=sys.stderr)
     print(f"wrote {len(waiting) - failed} of {len(waiting)} files to {arguments.output}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -68,7 +71,8 @@ def _features(
     from ..pictures import open_picture
     from .models import upsample_picture
 
-    source = {"image": image.name, "image_file": stamp(image)}
+    name = os.fsencode(image.name).decode("utf-8", "backslashreplace")  # which metadata can hold
+    source = {"image": name, "image_file": stamp(image)}
     _, high = upsample_picture(arguments, backbone, up, open_picture(image))
     half = high[0].to(torch.float16)
     if not bool(half.isfinite().all()):
@@ -124,7 +128,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
     """Tell whether the file is there, of this image and with these settings; ValueError if it is there with others."""
-    if not (target.exists() and image.exists()):
+    if not (os.path.exists(target) and os.path.exists(image)):  # Path.exists raises for a name that is too long
         return False
     from safetensors import SafetensorError, safe_open
 
@@ -134,7 +138,7 @@ def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
             before = handle.metadata() or {}
     except SafetensorError as error:
         reason = f"exists but is no safetensors file ({error})"
-        raise ValueError(f"{target} {reason}; remove it or pass --overwrite") from error
+        raise ValueError(f"{target} {reason}; remove it") from error
     different = [(key, before.get(key), value) for key, value in settings.items() if before.get(key) != value]
     if changes := "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in different):
         raise ValueError(f"{target} was written with other settings ({changes}); pass --overwrite or another folder")

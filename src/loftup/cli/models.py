@@ -1,6 +1,7 @@
 """The backbone and the upsamplers that a command's options name, and a picture run through them."""
 
 import argparse
+import inspect
 import sys
 import warnings
 from typing import Any
@@ -11,24 +12,26 @@ from torch import Tensor
 from ..backbones import Backbone, load_backbone
 from ..model import LoftUp
 from ..upsampled import Upsampled
-from ..weights.catalogue import TINY
+from ..weights.catalogue import ANY, TINY
 from ..weights.hub import UnreachableError
 
-__all__ = ["backbone_of", "check_device", "load_models", "upsample_picture"]
+__all__ = ["backbone_of", "check_backbone", "choose_device", "load_models", "upsample_picture"]
 
 LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
 
 def load_models(arguments: argparse.Namespace, weights: str = "") -> tuple[Backbone, LoftUp]:
     """Backbone and upsampler on the device, checked against each other; without ``weights`` those of the options."""
-    check_device(arguments.device)
+    choose_device(arguments)
+    check_backbone(arguments)
     try:
         up = _upsampler(arguments, weights or arguments.weights or arguments.backbone)
     except UnreachableError as error:
         if arguments.backbone_weights or arguments.backbone == TINY:
             raise
         too = f"The backbone's weights are needed too{_repository(arguments.backbone)}"
-        raise UnreachableError(f"{error}. {too}: give both --weights and --backbone-weights") from error
+        alone = f"without any network: --backbone {TINY} --weights {ANY}, or loftup demo"
+        raise UnreachableError(f"{error}. {too}: give both --weights and --backbone-weights; {alone}") from error
     backbone = backbone_of(arguments)
     Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
     return backbone, up
@@ -48,6 +51,7 @@ def _upsampler(arguments: argparse.Namespace, name: str) -> LoftUp:
 
 def backbone_of(arguments: argparse.Namespace) -> Backbone:
     """The backbone that the options name, on the device."""
+    check_backbone(arguments)
     backbone = load_backbone(
         arguments.backbone,
         weights=arguments.backbone_weights,
@@ -59,13 +63,34 @@ def backbone_of(arguments: argparse.Namespace) -> Backbone:
     return backbone.eval().to(arguments.device)
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError unless torch can use the device here and now."""
+def check_backbone(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for a name that is no backbone's, or an ``--option`` that is not for the backbone's library."""
+    from ..backbones.load import resolve
+
+    if arguments.backbone != TINY:
+        resolve(arguments.backbone)
+    own = inspect.signature(load_backbone).parameters
+    for name, value in arguments.option:
+        if name in own and own[name].kind is not inspect.Parameter.VAR_KEYWORD:
+            option = {"name": "backbone", "weights": "backbone-weights"}.get(name, name)
+            known = hasattr(arguments, option.replace("-", "_"))
+            remedy = f"give it as --{option}" if known else "leave it out"
+            raise ValueError(f"--option {name}={value} is no option of timm's but of loftup's own; {remedy}")
+
+
+def choose_device(arguments: argparse.Namespace) -> None:
+    """Set the device where none is asked for, and say so if it is a GPU; ValueError if torch cannot use it here."""
+    if arguments.device is None:
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if arguments.device == "cuda":
+            name = torch.cuda.get_device_name()
+            print(f"loftup {arguments.command}: on the GPU ({name}); --device cpu for the CPU", file=sys.stderr)
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         expected = "expected cpu, cuda, cuda:1 or another device that torch has here"
-        raise ValueError(f"cannot use the device {device!r}: {str(error).splitlines()[0]}; {expected}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot use the device {arguments.device!r}: {reason}; {expected}") from error
 
 
 def _repository(backbone: str) -> str:

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from .options import word
+
 __all__ = ["add_parser"]
 
 
@@ -11,10 +13,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("train", help="train an upsampler for a backbone")
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="YAML file, or a ready config such as quick_cpu")
+    add("config", type=word, metavar="CONFIG", help="YAML file, or a ready config such as quick_cpu")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="replace values of it: optimizer.rate=1e-3")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    add("--push-to-hub", metavar="REPO", help="upload the weights at the end; same as hub=REPO")
+    add("--push-to-hub", type=word, metavar="REPO", help="upload the weights at the end; same as hub=REPO")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
-from ..files import write_atomically
+from ..files import MADE_BY, alone_in, refuse_others, write_atomically
 
 __all__ = ["run"]
 
@@ -35,16 +35,18 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
     if not oracle:
         description |= {"layer": arguments.layer, **dict(arguments.option)}
         description |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
-    comparison = Comparison(
-        arguments.task,
-        getattr(arguments, "dataset", None),
-        None if oracle else backbone_of(arguments),
-        description,
-        settings,
-        arguments.output,
-        arguments.overwrite,
-    )
-    failed = comparison.run(arguments.upsampler, lambda text: print(text, file=sys.stderr, flush=True))
+    with alone_in(arguments.output.expanduser(), ["pictures"]):
+        comparison = Comparison(
+            arguments.task,
+            getattr(arguments, "dataset", None),
+            None if oracle else backbone_of(arguments),
+            description,
+            settings,
+            arguments.output,
+            arguments.overwrite,
+            arguments.trust_remote_code,
+        )
+        failed = comparison.run(arguments.upsampler, lambda text: print(text, file=sys.stderr, flush=True))
     print(f"wrote {arguments.output}" if comparison.rows else "nothing to write", file=sys.stderr)
     return 1 if failed else 0
 
@@ -60,7 +62,9 @@ def _table(arguments: argparse.Namespace) -> int:
     makers = {".md": markdown, ".csv": comma_separated}
     if arguments.output.suffix not in makers:
         raise LoftUpError(f"expected a file with one of the suffixes {', '.join(makers)}, got {arguments.output}")
-    write_atomically(arguments.output, makers[arguments.output.suffix](results, metrics).encode())
+    refuse_others([arguments.output])
+    mark = f"\n<!-- {MADE_BY} -->\n" if arguments.output.suffix == ".md" else ""
+    write_atomically(arguments.output, (makers[arguments.output.suffix](results, metrics) + mark).encode())
     return 0
 
 

@@ -1,6 +1,7 @@
 """One task for several upsamplers, written to a folder that a stopped run goes on in."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 import re
@@ -18,20 +19,21 @@ import torch
 from torch import nn
 
 from ..backbones import Backbone
-from ..errors import FAILURES, LoftUpError, one_line, translate
-from ..files import write_atomically
+from ..errors import FAILURES, LoftUpError, one_line
+from ..files import MADE_BY, refuse_others, write_atomically
 from ..pictures import encode
+from ..train.config import checked
 from ..version import __version__
 from .catalogue import TASKS
 from .datasets import open_dataset
 from .datasets.base import Dataset
 from .figure import figure
-from .table import markdown
+from .table import markdown, read_file
 from .upsamplers import Upsampler, create
 
 __all__ = ["Comparison"]
 
-RESULTS, TABLE, FIGURE = "results.json", "results.md", "figure.png"
+RESULTS, TABLE, FIGURE, PICTURES = "results.json", "results.md", "figure.png", "pictures"
 
 
 class Comparison:
@@ -45,10 +47,12 @@ class Comparison:
         settings: values of the task's config by name.
         folder: for the results.
         overwrite: forget results of other settings that are there.
+        trust_remote_code: let upsamplers run the code of other repositories.
 
     Raises:
-        LoftUpError: the dataset is not there, a setting is unknown or of another kind, the folder holds results of
-            other settings, or the oracle is asked about another dataset than "synthetic".
+        LoftUpError: the dataset is not there, a setting is unknown, of another kind or out of bounds, the folder holds
+            results of other settings or files of the names that loftup did not make, or the oracle is asked about
+            another dataset than "synthetic".
     """
 
     def __init__(
@@ -60,8 +64,9 @@ class Comparison:
         settings: Mapping[str, Any],
         folder: Path,
         overwrite: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
-        self.task, self.folder = task, folder.expanduser()
+        self.task, self.folder, self.trust_remote_code = task, folder.expanduser(), trust_remote_code
         self.function, kind, self.metrics = TASKS[task].load()
         self.config = _config(kind, settings, task)
         self.dataset: Dataset[Any] | None = None if dataset is None else open_dataset(dataset, task)
@@ -83,11 +88,15 @@ class Comparison:
         self.rows: dict[str, dict[str, Any]] = {}
         if not overwrite:
             self._resume()
+        refuse_others(self.folder / name for name in (RESULTS, TABLE, FIGURE))
+        refuse_others((self.folder / PICTURES).glob("[0-9][0-9]_*.png"))
 
     def run(self, upsamplers: str, say: Callable[[str], None]) -> int:
         """Compare upsamplers, ``"[LABEL=]NAME[:ARGUMENT],..."``; returns how many of them failed."""
-        failed = 0
-        for label, spec in _specs(upsamplers):
+        failed, specs = 0, _specs(upsamplers)
+        if self.rows:
+            self._write_views()  # a killed run may have left them out
+        for label, spec in specs:
             if row := self.rows.get(label):
                 if row["upsampler"] != _without_folders(spec):
                     raise LoftUpError(
@@ -122,14 +131,14 @@ class Comparison:
         for index, pictures in enumerate(result.pictures):
             for caption, picture in pictures.items():
                 column = _column(label) if caption == "ours" else caption
-                write_atomically(self.folder / "pictures" / f"{index:02d}_{column}.png", encode(picture))
+                write_atomically(self.folder / PICTURES / f"{index:02d}_{column}.png", encode(picture))
 
     def _create(self, spec: str) -> Upsampler:
         if spec == "perfect":
             if self.oracle is None:
                 raise LoftUpError("only the oracle's features have a perfect upsampler: --backbone oracle")
             return self.oracle.upsampler  # type: ignore[no-any-return]
-        upsampler = create(spec, self.backbone)
+        upsampler = create(spec, self.backbone, trust_remote_code=self.trust_remote_code)
         if isinstance(upsampler, nn.Module):
             upsampler.to(self.config.device)
         return upsampler
@@ -142,8 +151,13 @@ class Comparison:
     def _write(self) -> None:
         results = {**self.identity, "upsamplers": self.rows, "environment": _environment(self.config.device)}
         write_atomically(self.folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
-        write_atomically(self.folder / TABLE, markdown([results]).encode())
-        grid = figure(self.folder / "pictures", {label: _column(label) for label in self.rows})
+        self._write_views()
+
+    def _write_views(self) -> None:
+        """Write what follows from the results and the pictures."""
+        table = markdown([{**self.identity, "upsamplers": self.rows}])
+        write_atomically(self.folder / TABLE, f"{table}\n<!-- {MADE_BY} -->\n".encode())
+        grid = figure(self.folder / PICTURES, {label: _column(label) for label in self.rows})
         if grid is not None:
             write_atomically(self.folder / FIGURE, encode(grid))
 
@@ -151,11 +165,9 @@ class Comparison:
         file = self.folder / RESULTS
         if not file.is_file():
             return
-        remedy = "remove it, or give --overwrite"
-        with translate((ValueError, KeyError), lambda error: f"{file} is damaged ({error}); {remedy}"):
-            results = json.loads(file.read_text("utf-8"))
-            previous = {key: results[key] for key in self.identity}
-            self.rows = results["upsamplers"]
+        results = read_file(file)
+        previous = {key: results[key] for key in self.identity}
+        self.rows = results["upsamplers"]
         # As JSON has it: tuples are lists there.
         current = json.loads(json.dumps(self.identity))
         if previous != current:
@@ -174,8 +186,7 @@ def _config(kind: Any, settings: Mapping[str, Any], task: str) -> Any:
         number = isinstance(usual, float) and isinstance(value, int) and not isinstance(value, bool)
         if not number and not isinstance(value, type(usual)):
             raise LoftUpError(f"{name} of {task} is {usual!r} by default, got {value!r} of another kind")
-    with translate((ValueError, TypeError), lambda error: f"the settings of {task}: {error}"):
-        return kind(**settings)
+    return checked(kind, settings, f"the settings of {task}")
 
 
 def _specs(upsamplers: str) -> list[tuple[str, str]]:
@@ -193,8 +204,10 @@ def _specs(upsamplers: str) -> list[tuple[str, str]]:
 
 
 def _column(label: str) -> str:
-    """Part of a picture's file name that says which upsampler it is of."""
-    return "of_" + re.sub(r"[^\w.-]", "_", label)
+    """Part of a picture's file name that says which upsampler it is of: another one for every label."""
+    plain = re.sub(r"[^a-z0-9_.-]", "_", label)[:100]
+    # Where letters are replaced, also capitals, which not all file systems tell apart.
+    return f"of_{plain}" if plain == label else f"of_{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from ..errors import LoftUpError
 from .catalogue import TASKS
 from .result import Metric
 
-__all__ = ["comma_separated", "markdown", "read_results"]
+__all__ = ["comma_separated", "markdown", "read_file", "read_results"]
 
 Results = Mapping[str, Any]
 
@@ -27,14 +27,23 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         file = folder if folder.is_file() else folder / "results.json"
         try:
-            results = json.loads(file.read_text("utf-8"))
-            results["task"], results["dataset"], results["backbone"], results["config"], results["upsamplers"]
+            all_results.append(read_file(file))
         except OSError as error:
             raise LoftUpError(f"expected results.json of `loftup eval` in {folder}: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoftUpError(f"{file} does not hold results of `loftup eval`: {error!r}") from error
-        all_results.append(results)
     return all_results
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """One ``results.json``; OSError where it cannot be read, LoftUpError where it holds something else."""
+    try:
+        results: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        results["dataset"], results["config"], TASKS[results["task"]], results["backbone"].get("name")
+        for row in results["upsamplers"].values():
+            row["upsampler"], {name: fmean(values) for name, values in row["metrics"].items()}
+            float(row["parameters"]), float(row["seconds"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LoftUpError(f"{file} does not hold results of `loftup eval` ({error!r}); remove it") from error
+    return results
 
 
 def markdown(all_results: Sequence[Results], metrics: Sequence[str] | None = None) -> str:

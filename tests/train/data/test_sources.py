@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 
 import numpy as np
@@ -146,6 +147,30 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "deep" / "b.png").write_bytes((tmp_path / "deep" / "b.png").read_bytes()[:100])
     with pytest.raises(UnreadableError, match=r"cannot read the image .*b.png"):
         source.read(1, generator())
+
+
+def test_pipes_and_endless_brackets_are_unreadable(tmp_path):
+    folder = sa1b_folder(tmp_path)
+    for name, content in (("a.json", None), ("deep/b.json", "[" * 100_000)):
+        (folder / name).unlink()
+        if content is None:
+            os.mkfifo(folder / name)
+        else:
+            (folder / name).write_text(content)
+    source = SA1BFolder(folder)
+    for index, text in enumerate(["a.json: .*is no regular file", "b.json as SA-1B's annotations: maximum recursion"]):
+        with pytest.raises(UnreadableError, match=text):
+            source.read(index, generator())
+    labelled = label_folder(tmp_path / "labels")
+    for path in labelled.rglob("*.png"):
+        path.unlink()
+        os.mkfifo(path)
+    source = LabelFolder(labelled)
+    with pytest.raises(UnreadableError, match=r"cannot read the label map .*\.png: .*is no regular file"):
+        source.read(0, generator())
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(LoftUpError, match=r"cannot read .*x.tar as a tar file: .*is no regular file"):
+        open_source(tmp_path / "x.tar")
 
 
 @pytest.mark.parametrize("index", [-1, 2])

@@ -201,8 +201,11 @@ def test_other_masks_are_not_taken_as_finished(photos):
     assert make_masks(photos, coarse, progress=False).finished == 2
     for content in ('{"image": {}, "annotations": []}', "[]", "{", '{"info": {"settings": 3}}', '{"info": null}'):
         (photos / "a.json").write_text(content)
-        with pytest.raises(LoftUpError, match=r"a.json was not made by loftup masks; overwrite it"):
+        with pytest.raises(LoftUpError, match=r"a.json was not made by loftup masks, which replaces only its own"):
             make_masks(photos, coarse, progress=False)
+        with pytest.raises(LoftUpError, match=r"a.json was not made by loftup masks, which replaces only its own"):
+            make_masks(photos, coarse, overwrite=True, progress=False)
+        assert (photos / "a.json").read_text() == content
 
 
 def test_pictures_that_fail_leave_the_others_alone(photos):

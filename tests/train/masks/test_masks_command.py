@@ -1,7 +1,7 @@
 """The command ``loftup masks``."""
 
-import io
 import json
+import os
 import subprocess
 import sys
 
@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from material import drawn_scene
+from PIL import Image
 from small_sam import write_small_sam
 
 from loftup.cli import main
+from loftup.files import alone_in
+from loftup.pictures import encode
 from loftup.train.data.regions import LabelMap, Picture
 from loftup.train.data.sources import SA1BFolder
 from loftup.train.masks.command import overlay
@@ -142,9 +145,8 @@ def test_previews_are_written(photos, tmp_path, capsys):
     assert f"wrote 2 previews to {tmp_path / 'look'}" in capsys.readouterr().err
     for index, name in enumerate(("a", "deep/b")):
         picture = SA1BFolder(photos).read(index, torch.Generator())
-        stream = io.BytesIO()
-        overlay(picture).save(stream, "JPEG", quality=90)
-        assert (tmp_path / "look" / f"{name}.jpg").read_bytes() == stream.getvalue()
+        written = (tmp_path / "look" / f"{name}.jpg").read_bytes()
+        assert written == encode(overlay(picture), "JPEG", quality=90)
 
 
 def test_pictures_without_masks_have_no_preview(photos, tmp_path, capsys):
@@ -173,14 +175,15 @@ def test_previews_are_drawn_again_only_with_their_masks(photos, tmp_path, capsys
     command = ["masks", str(photos), *QUICK, "--preview", str(tmp_path / "look")]
     assert main(command) == 0
     (tmp_path / "look" / "deep" / "b.jpg").unlink()
-    (tmp_path / "look" / "a.jpg").write_bytes(b"mine")
+    other = encode(Image.new("RGB", (3, 4)), "JPEG")
+    (tmp_path / "look" / "a.jpg").write_bytes(other)
     capsys.readouterr()
     assert main(command) == 0
     assert f"1 previews are there already\nwrote 1 previews to {tmp_path / 'look'}\n" in capsys.readouterr().err
-    assert (tmp_path / "look" / "a.jpg").read_bytes() == b"mine"
+    assert (tmp_path / "look" / "a.jpg").read_bytes() == other
     assert main([*command, "--overwrite"]) == 0
     assert "wrote 2 previews" in capsys.readouterr().err
-    assert (tmp_path / "look" / "a.jpg").read_bytes() != b"mine"
+    assert (tmp_path / "look" / "a.jpg").read_bytes() != other
 
 
 def test_an_overlay_by_hand():
@@ -207,3 +210,89 @@ def test_the_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_pictures_of_the_users_are_not_overwritten(photos, tmp_path, capsys):
+    """Neither by copies nor by previews; --overwrite replaces what loftup made alone."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    drawn_scene(31, 41).save(mine / "a.jpg")
+    before = (mine / "a.jpg").read_bytes()
+    for option in ("-o", "--preview"):
+        for more in ([], ["--overwrite"]):
+            assert main(["masks", str(photos), *QUICK, option, str(mine), *more]) == 2
+            err = capsys.readouterr().err
+            assert f"{mine / 'a.jpg'} exists and was not made by loftup" in err
+            assert err.count("\n") == 1
+    assert [path.name for path in mine.iterdir()] == ["a.jpg"]
+    assert (mine / "a.jpg").read_bytes() == before
+    assert not list(photos.rglob("*.json"))
+
+
+def test_copies_are_made_again_where_they_are_loftups(photos, tmp_path, capsys):
+    command = ["masks", str(photos), *QUICK, "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    (tmp_path / "out" / "a.json").unlink()  # killed between the two
+    assert main(command) == 0
+    drawn_scene(33, 44).save(photos / "a.jpg")
+    assert main(command) == 2
+    assert "picture_bytes" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert (tmp_path / "out" / "a.jpg").read_bytes() == (photos / "a.jpg").read_bytes()
+    drawn_scene(20, 20).save(tmp_path / "out" / "a.jpg")  # another picture in its place
+    assert main([*command, "--overwrite"]) == 2
+    assert "a.jpg exists and was not made by loftup" in capsys.readouterr().err
+
+
+def test_previews_among_the_pictures_are_refused(photos, tmp_path, capsys):
+    assert main(["masks", str(photos), "--preview", f"{photos}/../photos"]) == 2
+    assert "the previews would be written among the pictures in" in capsys.readouterr().err
+
+
+def test_two_runs_on_one_folder(photos, tmp_path, capsys):
+    for options in ([], ["--preview", str(tmp_path / "look")]):
+        with alone_in(tmp_path / "look" if options else photos):
+            assert main(["masks", str(photos), *QUICK, *options]) == 2
+        assert f"process {os.getpid()} on " in capsys.readouterr().err
+    assert not list(photos.rglob("*.json"))
+    (photos / "deep" / ".loftup.0123456789abcdef").write_bytes(b"half")
+    assert main(["masks", str(photos), *QUICK]) == 0
+    assert not list(photos.rglob(".*"))
+
+
+def test_odd_files_leave_the_rest(photos, capsys):
+    """A pipe, a link to nowhere, a name whose json would be too long, a name that is no UTF-8."""
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "link.jpg").symlink_to(photos / "nowhere")
+    for name in ("y" * 251 + ".jpg", os.fsdecode(b"\xff.jpg")):
+        (photos / name).write_bytes((photos / "a.jpg").read_bytes())
+    assert main(["masks", str(photos), *QUICK]) == 1
+    err = capsys.readouterr().err
+    assert "pipe.jpg is no regular file" in err
+    assert "link.jpg: [Errno 2] No such file" in err
+    assert "File name too long" in err
+    assert "made the masks of 3 of 6 pictures" in err
+    assert (photos / os.fsdecode(b"\xff.json")).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--sigma", "-1"], "masks: sigma is -1.0, expected at least 0"),
+        (["--sigma", "1e9"], "masks: sigma is 1000000000.0, expected at most 100"),
+        (["--scales", "-5"], "masks: scales[0] is -5.0, expected above 0"),
+        (["--scales", "3", "0"], "masks: scales[1] is 0.0, expected above 0"),
+    ],
+)
+def test_values_of_no_use_are_refused(photos, capsys, options, text):
+    assert main(["masks", str(photos), *options]) == 2
+    err = capsys.readouterr().err
+    assert text in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [["--sigma", "nan"], ["--scales", "inf"], ["--sam", ""], ["--preview", ""]])
+def test_values_that_are_none_are_refused(photos, capsys, options):
+    with pytest.raises(SystemExit):
+        main(["masks", str(photos), *options])
+    assert f"argument {options[0]}: expected a " in capsys.readouterr().err

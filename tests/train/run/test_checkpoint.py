@@ -12,6 +12,7 @@ import torch
 from loftup import LoftUpError
 from loftup.train.run import checkpoint, logs
 from loftup.train.run.checkpoint import (
+    ENTRIES,
     differences,
     latest_checkpoint,
     load_checkpoint,
@@ -30,6 +31,7 @@ def state(step):
         "optimizer": {"state": {0: torch.full((2,), float(step))}},
         "best": math.inf,
         "random": random_states(),
+        **dict.fromkeys(name for name in ENTRIES if name not in ("step", "optimizer", "random")),
     }
 
 
@@ -102,6 +104,27 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save({"step": 1, "optimizer": tmp_path}, path)
     with pytest.raises(LoftUpError, match="cannot read the checkpoint"):
         load_checkpoint(path)
+    torch.save({"step": 1, "optimizer": {}}, path)
+    with pytest.raises(LoftUpError, match=r"others; it lacks state_dict, objective, .*loftup_config$"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", bytes(1000), b"\x80\x04N.", b"c" * 50])
+def test_a_checkpoint_of_anything_can_be_removed(tmp_path, content):
+    path = step_file(tmp_path, 2)
+    path.write_bytes(content)
+    with pytest.raises(LoftUpError, match=r"step_000002.pt: .+; remove it to go on from the one before"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    path = step_file(tmp_path, 2)
+    save_checkpoint(path, {**state(2), "objective": {"x": torch.arange(10_000.0)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(10_000.0).numpy().tobytes()) + 5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LoftUpError, match="its part .* is damaged; remove it to go on from the one before"):
+        load_checkpoint(path)
 
 
 def test_differences_between_configs():
@@ -145,6 +168,14 @@ def test_a_table_that_was_never_written(tmp_path):
     path.touch()
     Table(path, 5).add({"step": 6, "loss": 1.0})
     assert path.read_text() == "step,loss\n6,1.0\n"
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"step,loss\nx,2\n", b"step\n\xff\n", b'step,x\n"1\r2",\x00\n'])
+def test_a_table_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(LoftUpError, match=r"log.csv is damaged \(.*\); remove it"):
+        Table(tmp_path / "log.csv", 5)
+    assert (tmp_path / "log.csv").read_bytes() == content
 
 
 def test_a_table_that_cannot_be_written(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import socket
 import subprocess
 
 import pytest
@@ -12,6 +14,7 @@ from small_run import ENVIRONMENT, TORCHRUN, make_material, small_config, steps_
 from torch import nn
 
 from loftup import LoftUp, LoftUpError
+from loftup.files import alone_in
 from loftup.train.config import to_yaml
 from loftup.train.run.checkpoint import load_checkpoint
 from loftup.train.run.distributed import Processes, SynchronisedBatchNorm2d, synchronise_batch_norm
@@ -115,6 +118,16 @@ def test_an_error_of_the_main_process_reaches_all(material, tmp_path):
     )
     assert done.returncode != 0
     assert done.stderr.count("holds a run already (log.csv)") == 2
+
+
+def test_a_folder_in_use_is_refused_in_all(material, tmp_path):
+    (tmp_path / "run.yaml").write_text(to_yaml(small_config(material, tmp_path / "run")))
+    with alone_in(tmp_path / "run"):
+        done = subprocess.run(
+            [*TORCHRUN, tmp_path / "run.yaml"], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+    assert done.returncode != 0
+    assert done.stderr.count(f"process {os.getpid()} on {socket.gethostname()} is writing to the folder") == 2
 
 
 def _normalise(rank, folder, outcomes):

@@ -15,6 +15,7 @@ from small_run import make_material, small_config, steps_of
 from torch import nn
 
 from loftup import LoftUp, LoftUpError
+from loftup.files import alone_in
 from loftup.train.config import OptimizerConfig, load_config
 from loftup.train.data.loader import loader
 from loftup.train.objective.objective import Objective
@@ -22,6 +23,7 @@ from loftup.train.run import checkpoint, engine
 from loftup.train.run.build import build_backbones, build_upsampler, calibrate
 from loftup.train.run.checkpoint import load_checkpoint
 from loftup.train.run.engine import Interrupted, learning_rate, train
+from loftup.train.run.folder import write_config
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +192,9 @@ def test_the_folder_of_another_run(config, tmp_path, capsys):
 
 
 def test_a_folder_killed_before_the_first_checkpoint(config, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.csv").write_text("step,loss\n1,0.5\n")
     config.steps = 1
+    write_config(config)
+    (tmp_path / "run" / "log.csv").write_text("step,loss\n1,0.5\n")
     with pytest.raises(LoftUpError, match=r"holds a run already \(log.csv\)"):
         train(config)
     train(config, resume=True)
@@ -201,6 +203,59 @@ def test_a_folder_killed_before_the_first_checkpoint(config, tmp_path):
         (tmp_path / "run" / file).unlink()
     with pytest.raises(LoftUpError, match=r"holds a run already \(model.safetensors\)"):
         train(config)
+
+
+MINE = {
+    "README.md": "# My project with loftup\n", "config.json": '{"model_type": "mine"}', "train.yaml": "steps: 1\n",
+    "validation.csv": "step,mine\n1,2\n", "log.csv": "step,mine\n", "tensorboard/mine": "x", "pictures/me.png": "x",
+    "checkpoints/mine.pt": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_what_is_the_users_is_not_overwritten(config, tmp_path, name):
+    config.steps = 1
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(MINE[name])
+    for resume in (False, True):
+        match = rf"{name.partition('/')[0]} exists and was not made by loftup, which replaces only its own"
+        with pytest.raises(LoftUpError, match=match):
+            train(config, resume=resume)
+    assert [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()] == [MINE[name]]
+
+
+def test_what_the_user_writes_meanwhile_stays(config, tmp_path, monkeypatch):
+    config.steps = 1
+    steps = engine._Run.steps
+
+    def write_too(run, stop):
+        steps(run, stop)
+        (tmp_path / "run" / "README.md").write_text("# Mine\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._Run, "steps", write_too)
+        with pytest.raises(LoftUpError, match=r"cannot write the weights to .*README.md exists and was not made by"):
+            train(config)
+    assert (tmp_path / "run" / "README.md").read_text() == "# Mine\n"
+    (tmp_path / "run" / "README.md").unlink()
+    train(config, resume=True)
+    train(config, resume=True)
+    assert (tmp_path / "run" / "README.md").read_text().startswith("---\nlibrary_name: loftup\n")
+
+
+def test_a_folder_that_another_run_writes_to(config, tmp_path):
+    with (
+        alone_in(tmp_path / "run"),
+        pytest.raises(LoftUpError, match=rf"process {os.getpid()} on .* is writing to the"),
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / ".loftup.0123456789abcdef").write_bytes(b"half")
+    config.steps = 1
+    write_config(config)
+    assert not list((train(config)).rglob(".*"))
 
 
 def test_a_folder_that_cannot_be_written(config, tmp_path):
@@ -288,8 +343,12 @@ def test_a_full_disk_stops_the_run(config, monkeypatch, tmp_path):
 
 def test_weights_that_cannot_be_written(config, monkeypatch, tmp_path):
     config.steps = 1
-    (tmp_path / "run" / "README.md").mkdir(parents=True)
-    with pytest.raises(LoftUpError, match=r"cannot write the weights to .*run again with --resume"):
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LoftUp, "save_pretrained", full)
+    with pytest.raises(LoftUpError, match=r"cannot write the weights to .*No space left.*run again with --resume"):
         train(config)
 
 

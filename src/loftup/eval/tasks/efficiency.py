@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backbones import Backbone
+from ...train.config.schema import Count, Section, Sides
 from ..features import extract
 from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
@@ -27,7 +28,7 @@ METRICS = {
 
 
 @dataclass
-class EfficiencyConfig:
+class EfficiencyConfig(Section):
     """Sizes and rounds of a measurement.
 
     Args:
@@ -40,9 +41,9 @@ class EfficiencyConfig:
         ValueError: a size is no pair of positive numbers, or there is no round.
     """
 
-    size: list[int] = field(default_factory=lambda: [224, 224])
-    output: list[int] = field(default_factory=lambda: [224, 224])
-    rounds: int = 5
+    size: Sides = field(default_factory=lambda: [224, 224])
+    output: Sides = field(default_factory=lambda: [224, 224])
+    rounds: Count = 5
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
+from ...train.config.schema import Count, NotNegative, Positive
 from ..colour import map_picture, picture
 from ..datasets.base import Dataset, GeometrySample
 from ..progress import bar
@@ -58,12 +59,12 @@ class GeometryConfig(GridConfig):
     """
 
     head: str = "dpt"
-    epochs: int = 10
-    batch: int = 8
-    rate: float = 5e-4
-    hidden: int = 128
-    points: int = 500
-    ridge: float = 1e-4
+    epochs: Count = 10
+    batch: Count = 8
+    rate: Positive = 5e-4
+    hidden: Count = 128
+    points: Count = 500
+    ridge: NotNegative = 1e-4
 
     def __post_init__(self) -> None:
         if self.head not in ("dpt", "linear"):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backbones import Backbone
+from ...train.config.schema import Count, PositiveShare, Section, Sides, Whole
 from ..colour import picture
 from ..datasets.base import Dataset
 from ..datasets.prepare import fit
@@ -23,7 +24,7 @@ __all__ = ["GridConfig", "GridTask"]
 
 
 @dataclass
-class GridConfig:
+class GridConfig(Section):
     """Settings of every protocol that predicts on a grid.
 
     Args:
@@ -37,10 +38,10 @@ class GridConfig:
         ValueError: ``size`` is no pair of positive numbers, or ``output`` is not in (0, 1].
     """
 
-    size: list[int] = field(default_factory=lambda: [224, 224])
-    output: float = 1.0
-    seeds: int = 3
-    pictures: int = 4
+    size: Sides = field(default_factory=lambda: [224, 224])
+    output: PositiveShare = 1.0
+    seeds: Count = 3
+    pictures: Whole = 4
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
+from ...train.config.schema import Count, Positive
 from ..colour import overlay, picture
 from ..datasets import open_dataset
 from ..datasets.base import Dataset, InteractiveSample
@@ -56,14 +57,14 @@ class InteractiveConfig(GridConfig):
         ValueError: a value is none of those named here.
     """
 
-    clicks: int = 1
+    clicks: Count = 1
     similarity: bool = True
-    radius: float = 5.0
-    hidden: int = 64
+    radius: Positive = 5.0
+    hidden: Count = 64
     train: str = ""
-    epochs: int = 20
-    batch: int = 8
-    rate: float = 5e-5
+    epochs: Count = 20
+    batch: Count = 8
+    rate: Positive = 5e-5
 
     def __post_init__(self) -> None:
         if not 1 <= self.clicks <= MOST_CLICKS:

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...backbones import Backbone
+from ...train.config.schema import Count, Real, Section, Sides, Text, Whole
 from ...train.run.probe import Confusion
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
@@ -33,7 +34,7 @@ QUERIES_AT_ONCE = 4096
 
 
 @dataclass
-class OpenVocabularyConfig:
+class OpenVocabularyConfig(Section):
     """Protocol of open-vocabulary segmentation; the defaults are the paper's and ProxyCLIP's.
 
     Args:
@@ -50,13 +51,13 @@ class OpenVocabularyConfig:
         ValueError: a size or the factor is not positive.
     """
 
-    size: list[int] = field(default_factory=lambda: [336, 336])
-    factor: int = 8
-    clip: str = "ViT-B-16/openai"
-    beta: float = 1.2
-    gamma: float = 3.0
-    boundary: int = 3
-    pictures: int = 4
+    size: Sides = field(default_factory=lambda: [336, 336])
+    factor: Count = 8
+    clip: Text = "ViT-B-16/openai"
+    beta: Real = 1.2
+    gamma: Real = 3.0
+    boundary: Whole = 3
+    pictures: Whole = 4
     device: str = "cpu"
 
     def __post_init__(self) -> None:

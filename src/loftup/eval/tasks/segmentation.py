@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
+from ...train.config.schema import Count, Positive, Whole
 from ...train.run.probe import Confusion, fit_probe
 from ..colour import label_picture, palette
 from ..datasets.base import Dataset, SegmentationSample
@@ -54,12 +55,12 @@ class SegmentationConfig(GridConfig):
     """
 
     training: str = "dense"
-    epochs: int = 10
-    batch: int = 8
-    rate: float = 1e-4
-    points: int = 500
+    epochs: Count = 10
+    batch: Count = 8
+    rate: Positive = 1e-4
+    points: Count = 500
     probes: list[str] = field(default_factory=lambda: ["upsampled"])
-    boundary: int = 3
+    boundary: Whole = 3
 
     def __post_init__(self) -> None:
         if self.training not in ("dense", "samples"):

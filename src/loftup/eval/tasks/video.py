@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ...backbones import Backbone
+from ...train.config.schema import Count, Positive, Section, Whole
 from ..colour import overlay, palette, picture
 from ..datasets.base import Dataset, VideoSequence
 from ..datasets.prepare import to_float
@@ -41,7 +42,7 @@ TILE = 16  # cells of a side of what is propagated at once
 
 
 @dataclass
-class VideoConfig:
+class VideoConfig(Section):
     """Protocol of label propagation; the defaults are the paper's, and DINO's where it does not say.
 
     Args:
@@ -61,14 +62,14 @@ class VideoConfig:
         ValueError: a value is not positive.
     """
 
-    size: int = 224
-    feature_size: int = 112
-    context: int = 7
-    radius: int = 12
-    top: int = 5
-    temperature: float = 0.1
+    size: Count = 224
+    feature_size: Count = 112
+    context: Whole = 7
+    radius: Count = 12
+    top: Count = 5
+    temperature: Positive = 0.1
     stretch: bool = True
-    pictures: int = 4
+    pictures: Whole = 4
     device: str = "cpu"
 
     def __post_init__(self) -> None:

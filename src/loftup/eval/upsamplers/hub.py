@@ -56,9 +56,21 @@ class HubUpsampler(nn.Module):
         return dense.to(features.dtype)  # type: ignore[no-any-return]
 
 
+# What is run is what was there at these commits; later ones are taken by changing this table.
+COMMITS = {
+    "wimmerth/anyup": "351807a9c4287368732cc247f26c7c81c9139af4",
+    "valeoai/NAF": "ad4e24d2ec32a2fbcccb3beaf7107bc3caa7038a",
+    "mhamilton723/FeatUp": "6b5a6c0e91f75e69194807128dcbc39c3084a30d",
+    "mwalmer-umd/UPLiFT": "85f09ee4512aacdb7ff194b5137fb65049e0dbe9",
+    "andrehuang/loftup": "6620d9bcde4c1af5cddedde6b9aaed6d4174a799",
+}
+
+
 def _load(repository: str, entry: str, **options: Any) -> Any:
+    pinned = f"{repository}:{COMMITS[repository]}"
     try:
-        return torch.hub.load(repository, entry, trust_repo=True, **options)
+        # torch.hub's validation looks for the commit among the ends of branches alone.
+        return torch.hub.load(pinned, entry, trust_repo=True, skip_validation=True, **options)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         # torch.hub says "Missing dependencies: natten" in a RuntimeError.
         if isinstance(error, ImportError) or "issing dependencies" in str(error):
@@ -73,7 +85,7 @@ def _load(repository: str, entry: str, **options: Any) -> Any:
 def _register(name: str, repository: str, order: Order, example: str = "", **options: Any) -> None:
     """Add an upsampler of torch.hub; with an example, the argument is the entry point, without, the name is."""
 
-    @register(name)
+    @register(name, remote=f"github.com/{repository} at {COMMITS[repository][:10]}")
     def factory(backbone: Backbone, argument: str) -> Upsampler:
         if example and not argument:
             raise LoftUpError(

@@ -34,11 +34,12 @@ class Upsampler(Protocol):
 
 Factory = Callable[[Backbone, str], Upsampler]
 _FACTORIES: dict[str, Factory] = {}
+_REMOTE: dict[str, str] = {}  # names of those that run the code of a repository, and which
 # Modules of this package that register upsamplers when they are imported.
 _MODULES = ("simple", "bilateral", "implicit", "hub", "learned")
 
 
-def register(name: str) -> Callable[[Factory], Factory]:
+def register(name: str, remote: str = "") -> Callable[[Factory], Factory]:
     """Add an upsampler under a name, as a decorator of its factory.
 
     >>> @register("zeros")
@@ -47,6 +48,10 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
     The factory is called with the backbone and the text behind the colon of ``"name:text"`` ("" without a colon): the
     weights of a learned upsampler, the factor of an enlargement.
+
+    Args:
+        name: of the upsampler.
+        remote: repository whose code it runs, "OWNER/NAME at COMMIT"; it is made only where that is asked for.
 
     Raises:
         ValueError: the name is taken, or holds a colon, a comma or an equals sign.
@@ -58,6 +63,8 @@ def register(name: str) -> Callable[[Factory], Factory]:
         if name in _FACTORIES:
             raise ValueError(f"there is an upsampler {name!r} already; choose another name")
         _FACTORIES[name] = factory
+        if remote:
+            _REMOTE[name] = remote
         return factory
 
     return add
@@ -70,19 +77,26 @@ def names() -> list[str]:
     return list(_FACTORIES)
 
 
-def create(spec: str, backbone: Backbone) -> Upsampler:
+def create(spec: str, backbone: Backbone, *, trust_remote_code: bool = False) -> Upsampler:
     """Make the upsampler that ``"name"`` or ``"name:argument"`` stands for.
 
     Args:
         spec: of the upsampler, such as ``"bilinear"``, ``"large_input:4"`` or ``"loftup:runs/stage1"``.
         backbone: that the features come from.
+        trust_remote_code: let it run the code of another repository.
 
     Raises:
-        LoftUpError: there is no such name, or its factory refuses the argument or the backbone.
+        LoftUpError: there is no such name, it runs the code of another repository and that is not asked for, or its
+            factory refuses the argument or the backbone.
     """
     name, _, argument = spec.partition(":")
     choices = names()
     if name not in choices:
         hint = suggest(name, choices, 3).rstrip() or f"expected {', '.join(choices)}"
         raise LoftUpError(f"there is no upsampler {name!r}; {hint}")
+    if name in _REMOTE and not trust_remote_code:
+        raise LoftUpError(
+            f"the upsampler {name!r} runs code of {_REMOTE[name]}, which is not loftup's; read it, and if you trust it "
+            "give --trust-remote-code (in Python: trust_remote_code=True)"
+        )
     return _FACTORIES[name](backbone, argument)

@@ -149,7 +149,7 @@ class LearnedUpsampler(nn.Module):
         folder = Path(folder).expanduser()
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         fields = {**self.config.to_dict(), "library_name": "loftup", "loftup_version": __version__}
-        write_atomically(folder / SAFETENSORS, save(state, {"format": "pt"}))
+        write_atomically(folder / SAFETENSORS, save(state, {"format": "pt", "loftup_version": __version__}))
         write_atomically(folder / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
 
     @classmethod

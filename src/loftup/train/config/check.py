@@ -2,20 +2,23 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from ...errors import LoftUpError
 from .schema import BackboneConfig, TrainConfig
 
-__all__ = ["check"]
+__all__ = ["check", "checked"]
 
+T = TypeVar("T")
 ADAPTER = TypeAdapter(TrainConfig)
+OWN = ("name", "weights", "layer", "mean", "std")  # of loftup.load_backbone
 WORDS = {  # shorter than pydantic's
     "Value error, ": "",
     "Input should be ": "",
+    "String should have at least 1 character": "a text that is not empty",
     "List should have ": "a list of ",
     " after validation": "",
     "greater than or equal to": "at least",
@@ -40,11 +43,27 @@ def validated(values: Any, origin: Callable[[str], str]) -> TrainConfig:
         config = ADAPTER.validate_python(values)
     except ValidationError as error:
         detail = error.errors()[0]
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])[1:]
+        key = _key(detail["loc"])
         raise LoftUpError(_message(detail, key, origin(key))) from error
     for conflict in _conflicts(config):
         raise LoftUpError(conflict)
     return config
+
+
+def checked(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """An object of a dataclass, its values of the types and within the bounds that its fields are annotated with.
+
+    Raises:
+        LoftUpError: a value is of another type or out of bounds; the text begins with ``where``.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        if not detail["loc"]:
+            raise LoftUpError(f"{where}: {_plain(detail['msg'])}") from error
+        key = _key(detail["loc"])
+        raise LoftUpError(f"{where}: {key} is {_shown(detail['input'])}, expected {_plain(detail['msg'])}") from error
 
 
 def near(name: str, choices: Iterable[str]) -> str:
@@ -53,6 +72,21 @@ def near(name: str, choices: Iterable[str]) -> str:
     alike = difflib.get_close_matches(name, sorted(set(lasts.values())), n=2)
     meant = [repr(choice) for match in alike for choice, last in lasts.items() if last == match]
     return f"did you mean {' or '.join(meant)}? " if meant else ""
+
+
+def _key(path: tuple[str | int, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+
+
+def _plain(text: str) -> str:
+    for formal, plain in WORDS.items():
+        text = text.replace(formal, plain)
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _message(detail: Any, key: str, where: str) -> str:
@@ -65,13 +99,11 @@ def _message(detail: Any, key: str, where: str) -> str:
     if detail["type"] == "dataclass_type":
         example = _fields(detail["loc"])[0]
         return f"{key!r} in {where} holds {detail['input']!r}, expected keys and values such as {example}"
-    expected = detail["msg"]
-    for formal, plain in WORDS.items():
-        expected = expected.replace(formal, plain)
+    expected = _plain(detail["msg"])
     if detail["type"] == "list_type":
         expected = f"a list such as {'[{name: ...}]' if key == 'backbones' else '[a, b]'}"
     place = f" in {where}" if where else ""
-    return f"{key} is {detail['input']!r}{place}, expected {expected}; set it as {key}=... or in the YAML file"
+    return f"{key} is {_shown(detail['input'])}{place}, expected {expected}; set it as {key}=... or in the YAML file"
 
 
 def _fields(path: tuple[str | int, ...]) -> list[str]:
@@ -95,6 +127,10 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
     """Messages about settings that do not go together."""
     model, objective, validation = config.model, config.objective, config.validation
     names = [each.name for each in config.backbones]
+    for name, section in config.sections.items():
+        if strays := [key for key in section.options if key in OWN]:
+            remedy = f"set {name}.{strays[0]}" if strays[0] in vars(section) else "leave it out"
+            yield f"{name}.options holds {strays[0]!r}, no option of timm's but of loftup's own; {remedy}"
     architecture = f"model.architecture={model.architecture}"
     if not config.data.path:
         yield "data.path is empty, expected folders or shards of pictures: data.path=[FOLDER]"

@@ -13,6 +13,7 @@ __all__ = [
     "BackboneConfig",
     "DataConfig",
     "Distance",
+    "FelzenszwalbConfig",
     "HighResolutionConfig",
     "MaskBicubicConfig",
     "ModelConfig",
@@ -46,8 +47,8 @@ def _values(*values: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_number)]
-Whole = Annotated[Integer, Field(ge=0)]
-Count = Annotated[Integer, Field(ge=1)]
+Whole = Annotated[Integer, Field(ge=0, lt=2**31)]
+Count = Annotated[Integer, Field(ge=1, lt=2**31)]
 Real = Annotated[float, BeforeValidator(_number)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Positive = Annotated[Real, Field(gt=0)]
@@ -57,9 +58,11 @@ ShareBelow1 = Annotated[Real, Field(ge=0, lt=1)]
 PositiveShare = Annotated[Real, Field(gt=0, le=1)]
 Triple = Annotated[list[Real], Field(min_length=3, max_length=3)]
 Counts = Annotated[list[Count], Field(min_length=1)]
+Sides = Annotated[list[Count], Field(min_length=2, max_length=2)]  # height and width
 Positives = Annotated[list[Positive], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 # A single path may stand alone.
-Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Paths = Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Kind = Literal["auto", "sa1b", "shards", "labels", "images"]
 Distance = Literal["affinity", "l2", "cosine"]
 
@@ -81,8 +84,8 @@ class TermConfig(Section):
 class BackboneConfig(Section):
     """The frozen backbone, as :func:`loftup.load_backbone` takes it."""
 
-    name: str = "dinov2_vits14"
-    weights: str | None = None  # a file
+    name: Text = "dinov2_vits14"
+    weights: Text | None = None  # a file
     layer: Integer | None = None  # a stage or block; None takes the last
     mean: Triple | None = None  # of the images that it expects; None takes the model's own
     std: Triple | None = None
@@ -97,7 +100,7 @@ class ModelConfig(Section):
     # others are those that LoftUp is compared with, see loftup.train.baselines: they start near interpolation, and
     # nothing below is for them.
     architecture: Literal["loftup", "any", "featup_jbu", "lift", "resize_conv", "liif"] = "loftup"
-    pretrained: str | None = None  # weights to go on from, as LoftUp.from_pretrained takes them; None starts anew
+    pretrained: Text | None = None  # weights to go on from, as LoftUp.from_pretrained takes them; None starts anew
     heads: Count = 4  # of the attention
 
     # For "loftup" alone; "any" starts as joint bilateral upsampling and has no such parts.
@@ -142,7 +145,7 @@ class DataConfig(Section):
     views: Whole = 0  # 0: a new crop every time; K > 0: K fixed crops of every picture, whose features can be cached
     # Folder for features on disk; needs views. It saves the backbone's pass over the student's images alone, not over
     # crops and enlarged images, and holds `views` entries of a picture for each of sizes.
-    cache: str | None = None
+    cache: Text | None = None
     workers: Whole = 2  # loader processes
 
 
@@ -245,8 +248,19 @@ class ValidationConfig(Section):
     size: Count = 224  # side of the centre crop in pixels
     every: Count = 500  # steps between validations
     pictures: Whole = 4  # in the PCA grid
-    probe: str | None = None  # folder of NAME.jpg and NAME.png label maps to train a quick linear probe on, to judge by
+    # Folder of NAME.jpg and NAME.png label maps to train a quick linear probe on, to judge by.
+    probe: Text | None = None
     probe_classes: Whole = 0  # labels 0 .. n-1 count, others do not
+
+
+@dataclass
+class FelzenszwalbConfig(Section):
+    """Options of ``loftup masks``, see :class:`loftup.train.masks.makers.FelzenszwalbMaker`."""
+
+    scales: Positives = _values(300.0, 600.0, 1200.0)  # the larger, the larger the segments
+    sigma: Annotated[NotNegative, Field(le=100)] = 0.8  # smoothing, in pixels
+    min_size: Count = 100  # pixels of a segment
+    side: Count = 480  # short side that a picture is reduced to
 
 
 @dataclass
@@ -262,7 +276,7 @@ class TrainConfig(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    output: str = "runs/loftup"  # folder of the run: checkpoints, logs, pictures, and at the end the weights
+    output: Text = "runs/loftup"  # folder of the run: checkpoints, logs, pictures, and at the end the weights
     steps: Count = 1000  # of the optimizer
     batch: Count = 8  # images a step in each process and micro-batch
     accumulate: Count = 1  # micro-batches a step
@@ -272,11 +286,11 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"  # the latter by autocast
     compile: bool = False  # the network, by torch.compile; of "any" the part that looks at images
     checkpointing: bool = False  # compute activations twice to save memory
-    seed: Integer = 0  # of everything random
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0  # of everything random
     save_every: Count = 500  # steps between checkpoints
     keep: Count = 2  # checkpoints, beside the best
     log_every: Count = 10  # steps between lines of the log
-    hub: str | None = None  # repository to push the weights to at the end
+    hub: Text | None = None  # repository to push the weights to at the end
 
     @property
     def sections(self) -> dict[str, BackboneConfig]:

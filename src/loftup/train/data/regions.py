@@ -137,6 +137,8 @@ def run_lengths(counts: "str | bytes | Sequence[int]") -> NDArray[np.int64]:
         lengths = np.asarray(counts)
         if lengths.ndim != 1 or lengths.size == 0 or lengths.dtype.kind not in "iu":
             raise ValueError(f"expected counts as a string or a list of whole numbers, got {str(counts)[:60]!r}")
+        if lengths.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"the counts hold {lengths.max()}, a number of more than 63 bits")
         return lengths.astype(np.int64)
     text = counts.encode("utf-8") if isinstance(counts, str) else counts
     # Five bits a character, lowest first; 32 says that more follow, 16 in the last one that the number is negative.
@@ -151,6 +153,8 @@ def run_lengths(counts: "str | bytes | Sequence[int]") -> NDArray[np.int64]:
     place = np.arange(len(characters)) - np.repeat(first, length)
     values = np.add.reduceat((characters & 31) << (5 * place), first)
     values -= np.where(characters[last] & 16, np.int64(1) << (5 * length), 0)
+    if np.abs(values).max() > 2**40:  # no picture has so many pixels, and sums of these would overflow
+        raise ValueError("the counts hold a number of more than 40 bits")
     # From the fourth on, each number is the difference to the one two before.
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
@@ -162,11 +166,11 @@ def _run_ends(code: Mapping[str, Any], size: tuple[int, int]) -> Positions:
         raise ValueError(f"expected a run-length code with size and counts, got {str(code)[:60]}")
     if list(code["size"]) != list(size):
         raise ValueError(f"a run-length code of size {list(code['size'])}, expected {list(size)}")
-    lengths = run_lengths(code["counts"])
-    ends = lengths.cumsum()
-    if lengths.min() < 0 or ends[-1] != size[0] * size[1]:
-        raise ValueError(f"run lengths add up to {ends[-1]}, expected {size[0]} x {size[1]} = {size[0] * size[1]}")
-    return ends
+    lengths, pixels = run_lengths(code["counts"]), size[0] * size[1]
+    if lengths.min() < 0 or lengths.max() > pixels or lengths.sum() != pixels:  # by the second, no sum overflows
+        total = sum(lengths.tolist())
+        raise ValueError(f"run lengths add up to {total}, expected {size[0]} x {size[1]} = {pixels}, each at least 0")
+    return lengths.cumsum()
 
 
 def centres(box: Region, size: tuple[int, int], height: int, width: int) -> tuple[Positions, Positions]:

@@ -109,7 +109,7 @@ def read_sa1b(name: str, image: Tensor, content: bytes, where: str) -> Picture:
         return Picture(name, image, RleMasks([a["segmentation"] for a in fields["annotations"]], (height, width)))
     except UnreadableError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UnreadableError(f"cannot read {where} as SA-1B's annotations: {_reason(error)}") from error
 
 

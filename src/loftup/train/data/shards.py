@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...errors import LoftUpError, translate
+from ...files import check_regular
 from ...pictures import IMAGE_SUFFIXES
 from .picture_files import decode_picture, find_files
 from .regions import Picture, UnreadableError
@@ -102,6 +103,7 @@ def _members(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
+        check_regular(shard)
         with tarfile.open(shard, "r:") as tar:  # compressed files cannot be read at any place
             for member in tar:
                 key, suffix = base_plus_ext(member.name)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import LoftUpError, translate
+from ...files import check_regular
 from ...pictures import IMAGE_SUFFIXES
 from .felzenszwalb import SCALES, felzenszwalb_map
 from .picture_files import by_stem, find_files, find_pictures, label_maps, read_picture, stem_of
@@ -109,7 +110,8 @@ class SA1BFolder(_Folder):
         name = self._name(index)
         path = self.path / name
         image, annotations = read_picture(path), path.with_suffix(".json")
-        with translate(OSError, lambda error: f"cannot read {annotations}: {error.strerror}", UnreadableError):
+        with translate(OSError, lambda error: f"cannot read {annotations}: {error.strerror or error}", UnreadableError):
+            check_regular(annotations)
             content = annotations.read_bytes()
         return read_sa1b(name, image, content, str(annotations))
 
@@ -303,6 +305,7 @@ def _read_labels(path: Path) -> NDArray[Any]:
     from PIL import Image
 
     try:
+        check_regular(path)
         with Image.open(path) as picture:
             picture.load()
             mode, labels = picture.mode, np.array(picture)

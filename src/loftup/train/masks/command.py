@@ -1,7 +1,9 @@
 """``loftup masks``: class-agnostic masks for a folder of pictures."""
 
 import argparse
+import contextlib
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...files import alone_in, refuse_others
 from ...pictures import encode
+from ..data.picture_files import find_pictures
 from ..data.regions import Picture, UnreadableError
 from ..data.sa1b import write_file
 from ..data.sources import SA1BFolder
@@ -29,16 +33,27 @@ SAM = ("points_per_side", "points_per_batch", "pred_iou_threshold", "stability_t
 
 def run(arguments: argparse.Namespace) -> int:
     """Make masks as the command line says; returns the exit status, 1 if some pictures failed."""
-    folder: Path = arguments.folder
-    if arguments.preview:
-        for read in (folder, arguments.output or folder):
-            check_outside(read, arguments.preview)
-    report = make_masks(folder, _maker(arguments), arguments.output, overwrite=arguments.overwrite)
-    target = arguments.output or folder
-    _tell(report, target)
-    failed = len(report.failed)
-    if arguments.preview and (report.counts or report.finished):
-        failed += _write_previews(SA1BFolder(target), arguments.preview)
+    folder: Path = arguments.folder.expanduser()
+    target = arguments.output.expanduser() if arguments.output else folder
+    preview = arguments.preview.expanduser() if arguments.preview else None
+    maker = _maker(arguments)
+    check_outside(folder, target)
+    names = find_pictures(folder)
+    if preview:
+        for read in (folder, target):
+            check_outside(read, preview)
+            if read.resolve() == preview.resolve():
+                raise ValueError(f"the previews would be written among the pictures in {read}; choose another folder")
+        refuse_others((preview / name).with_suffix(".jpg") for name in names)
+    inside = {os.path.dirname(name) for name in names}
+    with contextlib.ExitStack() as stack:
+        for place in dict.fromkeys(filter(None, (target, preview))):
+            stack.enter_context(alone_in(place, inside))
+        report = make_masks(folder, maker, target, overwrite=arguments.overwrite)
+        _tell(report, target)
+        failed = len(report.failed)
+        if preview and (report.counts or report.finished):
+            failed += _write_previews(SA1BFolder(target), preview)
     return 1 if failed else 0
 
 
@@ -52,9 +67,11 @@ def _maker(arguments: argparse.Namespace) -> MaskMaker:
     options: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.sam:
         return SamMaker(arguments.sam, device=arguments.device, **options)
-    if arguments.device != "cpu":
+    if arguments.device not in (None, "cpu"):
         raise ValueError(f"--device {arguments.device} would do nothing: Felzenszwalb's masks are made on the CPU")
-    return FelzenszwalbMaker(**options)
+    from ..config import FelzenszwalbConfig, checked
+
+    return FelzenszwalbMaker(**vars(checked(FelzenszwalbConfig, options, "masks")))
 
 
 def _tell(report: MaskReport, target: Path) -> None:

@@ -12,6 +12,7 @@ import timm
 import torch
 
 from ...errors import LoftUpError
+from ...files import MADE_BY
 from ...networks.config import Config
 from ...version import __version__
 from ...weights.files import model_card
@@ -19,10 +20,9 @@ from ...weights.hub import upload
 from ...weights.names import CONFIG, SAFETENSORS
 from ..baselines import card as baseline_card
 from ..config import BackboneConfig, TrainConfig, to_yaml
+from .folder import CARD
 
 __all__ = ["how_to_load", "portable", "push", "training_card", "versions"]
-
-CARD = "README.md"
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +58,7 @@ def training_card(config: TrainConfig, up: Config, facts: Mapping[str, Any], mea
     parts += [
         "The whole config, to train the same again with `loftup train`:",
         f"```yaml\n{to_yaml(_shareable(config))}```",
+        f"<!-- {MADE_BY} -->",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -2,9 +2,9 @@
 
 import io
 import math
-import pickle
 import random
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import LoftUpError
-from ...files import write_atomically
+from ...errors import LoftUpError, one_line
+from ...files import check_regular, write_atomically
 
 __all__ = [
     "Progress",
@@ -31,6 +31,10 @@ __all__ = [
 # A run goes on with these changed: files may have moved. The numbers of pictures, a step and in all, are checked apart.
 PLACES = ("output", "hub", "data.path", "data.cache", "backbone.weights", "backbones.weights")
 PACE = ("steps", "save_every", "log_every", "keep", "data.workers", "compile", "checkpointing", "validation")
+ENTRIES = (
+    "step", "state_dict", "objective", "optimizer", "progress", "random", "config", "pictures", "training_pictures",
+    "loftup_config",
+)  # fmt: skip
 FREE = (*PLACES, *PACE, "batch", "accumulate")
 
 
@@ -93,18 +97,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         LoftUpError: the file is damaged or no checkpoint of a training run.
     """
     try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look at the checksums
+                raise ValueError(f"its part {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's unpickler, fed with anything, raises anything
+        reason = one_line(str(error).partition("\n")[0] or error)
         raise LoftUpError(
-            f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; remove it to go on from the one before"
+            f"cannot read the checkpoint {path}: {reason}; remove it to go on from the one before"
         ) from error
-    if not isinstance(state, dict) or "step" not in state or "optimizer" not in state:
-        raise LoftUpError(f"{path} is no checkpoint of a training run: expected the entries step, optimizer and others")
+    if not isinstance(state, dict) or (missing := [name for name in ENTRIES if name not in state]):
+        expected = "step, optimizer and others"
+        lacking = f"; it lacks {', '.join(missing)}" if isinstance(state, dict) else ""
+        raise LoftUpError(f"{path} is no checkpoint of a training run: expected the entries {expected}{lacking}")
     return state
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints, and what a killed run left half-written."""
+    """Remove all but the last ``keep`` checkpoints, and what a killed run of an earlier version left half-written."""
     for path in [*_step_files(folder)[:-keep], *folder.glob(".*.pt.*")]:
         path.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError
+from ...files import refuse_others, write_atomically
 from ...networks.config import LoftUpConfig
 from ...networks.universal import UniversalNetwork
 from ..config import TrainConfig, check
@@ -23,10 +24,10 @@ from ..data.loader import loader
 from ..data.views import Batch
 from ..objective.objective import Objective
 from .build import build_backbones, build_upsampler, calibrate, check_paths, rebuild
-from .card import CARD, how_to_load, machine, portable, push, training_card, versions
+from .card import how_to_load, machine, portable, push, training_card, versions
 from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
 from .distributed import Processes, synchronise_batch_norm
-from .folder import check_data, open_folder, write_config
+from .folder import AT_THE_END, CARD, check_data, hold_folder, open_folder, write_config
 from .logs import Board, Table
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, StopSignal, ignore_signals
@@ -55,22 +56,25 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         The folder of the run.
 
     Raises:
-        LoftUpError: the config cannot be used, the folder holds a run already, the data cannot be read, the disk is
-            full, or the loss is not finite any more; the text says what to do.
+        LoftUpError: the config cannot be used, the folder holds a run already, or files of the user's that would be
+            overwritten, or another process writes to it, the data cannot be read, the disk is full, or the loss is not
+            finite any more; the text says what to do.
         Interrupted: a signal came; the text says how to go on.
     """
     config = check(config)
     processes = Processes()
-    run = _Run(config, processes, resume)
-    try:
-        with StopSignal("stopping after this step" if processes.main else "") as stop:
-            run.steps(stop)
-        run.finish()
-    except Interrupted:
-        processes.end()
-        raise
-    finally:
-        run.close()
+    with contextlib.ExitStack() as stack:
+        processes.from_main(lambda: hold_folder(config, stack))
+        run = _Run(config, processes, resume)
+        try:
+            with StopSignal("stopping after this step" if processes.main else "") as stop:
+                run.steps(stop)
+            run.finish()
+        except Interrupted:
+            processes.end()
+            raise
+        finally:
+            run.close()
     processes.end()
     return run.folder
 
@@ -379,9 +383,11 @@ class _Run:
             "steps left out as not finite": progress.nonfinite,
         }
         try:
+            refuse_others([self.folder / name for name in AT_THE_END])  # made by the user since the start
             up.save_pretrained(self.folder)
-            (self.folder / CARD).write_text(training_card(config, up.config, facts, progress.measured), "utf-8")
-        except OSError as error:
+            card = training_card(config, up.config, facts, progress.measured)
+            write_atomically(self.folder / CARD, card.encode())
+        except (OSError, LoftUpError) as error:
             raise LoftUpError(
                 f"cannot write the weights to {self.folder}: {error}; the last checkpoint holds them: free some space "
                 "and run again with --resume"

@@ -1,19 +1,29 @@
 """The folder of a run: new, to be resumed, or to be refused."""
 
 import dataclasses
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from ...errors import LoftUpError, translate
-from ...files import write_atomically
+from ...files import MADE_BY, alone_in, made_here, refuse_others, write_atomically
+from ...weights.names import CONFIG as UP_CONFIG
 from ...weights.names import SAFETENSORS
 from ..config import TrainConfig, to_yaml
 from .checkpoint import differences, latest_checkpoint, load_checkpoint
 
-__all__ = ["CONFIG", "check_data", "open_folder", "write_config"]
+__all__ = ["AT_THE_END", "CARD", "CONFIG", "check_data", "hold_folder", "open_folder", "write_config"]
 
-CONFIG = "train.yaml"
+CONFIG, CARD = "train.yaml", "README.md"
+AT_THE_END = (CARD, UP_CONFIG, SAFETENSORS)  # of a run these are written, the others while it lasts
+DURING = ("log.csv", "validation.csv", "checkpoints", "pictures", "tensorboard")
+
+
+def hold_folder(config: TrainConfig, stack: ExitStack) -> None:
+    """Hold a run's folder for as long as the stack lasts; LoftUpError if another run has it or it cannot be made."""
+    folder = Path(config.output).expanduser()
+    with _writing(folder):
+        stack.enter_context(alone_in(folder, ["checkpoints", "pictures"]))
 
 
 def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, Any] | None:
@@ -26,8 +36,8 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
         The last checkpoint; None for a run that begins.
 
     Raises:
-        LoftUpError: the folder holds a run and ``resume`` is not set, or that run had another config; a push is asked
-            for without a token; or the folder cannot be written.
+        LoftUpError: the folder holds a run and ``resume`` is not set, or that run had another config; it holds files
+            of the user's that would be overwritten; or a push is asked for without a token.
     """
     folder = Path(config.output).expanduser()
     path = latest_checkpoint(folder / "checkpoints")
@@ -43,8 +53,7 @@ def open_folder(config: TrainConfig, pictures: int, resume: bool) -> dict[str, A
     state = load_checkpoint(path) if path else None
     if state is not None:
         _check_same(config, pictures, state, str(path))
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    _check_own(folder, state is not None)
     return state
 
 
@@ -52,7 +61,7 @@ def write_config(config: TrainConfig) -> None:
     """Write the config into the folder of a run that can start; LoftUpError if that fails."""
     folder = Path(config.output).expanduser()
     with _writing(folder):
-        write_atomically(folder / CONFIG, to_yaml(config).encode())
+        write_atomically(folder / CONFIG, f"# {MADE_BY}: the whole config of this run\n{to_yaml(config)}".encode())
 
 
 def check_data(config: TrainConfig, state: dict[str, Any], count: int) -> None:
@@ -71,6 +80,12 @@ def _evidence(folder: Path) -> str:
     if table.is_file() and table.read_bytes().count(b"\n") > 1:
         return table.name
     return SAFETENSORS if (folder / SAFETENSORS).exists() else ""
+
+
+def _check_own(folder: Path, goes_on: bool) -> None:
+    """Raise LoftUpError if a run would overwrite what is the user's: a folder without a run's config is no run's."""
+    begun = goes_on or made_here(folder / CONFIG)
+    refuse_others(folder / name for name in (*AT_THE_END, *(() if begun else (CONFIG, *DURING))))
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:

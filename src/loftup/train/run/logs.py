@@ -23,6 +23,9 @@ class Table:
     Args:
         path: of the file; created with the first row.
         step: rows beyond this step are dropped from what is there already: they will come again.
+
+    Raises:
+        LoftUpError: what is there is no such table.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -30,9 +33,11 @@ class Table:
         self._columns: list[str] = []
         if step == 0:
             path.unlink(missing_ok=True)
-        rows = self._read()
+        with translate((ValueError, KeyError, csv.Error), lambda error: f"{path} is damaged ({error!r}); remove it"):
+            rows = self._read()
+            rows = [row for row in rows if int(row["step"]) <= step]
         if self._columns:
-            self._rewrite([row for row in rows if int(row["step"]) <= step])
+            self._rewrite(rows)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; floats are written so that they read back the same.
