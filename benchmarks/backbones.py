@@ -245,7 +245,14 @@ def sam() -> nn.Module:
     """SAM's image encoder, of two blocks, at its own size of 1024 pixels."""
     from transformers import SamVisionConfig, SamVisionModel
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 128}
+    # By default weights are drawn so small that nothing comes through.
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "mlp_dim": 128,
+        "initializer_range": 0.02,
+    }
     return SamVisionModel(SamVisionConfig(**sizes, global_attn_indexes=[1])).eval()
 
 

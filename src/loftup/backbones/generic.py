@@ -64,9 +64,10 @@ class Order:
         """This order with the number of tokens in front as they show in the output for :func:`pictures`, or None."""
         h, w = size[0] // self.stride, size[1] // self.stride
         if self.kind in ("nchw", "nhwc"):
-            # Where nothing can be told, the shape tells channels first, if the picture is no square.
+            # Where nothing can be told, as weights are zero or fields of view are wide, the shape tells channels first.
             found = in_place(changes(self.read(x, size)), (h, w), exact=False)
-            return self if found or (found is None and self.kind == "nchw" and h != w) else None
+            told = self.kind == "nchw" and (h != w or x.shape[1] not in (h, w))
+            return self if found or (found is None and told) else None
         change = changes(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
         if change is None:
             return None

@@ -62,8 +62,8 @@ def _from_transformers(name: str, source: str, pretrained: bool) -> tuple[nn.Mod
     return model, (mean, std)  # type: ignore[return-value]
 
 
-def build_open_clip(name: str, weights: Any, options: dict[str, Any]) -> tuple[nn.Module, Scaling | None]:
-    """The image tower of an open_clip model; its scaling is on the model.
+def build_open_clip(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
+    """A model of open_clip, which notes the scaling of its images itself.
 
     Args:
         name: "MODEL/TAG", or "MODEL" with ``weights``.
@@ -83,10 +83,9 @@ def build_open_clip(name: str, weights: Any, options: dict[str, Any]) -> tuple[n
         raise LoftUpError(f"open_clip's {kind!r} has {got}; give one of {', '.join(f'{kind}/{each}' for each in tags)}")
     pretrained = {} if weights is False else {"pretrained": tag if weights is None else os.fspath(weights)}
     try:
-        model = open_clip.create_model(kind, load_weights=weights is not False, **pretrained)
+        return open_clip.create_model(kind, load_weights=weights is not False, **pretrained)  # type: ignore[no-any-return]
     except Exception as error:  # the Hub's, pickle's and torch's
         raise LoftUpError(f"open_clip cannot build {name!r}: {one_line(error)[:300]}") from error
-    return model, None
 
 
 def _refuse(name: str, library: str, weights: Any, options: dict[str, Any]) -> None:

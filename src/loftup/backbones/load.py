@@ -20,16 +20,16 @@ from ..weights.hub import cache_alone_if_unreachable
 from .libraries import build_open_clip, build_transformers, is_transformers
 from .maps import FLEXIBLE, timm_config
 
-__all__ = ["build_named", "size_options"]
+__all__ = ["build_named", "find", "size_options"]
 
 WeightsSource = str | os.PathLike[str] | Literal[False] | None
 
 
-def resolve(name: str) -> tuple[str, Checkpoint | None]:
-    """The timm name of a backbone, and the published checkpoint whose scaling applies.
+def find(name: str) -> tuple[str, str, Checkpoint | None]:
+    """The library that has a backbone, its name there, and the published checkpoint whose scaling applies.
 
-    A name is loftup's, or timm's, or another package's for a backbone with a published upsampler; it is never guessed:
-    LoftUpError names the near misses. TypeError: not a string.
+    The library is timm where it has the backbone, under whatever name; else open_clip or transformers. A name is never
+    guessed: LoftUpError names the near misses. TypeError: not a string.
     """
     import timm
 
@@ -37,18 +37,22 @@ def resolve(name: str) -> tuple[str, Checkpoint | None]:
         hint = "; for a model object: wrap(model)" if isinstance(name, nn.Module) else ""
         raise TypeError(f"load_backbone takes the name of a backbone, got {type(name).__name__}{hint}")
     if name in PUBLISHED:
-        return str(PUBLISHED[name].timm), PUBLISHED[name]
+        return "timm", str(PUBLISHED[name].timm), PUBLISHED[name]
     if name.startswith(("hf-hub:", "hf_hub:")):
-        return name, None  # timm reads the model's kind from the repository
+        return "timm", name, None  # timm reads the model's kind from the repository
     pretrained = timm.list_pretrained()
     if name in pretrained or name in timm.list_models():
-        return name, None
+        return "timm", name, None
     if (checkpoint := find_checkpoint(name)) and checkpoint.timm:
-        return checkpoint.timm, checkpoint
+        return "timm", checkpoint.timm, checkpoint
     if (bare := name.removeprefix("timm/")) in pretrained:
-        return bare, None
+        return "timm", bare, None
     if name in TIMM_NAMES:
-        return TIMM_NAMES[name], None
+        return "timm", TIMM_NAMES[name], None
+    if is_open_clip(name):
+        return "open_clip", name, None
+    if is_transformers(name):
+        return "transformers", name, None
     names = [known for known in dict.fromkeys((*known_names(), *TIMM_NAMES)) if known != ANY]  # an upsampler
     meant = suggest(name, [*names, *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
@@ -63,18 +67,12 @@ def build_named(
     """The model of a name, mean and std of its images (None for the model's own), and its name ("" for its own)."""
     if name == TINY:
         return *build_tiny(weights, options), name
-    try:
-        timm_name, checkpoint = resolve(name)
-    except LoftUpError:
-        # Names that timm does not know.
-        if is_open_clip(name):
-            model, scaling = build_open_clip(name, weights, options)
-        elif is_transformers(name):
-            model, scaling = build_transformers(name, weights, options)
-        else:
-            raise
-        return model, scaling or (None, None), name
-    model = build(timm_name, weights, options)
+    library, known, checkpoint = find(name)
+    if library == "open_clip":
+        return build_open_clip(name, weights, options), (None, None), name
+    if library == "transformers":
+        return *build_transformers(name, weights, options), name
+    model = build(known, weights, options)
     if checkpoint is None:
         return model, (None, None), ""
     return model, (checkpoint.mean, checkpoint.std), checkpoint.name

@@ -65,10 +65,10 @@ def backbone_of(arguments: argparse.Namespace) -> Backbone:
 
 def check_backbone(arguments: argparse.Namespace) -> None:
     """Raise ValueError for a name that is no backbone's, or an ``--option`` that is not for the backbone's library."""
-    from ..backbones.load import resolve
+    from ..backbones.load import find
 
     if arguments.backbone != TINY:
-        resolve(arguments.backbone)
+        find(arguments.backbone)
     own = inspect.signature(load_backbone).parameters
     for name, value in arguments.option:
         if name in own and own[name].kind is not inspect.Parameter.VAR_KEYWORD:
@@ -97,9 +97,10 @@ def _repository(backbone: str) -> str:
     """Where timm would fetch a backbone from, for the message."""
     import timm
 
-    from ..backbones.load import resolve
+    from ..backbones.load import find
 
-    config = timm.get_pretrained_cfg(resolve(backbone)[0])
+    library, name, _ = find(backbone)
+    config = timm.get_pretrained_cfg(name) if library == "timm" else None
     return f", from the Hub repository {config.hf_hub_id!r}" if config and config.hf_hub_id else ""
 
 
