@@ -3,8 +3,9 @@
     python benchmarks/backbones.py [timm transformers open_clip others] [--only NAME ...] [--out FOLDER]
 
 Every family is represented by its smallest model, with random weights, made shallow where its options allow it. The
-result is a table (backbones.csv) and its summary (backbones.md) in FOLDER, by default benchmarks/results. A run that
-was cut off goes on. Needs the extra ``eval``, transformers, open_clip_torch, torchvision and peft for all of its rows.
+result is a table, backbones.csv, in FOLDER, by default benchmarks/results; then its summary also goes into
+docs/backbones.md. A run that was cut off goes on. For all of its rows it needs transformers, open_clip_torch,
+torchvision and peft.
 
 A model is "any size" if it takes pictures of any size, "own size" if loftup resizes them to the model's own, "refused"
 if wrap says why not, and "wrong" if the features are not where the picture is, depend on the batch, have another shape
@@ -33,6 +34,7 @@ from loftup.errors import one_line
 Build = Callable[[], Any]
 Reference = Callable[[Any, Backbone, Tensor], Tensor | None]
 SECONDS, GIB = 150, 8
+RESULTS, PAGE = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "backbones.md"
 COLUMNS = ("library", "family", "model", "status", "channels", "stride", "size", "difference", "seconds", "note")
 
 
@@ -77,7 +79,7 @@ def shallow_timm(name: str) -> nn.Module:
         for size in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
             try:
                 return timm.create_model(name, **depth, **size).eval()
-            except TypeError:
+            except (TypeError, ValueError, AssertionError):
                 continue
     raise AssertionError(name)
 
@@ -124,8 +126,9 @@ def small_transformers(cls: Any) -> nn.Module:
     """A model of a class by a configuration that is as small as its fields allow."""
     config = cls.config_class()
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        staged = part is None or hasattr(part, "depths") or hasattr(part, "hidden_sizes")
         for key, value in SMALL.items():
-            if part is not None and isinstance(getattr(part, key, None), int):
+            if not staged and isinstance(getattr(part, key, None), int):
                 setattr(part, key, value)
     try:
         return cls(config).eval()  # type: ignore[no-any-return]
@@ -144,7 +147,7 @@ def transformers_reference(model: Any, backbone: Backbone, image: Tensor) -> Ten
         return None
     maps = getattr(output, "feature_maps", None)
     last = maps[-1] if maps else getattr(output, "last_hidden_state", None)
-    if last is None:
+    if last is None or hasattr(output, "encoder_last_hidden_state"):
         return None
     if last.ndim == 4 and last.shape[1] != backbone.channels:
         last = last.movedim(-1, 1)
@@ -404,7 +407,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("libraries", nargs="*", default=list(CASES), help="timm, transformers, open_clip, others")
     parser.add_argument("--only", nargs="*", help="families or models to run again, whatever is in the table")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     if unknown := set(given.libraries) - set(CASES):
         parser.error(f"unknown libraries: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -428,7 +431,9 @@ def main() -> None:
                 writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-    (given.out / "backbones.md").write_text(summary(rows), "utf-8")
+    if given.out == RESULTS:
+        text, mark, _ = PAGE.read_text("utf-8").partition("<!-- made by benchmarks/backbones.py -->\n")
+        PAGE.write_text(f"{text}{mark}\n{summary(rows)}", "utf-8")
     print(summary(rows))
     sys.exit(any(row["status"] == "wrong" for row in rows))
 

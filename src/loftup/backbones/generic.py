@@ -47,6 +47,7 @@ class Order:
     stride: int
     prefix: int = 0
     others: int = 0  # tokens beside the cells', in front and behind
+    stated: bool = False  # the stride is the patch size that the model states
 
     def read(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The map (B, C, h, w) of pictures of a size."""
@@ -70,7 +71,9 @@ class Order:
             return self if found or (found is None and told) else None
         change = changes(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
         if change is None:
-            return None
+            # Weights drawn too small to show anything: a class token stands in front, by convention.
+            usual = self.stated and self.kind == "bnc" and self.others <= 1 and bool(x.isfinite().all())
+            return replace(self, prefix=self.others) if usual else None
         ahead = [
             token - (row * w + column) for (_, token), (row, column) in zip(strongest(change), spots(h, w), strict=True)
         ]
@@ -113,7 +116,7 @@ def generic(model: Any, layer: Layer) -> Source:
 
     LoftUpError: there is none, with what was seen.
     """
-    failures: list[str] = []
+    failures: dict[str, str] = {}  # of each module that was tried, the first
     for owner, call in callers(model):
         modules = chosen_modules(owner, layer) if layer is not None else ()
         if modules is None:
@@ -125,21 +128,26 @@ def generic(model: Any, layer: Layer) -> Source:
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # each model has its own
-                failures.append(f"at {size[0]}x{size[1]}: {type(error).__name__}: {one_line(error)[:120]}")
+                reason = f"{type(error).__name__}: {one_line(error)[:120]}"
+                failures.setdefault(type(owner).__name__, f"at {size[0]}x{size[1]}: {reason}")
+                if isinstance(error, TypeError) and "required positional" in str(error):
+                    break  # it wants more than an image, whatever its size
                 continue
             found = locate(owner, call, size, outputs, modules, patch_of(owner, model))
             if found:
                 places, orders, maps = found
                 features = Hooked(owner, call, places, orders)
                 return described(model, owner, features, maps, size, fixed, layer)
-            failures.append(f"at {size[0]}x{size[1]}: none of {len(outputs)} tensors keeps the picture's order")
+            reason = f"at {size[0]}x{size[1]} none of {len(outputs)} tensors keeps the picture's order"
+            failures[type(owner).__name__] = reason
             if layer is None and owner is not model:
                 break
     if layer is not None and not failures:
         names = [name for name, _ in model.named_modules() if name]
         shown = ", ".join(names[:: max(1, len(names) // 12)])
         raise LoftUpError(f"no layer {layer!r} in this {type(model).__name__}; it has modules such as {shown}")
-    raise LoftUpError("; ".join(list(dict.fromkeys(failures))[:3]) or "it takes no image")
+    seen = [f"{name} {reason}" for name, reason in failures.items()]
+    raise LoftUpError("; ".join(seen[:3]) or "it takes no image")
 
 
 def described(
@@ -228,14 +236,14 @@ def _calls(model: Any) -> Iterator[Call]:
         skip = {"skip_predictor": True} if "skip_predictor" in parameters else {}
         frames = int(getattr(model.config, "tubelet_size", 1))
         yield lambda image: model(pixel_values_videos=image[:, None].repeat(1, frames, 1, 1, 1), **skip)
-    if {"pixel_values", "spatial_shapes"} <= set(parameters):
+    if "grid_thw" in parameters:
+        yield lambda image: grid_of_patches(model, image)
+    elif {"pixel_values", "spatial_shapes"} <= set(parameters):
         yield lambda image: naflex(model, image, parameters)
     elif "pixel_values" in parameters:
         yield lambda image: model(pixel_values=image, **more)
         if more:
             yield lambda image: model(pixel_values=image)
-    elif "grid_thw" in parameters:
-        yield lambda image: grid_of_patches(model, image)
     else:
         yield lambda image: model(image)
 
@@ -402,5 +410,5 @@ def plausible(shape: tuple[int, ...], size: tuple[int, int], patch: int | None) 
         for stride in strides:
             others = shape[tokens] - (size[0] // stride) * (size[1] // stride) if len(shape) == 3 else -1
             if shape[batch] == 1 and 0 <= others <= MOST_OTHERS:
-                orders.append(Order(kind, stride, 0, others))
+                orders.append(Order(kind, stride, 0, others, stride == patch))
     return sorted(orders, key=lambda order: (bool(patch and order.stride % patch), order.others))
