@@ -15,7 +15,8 @@ from loftup.cli import _parser
 
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text("utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
+BACKBONES = (ROOT / "docs" / "backbones.md").read_text("utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE + BACKBONES, re.DOTALL)
 
 
 @pytest.fixture
