@@ -141,6 +141,8 @@ class Backbone(nn.Module):
         if not check or device.type == "meta":
             why = "not checked: the weights are on the meta device" if check else "not checked"
             return Geometry(source.channels, source.strides, max(source.strides), fixed, notes=(why,))
+        if source.measured is not None:
+            return source.measured
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             name = self.name or type(self.model).__name__

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LoftUpError, one_line
-from .geometry import SMALLEST, SQUARES, Maps, changes, in_place, pictures, spots, strongest
+from .geometry import SMALLEST, SQUARES, Maps, changes, in_parts, in_place, of_one_size, pictures, spots, strongest
 from .maps import match_weights, stated_size, timm_config
 from .vit import IMAGENET, Layer, Scaling, Source, pair, pick_layers
 
@@ -155,6 +155,8 @@ def described(
 ) -> Source:
     """What was found, as a source."""
     name, scaling = stated(model)
+    channels = tuple(each.shape[1] for each in maps)
+    strides = tuple(order.stride for order in features.orders)
     where = ", ".join(
         f"{type(owner).__name__}{'.' if place.module else ''}{place.module}"
         f"{''.join(f'[{key!r}]' for key in place.path)} as {order.kind}"
@@ -166,8 +168,8 @@ def described(
     fixed_, native = fixed and any(not place.module for place in features.places), size if fixed else stated_size(owner)
     return Source(
         features,
-        tuple(each.shape[1] for each in maps),
-        tuple(order.stride for order in features.orders),
+        channels,
+        strides,
         len(maps),
         tuple(many),
         name,
@@ -177,6 +179,8 @@ def described(
         fixed=fixed_,
         exact=all(order.others for order in features.orders),
         note=f"found by looking: {where}",
+        # Found at the only size: that was the check.
+        measured=of_one_size(maps, size, ("checked: features change where the picture does",)) if fixed_ else None,
     )
 
 
@@ -333,6 +337,15 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
     return outputs
 
 
+def watch_in_parts(model: nn.Module, call: Call, images: Tensor, wanted: tuple[Place, ...]) -> dict[Place, Tensor]:
+    """As :func:`watch`, for more pictures than a model may hold at once."""
+    parts = [watch(model, call, part, wanted) for part in in_parts(images)]
+    if len(parts) == 1:
+        return parts[0]
+    # One picture a part: the batch is where its size is one, in front or behind the tokens.
+    return {place: torch.cat([p[place] for p in parts], int(x.shape[0] != 1)) for place, x in parts[0].items()}
+
+
 def chosen_modules(owner: nn.Module, layer: Layer) -> tuple[str, ...] | None:
     """The names of the modules that ``layer`` asks for; None if this module has them not."""
     layers = tuple(layer) if isinstance(layer, list | tuple) else (layer,)
@@ -376,7 +389,7 @@ def locate(
     found: dict[str, tuple[Place, Order, Tensor]] = {}
     for stride in list(dict.fromkeys(order.stride for orders in readings.values() for order in orders))[:MOST_STRIDES]:
         grid = (size[0] // stride, size[1] // stride)
-        outputs = watch(model, call, match_weights(pictures(size, grid, device), model), tuple(readings))
+        outputs = watch_in_parts(model, call, match_weights(pictures(size, grid, device), model), tuple(readings))
         for place, orders in readings.items():
             for order in orders:
                 if place.module in found or place not in outputs or order.stride != stride:

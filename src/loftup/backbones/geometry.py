@@ -22,7 +22,9 @@ __all__ = [
     "Maps",
     "changes",
     "grids_of",
+    "in_parts",
     "in_place",
+    "of_one_size",
     "pad",
     "pictures",
     "settle",
@@ -33,6 +35,7 @@ __all__ = [
 Maps = list[Tensor]
 SMALLEST = 4  # cells on a side, under which nothing can be told
 CONCENTRATED = 1.5  # by which the cell that changed moves more than others, for anything to be told
+MOST_PIXELS = 800_000  # of the pictures that are run at once
 NEEDED = 4  # of the six cells
 NEAR = 2  # cells by which a map of convolutions may be off
 SQUARES = (224, 256, 384, 448, 512, 518, 1024)  # sizes of models that take one alone
@@ -77,6 +80,11 @@ def pictures(size: tuple[int, int], grid: tuple[int, int], device: torch.device)
         part = image[:, rows, columns]
         part.copy_(torch.randn(part.shape, generator=generator) * 2)
     return images.to(device)
+
+
+def in_parts(images: Tensor) -> list[Tensor]:
+    """Pictures in batches that a model can hold: large ones one by one, for their attention."""
+    return list(images.split(max(1, MOST_PIXELS // (images.shape[2] * images.shape[3]))))
 
 
 def changes(features: Tensor) -> Tensor | None:
@@ -138,7 +146,7 @@ def in_place(change: Tensor | None, grid: tuple[int, int], exact: bool) -> bool 
 
 
 def settle(
-    run: Callable[[Tensor], Maps],
+    once: Callable[[Tensor], Maps],
     name: str,
     strides: Sequence[int],
     device: torch.device,
@@ -150,7 +158,7 @@ def settle(
     """Measure a model's geometry, in one forward of seven small pictures where it is as declared, in at most five.
 
     Args:
-        run: pictures (B, 3, H, W) to maps (B, C, h, w), one for each layer.
+        once: pictures (B, 3, H, W) to maps (B, C, h, w), one for each layer.
         name: for messages.
         strides: declared, of each map.
         device: of the model.
@@ -162,6 +170,11 @@ def settle(
     Raises:
         LoftUpError: the maps are not what their stride says, or do not change where the picture does.
     """
+
+    def run(images: Tensor) -> Maps:
+        parts = [once(part) for part in in_parts(images)]
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+
     coarsest = max(strides)
     failure: Exception | None = None
     seen: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []  # sizes, and grids that their strides do not make
@@ -182,7 +195,7 @@ def settle(
             return Geometry(tuple(each.shape[1] for each in maps), tuple(strides), multiple, notes=notes)
         measured = [_stride(size, each) for each in got]
         if remeasure and None not in measured:
-            return settle(run, name, [s for s in measured if s], device, native, fixed, exact, remeasure=False)
+            return settle(once, name, [s for s in measured if s], device, native, fixed, exact, remeasure=False)
         if seen and got == seen[0][1]:
             break  # the same grid for all sizes
         seen.append((size, got))
@@ -274,7 +287,12 @@ def _fixed(
         )
     if coarsest != declared:  # the cells are others than the declared stride makes
         maps = run(pictures(size, coarsest, device))
-    notes = _located(maps, name, coarsest, exact)
+    return of_one_size(maps, size, _located(maps, name, coarsest, exact))
+
+
+def of_one_size(maps: Maps, size: tuple[int, int], notes: tuple[str, ...]) -> Geometry:
+    """The geometry of a model whose maps are of the only size (H, W) that it takes."""
+    grids = [(each.shape[2], each.shape[3]) for each in maps]
     strides = tuple(max(1, round(size[0] / h)) for h, _ in grids)
     why = f"takes {_by([size])} alone: other pictures are resized to it, whatever their shape, the grid is {_by(grids)}"
     return Geometry(tuple(each.shape[1] for each in maps), strides, max(strides), size, notes=(*notes, why))

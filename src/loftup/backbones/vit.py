@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import LoftUpError
 from ..weights.catalogue import IMAGENET_MEAN, IMAGENET_STD
-from .geometry import Maps
+from .geometry import Geometry, Maps
 
 __all__ = [
     "ANTIALIASED",
@@ -59,6 +59,7 @@ class Source:
     fixed: bool = False  # it is known to take no other
     exact: bool = False  # each cell is a token of its own
     note: str = ""  # a sentence on what the features are
+    measured: Geometry | None = None  # where it is known already
 
 
 @dataclass(frozen=True)
