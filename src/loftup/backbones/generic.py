@@ -31,6 +31,7 @@ TOWERS = (
 )
 FIRST = (224, 448)  # a size that strides of 4, 7, 8, 14, 16, 28 and 32 divide
 MOST_TRIES = 8  # outputs tried, from the last
+MOST_SIZES = 2  # at which a model runs, and shows nothing
 MOST_STRIDES = 3  # strides tried
 MOST_OTHERS = 128  # tokens beside the patches': class, registers, detection
 
@@ -121,6 +122,7 @@ def generic(model: Any, layer: Layer) -> Source:
         modules = chosen_modules(owner, layer) if layer is not None else ()
         if modules is None:
             continue
+        ran = 0
         for size, fixed in sizes(owner, model):
             device = next((p.device for p in owner.parameters()), torch.device("cpu"))
             try:
@@ -140,7 +142,7 @@ def generic(model: Any, layer: Layer) -> Source:
                 return described(model, owner, features, maps, size, fixed, layer)
             reason = f"at {size[0]}x{size[1]} none of {len(outputs)} tensors keeps the picture's order"
             failures[type(owner).__name__] = reason
-            if layer is None and owner is not model:
+            if (ran := ran + 1) == MOST_SIZES:
                 break
     if layer is not None and not failures:
         names = [name for name, _ in model.named_modules() if name]
