@@ -30,7 +30,7 @@ TOWERS = (
     "base_model",
 )
 FIRST = (224, 448)  # a size that strides of 4, 7, 8, 14, 16, 28 and 32 divide
-MOST_TRIES = 8  # outputs tried, from the last
+MOST_TRIES = 16  # outputs tried, from the last
 MOST_SIZES = 2  # at which a model runs, and shows nothing
 MOST_STRIDES = 3  # strides tried
 MOST_OTHERS = 128  # tokens beside the patches': class, registers, detection
