@@ -148,6 +148,8 @@ def generic(model: Any, layer: Layer) -> Source:
         names = [name for name, _ in model.named_modules() if name]
         shown = ", ".join(names[:: max(1, len(names) // 12)])
         raise LoftUpError(f"no layer {layer!r} in this {type(model).__name__}; it has modules such as {shown}")
+    if isinstance(model, torch.jit.ScriptModule):
+        failures["it"] = "is scripted or traced, which hides what is inside: wrap the model that it was made from"
     seen = [f"{name} {reason}" for name, reason in failures.items()]
     raise LoftUpError("; ".join(seen[:3]) or "it takes no image")
 
@@ -325,7 +327,11 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
                 outputs[place] = tuple(x.shape)
 
     # The model's own result is noted from what the call returns.
-    hooked = [(name, module) for name, module in model.named_modules() if name and (names is None or name in names)]
+    hooked = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and (names is None or name in names) and not isinstance(module, torch.jit.ScriptModule)
+    ]
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: note(name, output)) for name, module in hooked
     ]

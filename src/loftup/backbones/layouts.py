@@ -131,7 +131,7 @@ def clip_object(model: Any, layer: Layer) -> Source | None:
     tower = getattr(model, "visual", model)
     if any(part(tower, path) is None for path in (CLIP.patch, CLIP.position, CLIP.blocks, CLIP.norm)):
         return None
-    blocks = tower.transformer.resblocks
+    blocks = list(tower.transformer.resblocks.children())
     attention = getattr(blocks[-1], "attn", None)
     scripted = getattr(attention, "original_name", "") == "MultiheadAttention"
     if getattr(tower, "attn_pool", None) is not None or not (scripted or isinstance(attention, nn.MultiheadAttention)):
@@ -148,7 +148,7 @@ def clip_object(model: Any, layer: Layer) -> Source | None:
         projection=(tower, "proj") if has_projection else None,
     )
     # open_clip's objects do not say which weights they hold; OpenAI's package only ever loads OpenAI's.
-    is_b16 = official and (vit.convolution.out_channels, vit.convolution.stride[0], len(blocks)) == (768, 16, 12)
+    is_b16 = official and (*vit.convolution.weight.shape[::2], len(blocks)) == (768, 16, 12)
     name = "ViT-B/16" if is_b16 else ""
     return plain_source(vit, len(blocks), name, open_clip_scaling(tower, OPENAI), clip=True)
 

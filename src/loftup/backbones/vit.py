@@ -168,7 +168,10 @@ class PlainViT:
 
     def __post_init__(self) -> None:
         # Blocks of transformers want masks by position: two in CLIP of version 4, one in version 5; others want none.
-        parameters = list(inspect.signature(self._part("blocks")[0].forward).parameters.values())[1:]
+        try:
+            parameters = list(inspect.signature(self.blocks[0].forward).parameters.values())[1:]
+        except (TypeError, ValueError):
+            parameters = []  # scripted
         self.masks = [None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
 
     def __call__(self, image: Tensor) -> Maps:
@@ -216,6 +219,12 @@ class PlainViT:
         return self._part("patch")
 
     @property
+    def blocks(self) -> list[Any]:
+        """The transformer blocks; traced modules only tell their children."""
+        blocks = self._part("blocks")
+        return list(blocks.children()) if isinstance(blocks, torch.jit.ScriptModule) else list(blocks)
+
+    @property
     def convolution(self) -> Any:
         """The patch convolution itself, inside an adapter such as LoRA's."""
         return getattr(self.patch, "base_layer", self.patch)
@@ -251,7 +260,7 @@ class PlainViT:
         """Run the blocks as far as needed, (B, n, D) to (B, n, D) of each block asked for, by its index."""
         rope = self._part("rope")
         extra = {} if rope is None else {"position_embeddings": rope(image)}
-        blocks = list(self._part("blocks"))[: max(self.lasts) + 1]
+        blocks = self.blocks[: max(self.lasts) + 1]
         attention = getattr(blocks[0], self.layout.attention, None)
         # OpenAI's package and open_clip before 2.24 run tokens first, (n, B, D).
         tokens_first = getattr(attention, "batch_first", None) is False
@@ -284,10 +293,11 @@ def value_path(block: Any, layout: Layout, tokens: Tensor) -> Tensor:
 
 def plain_source(vit: PlainViT, count: int, name: str, scaling: Scaling, clip: bool = False) -> Source:
     """Sizes of a plain ViT, read off its parts."""
-    stride = vit.convolution.stride
+    kernel = vit.convolution.weight.shape
+    stride = getattr(vit.convolution, "stride", kernel[2:])  # traced modules have no stride; a ViT's is its kernel
     if stride[0] != stride[1]:
         raise LoftUpError(f"{name or type(vit.trunk).__name__} has patches of {stride}, only square ones are supported")
-    channels = vit.convolution.out_channels
+    channels = kernel[0]
     if vit.projection:
         project = part(*vit.projection)
         channels = project.out_features if isinstance(project, nn.Module) else project.shape[1]
