@@ -294,7 +294,7 @@ def judge(build: Build, reference: Reference | None) -> dict[str, Any]:
         backbone = wrap(model)
     except LoftUpError as error:
         return {"status": "refused", "note": one_line(error)[:300]}
-    size = backbone.fixed_size or tuple((5 + 2 * axis) * backbone.multiple for axis in (0, 1))
+    size = backbone.fixed_size or tuple((7 + 2 * axis) * backbone.multiple for axis in (0, 1))
     row = {
         "status": "own size" if backbone.fixed_size else "any size",
         "channels": backbone.channels,

@@ -257,3 +257,10 @@ def test_open_clip_with_an_unknown_trunk_is_refused():
     model.visual.trunk = nn.Linear(2, 2)
     with pytest.raises(LoftUpError, match="found no feature map"):
         wrap(model)
+
+
+def test_scripted_towers_agree_and_traced_ones_are_refused():
+    tower, image = open_clip_tower().eval(), torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(wrap(torch.jit.script(tower))(image), wrap(tower)(image))
+    with pytest.raises(LoftUpError, match="it is scripted or traced, which hides what is inside: wrap the model that"):
+        wrap(torch.jit.trace(tower, image, check_trace=False))

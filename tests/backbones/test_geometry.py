@@ -1,5 +1,7 @@
 """The check of a backbone's grid: what is measured, corrected, refused."""
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -207,3 +209,27 @@ def test_images_of_too_many_tokens_are_refused_or_made_smaller():
     for wrong in (0, -1, 2.5, True, "1"):
         with pytest.raises(ValueError, match="max_side must be a positive integer in pixels, got"):
             wrap(model, max_side=wrong)
+
+
+@pytest.mark.parametrize("closed_over", [True, False])
+def test_modules_that_a_function_calls_are_evaluated_too(closed_over):
+    model, other = nn.Conv2d(3, 8, 4, 4), nn.Sequential(nn.BatchNorm2d(8), nn.Dropout(0.5)).train()
+    if closed_over:
+        backbone = Backbone(model, lambda x: other(model(x)), channels=8, patch_size=4)
+    else:
+        backbone = Backbone(model, functools.partial(lambda net, x: net(model(x)), other), channels=8, patch_size=4)
+    image = torch.rand(2, 3, 16, 24)
+    torch.testing.assert_close(backbone(image), backbone(image))
+    torch.testing.assert_close(backbone(image)[:1], backbone(image[:1]))
+    assert other.training
+    assert other[0].num_batches_tracked == 0
+
+
+def test_failures_at_a_size_are_told():
+    def function(x):
+        if x.shape[2] < 40:
+            raise RuntimeError("window too large")
+        return cells(x)
+
+    with pytest.raises(LoftUpError, match="Identity failed on images of 32x64: window too large"):
+        own(function)(torch.rand(1, 3, 32, 64))

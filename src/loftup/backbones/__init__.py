@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import LoftUpError
+from ..errors import LoftUpError, one_line
 from ..inputs import Size
 from .generic import generic
 from .geometry import Geometry, Maps, pad, settle
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, in_text_space, open_clip_timm, timm_vit, transformers_vit
 from .load import build_named, size_options
-from .maps import evaluating, frozen, hub_dino, timm_features, timm_stages, transformers_backbone
+from .maps import evaluating, frozen, hub_dino, modules_of, timm_features, timm_stages, transformers_backbone
 from .vit import IMAGENET, Layer, Source
 from .wrappers import unwrap
 
@@ -143,11 +143,26 @@ class Backbone(nn.Module):
             return Geometry(source.channels, source.strides, max(source.strides), fixed, notes=(why,))
         if source.measured is not None:
             return source.measured
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), warnings.catch_warnings():
+        with torch.inference_mode(False), torch.no_grad(), self._evaluating(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             name = self.name or type(self.model).__name__
             run = self._run
             return settle(run, name, source.strides, device, source.native, source.fixed, source.exact)
+
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Evaluation mode of the model and of the modules that a function of the user's own calls."""
+        return evaluating(self.model, *modules_of(self.features))
+
+    def _run_at(self, image: Tensor) -> Maps:
+        """The maps, with a failure told as one of this size."""
+        try:
+            return self._run(image)
+        except (torch.cuda.OutOfMemoryError, LoftUpError):
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            size = "x".join(map(str, image.shape[2:]))
+            name = self.name or type(self.model).__name__
+            raise LoftUpError(f"{name} failed on images of {size}: {one_line(error)[:300]}") from error
 
     def _run(self, image: Tensor) -> Maps:
         maps = self.features(image)
@@ -220,14 +235,14 @@ class Backbone(nn.Module):
         image = pad(image, self._border)
         with contextlib.ExitStack() as stack:
             if not self.trainable:
-                stack.enter_context(evaluating(self.model))
+                stack.enter_context(self._evaluating())
                 stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and image.requires_grad))
                 if torch.is_grad_enabled():
                     stack.enter_context(frozen(self.model))
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            maps = self._run(image)
+            maps = self._run_at(image)
         for features, channels in zip(maps, self._widths, strict=True):
             if features.ndim != 4 or features.shape[:2] != (len(image), channels):
                 raise LoftUpError(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import LoftUpError
@@ -133,6 +134,8 @@ def clip_object(model: Any, layer: Layer) -> Source | None:
         return None
     blocks = list(tower.transformer.resblocks.children())
     attention = getattr(blocks[-1], "attn", None)
+    if isinstance(tower, torch.jit._trace.TracedModule) or not hasattr(blocks[-1], "forward"):
+        return None  # traced: its parts cannot be called
     scripted = getattr(attention, "original_name", "") == "MultiheadAttention"
     if getattr(tower, "attn_pool", None) is not None or not (scripted or isinstance(attention, nn.MultiheadAttention)):
         return None  # CoCa, and blocks of other kinds: no value path to the text's space

@@ -1,6 +1,8 @@
 """Models that make feature maps themselves: timm's other families, torch.hub's DINOv2 and v3, AutoBackbone."""
 
 import contextlib
+import functools
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,9 @@ from ..errors import LoftUpError, one_line
 from .geometry import Maps
 from .vit import IMAGENET, Layer, Scaling, Source, pair, part, pick_layers
 
-__all__ = ["evaluating", "frozen", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
+__all__ = ["evaluating", "frozen", "hub_dino", "modules_of", "timm_features", "timm_stages", "transformers_backbone"]
 
+EMPTY = types.CellType()  # of a variable that was not set yet
 # Options by which timm builds a model for any image size. Swin knows the first; older ones swallow the second unused.
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
@@ -247,9 +250,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while; every module gets its mode back."""
-    learning = [module for module in model.modules() if module.training]
+def evaluating(*roots: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode for a while; every module gets its mode back."""
+    learning = [module for root in roots for module in root.modules() if module.training]
     for module in learning:
         module.training = False
     try:
@@ -257,3 +260,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in learning:
             module.training = True
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """The modules that a function is, is bound to, or closes over."""
+    if isinstance(function, nn.Module):
+        return [function]
+    if isinstance(function, functools.partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+        return [module for each in held for module in modules_of(each)]
+    cells = getattr(function, "__closure__", None) or ()
+    held = [getattr(function, "__self__", None), *(cell.cell_contents for cell in cells if cell != EMPTY)]
+    return [each for each in held if isinstance(each, nn.Module)]
