@@ -65,6 +65,8 @@ class Order:
     def seen(self, x: Tensor, size: tuple[int, int]) -> "Order | None":
         """This order with the number of tokens in front as they show in the output for :func:`pictures`, or None."""
         h, w = size[0] // self.stride, size[1] // self.stride
+        if x.shape[self.kind.index("n" if len(self.kind) == 4 else "b")] != 1 + len(spots(h, w)):
+            return None  # windows of a picture, not pictures
         if self.kind in ("nchw", "nhwc"):
             # Where nothing can be told, as weights are zero or fields of view are wide, the shape tells channels first.
             found = in_place(changes(self.read(x, size)), (h, w), exact=False)
