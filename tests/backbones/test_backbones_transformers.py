@@ -389,3 +389,27 @@ def test_precision_and_gradients(make):
     features = backbone.bfloat16()(image)
     assert features.dtype == torch.bfloat16
     torch.testing.assert_close(features.float(), expected, atol=0.2, rtol=0.2)
+
+
+def test_a_masked_autoencoder_sees_all_patches():
+    config = transformers.ViTMAEConfig(**TINY, intermediate_size=64, image_size=64, patch_size=16)
+    model, image = transformers.ViTMAEModel(config).eval(), torch.randn(2, 3, 64, 96)
+    torch.nn.init.normal_(model.embeddings.position_embeddings)
+    backbone = wrap(model)
+    assert model.config.mask_ratio == 0.75
+    config.mask_ratio = 0.0
+    noise = torch.arange(24.0).expand(2, -1)
+    own = model(image, noise=noise, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    config.mask_ratio = 0.75
+    torch.testing.assert_close(backbone(image), own.mT.unflatten(2, (4, 6)))
+
+
+def test_a_depth_map_is_no_feature_map():
+    backbone = transformers.Dinov2Config(
+        **TINY, image_size=56, patch_size=14, out_indices=[0, 1, 2, 3], reshape_hidden_states=False
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=48, neck_hidden_sizes=[8, 12, 16, 24], fusion_hidden_size=16
+    )
+    model = transformers.DepthAnythingForDepthEstimation(config).eval()
+    assert wrap(model).channels > 1

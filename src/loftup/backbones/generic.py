@@ -6,6 +6,7 @@ tokens with others before and behind them.
 """
 
 import inspect
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -241,7 +242,7 @@ def _calls(model: Any) -> Iterator[Call]:
         parameters = {}  # type: ignore[assignment]
     more = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
     if "noise" in parameters and hasattr(getattr(model, "config", None), "mask_ratio"):
-        yield lambda image: model(image, noise=_ascending(model, image), **more)
+        yield lambda image: _unmasked(model, image, more)
     if "pixel_values_videos" in parameters:
         skip = {"skip_predictor": True} if "skip_predictor" in parameters else {}
         frames = int(getattr(model.config, "tubelet_size", 1))
@@ -258,11 +259,16 @@ def _calls(model: Any) -> Iterator[Call]:
         yield lambda image: model(image)
 
 
-def _ascending(model: Any, image: Tensor) -> Tensor:
-    """Noise that keeps a masked autoencoder's patches in their order."""
-    patch = model.config.patch_size
+def _unmasked(model: Any, image: Tensor, more: dict[str, Any]) -> Any:
+    """Run a masked autoencoder with all of its patches, in their order."""
+    patch, before = model.config.patch_size, model.config.mask_ratio
     count = (image.shape[2] // patch) * (image.shape[3] // patch)
-    return torch.arange(count, device=image.device, dtype=image.dtype).expand(len(image), -1)
+    noise = torch.arange(count, device=image.device, dtype=image.dtype).expand(len(image), -1)
+    model.config.mask_ratio = 0.0
+    try:
+        return model(image, noise=noise, **more)
+    finally:
+        model.config.mask_ratio = before
 
 
 def naflex(model: Any, image: Tensor, parameters: Any) -> Any:
@@ -418,12 +424,12 @@ def plausible(shape: tuple[int, ...], size: tuple[int, int], patch: int | None) 
     """The ways in which an output for one picture may hold a map, the likeliest first."""
     if len(shape) == 4 and shape[0] == 1:
         grids = {"nchw": (shape[2], shape[3]), "nhwc": (shape[1], shape[2])}
-        # Networks without padding have fewer cells than their stride makes.
+        # Networks without padding have fewer cells than their stride makes. Maps of one channel are predictions.
         return [
             Order(kind, stride)
             for kind, (h, w) in grids.items()
-            for stride in range(1, size[0] // SMALLEST + 1)
-            if min(h, w) >= SMALLEST and not size[0] % stride and not size[1] % stride
+            for stride in range(2, size[0] // SMALLEST + 1)
+            if min(h, w) >= SMALLEST and not size[0] % stride and not size[1] % stride and math.prod(shape) > h * w
             if size[0] // stride - h == size[1] // stride - w
             and (size[0] // stride == h or (stride in (8, 16, 32) and 0 < size[0] // stride - h < 4))
         ]
