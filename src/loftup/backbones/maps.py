@@ -1,6 +1,7 @@
 """Models that make feature maps themselves: timm's other families, torch.hub's DINOv2 and v3, AutoBackbone."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from ..errors import LoftUpError, one_line
 from .geometry import Maps
 from .vit import IMAGENET, Layer, Scaling, Source, pair, part, pick_layers
 
-__all__ = ["evaluating", "frozen", "hub_dino", "timm_features", "timm_stages", "transformers_backbone"]
+__all__ = ["evaluating", "frozen", "hub_dino", "timm_features", "timm_stages", "transformers_backbone", "trying"]
 
 # Options by which timm builds a model for any image size. Swin knows the first; older ones swallow the second unused.
 FLEXIBLE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
@@ -218,7 +219,7 @@ def measure(
         if size is None:
             continue
         try:
-            with evaluating(model), torch.no_grad():
+            with trying(model):
                 maps = features(torch.zeros(1, 3, *size, device=device))
         except torch.cuda.OutOfMemoryError:
             raise
@@ -257,3 +258,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in learning:
             module.training = True
+
+
+@contextlib.contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """See what a model gives: in evaluation mode, without gradients and warnings; random numbers stay as they were."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with evaluating(model):
+            yield
