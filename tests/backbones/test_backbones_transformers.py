@@ -402,14 +402,3 @@ def test_a_masked_autoencoder_sees_all_patches():
     own = model(image, noise=noise, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
     config.mask_ratio = 0.75
     torch.testing.assert_close(backbone(image), own.mT.unflatten(2, (4, 6)))
-
-
-def test_a_depth_map_is_no_feature_map():
-    backbone = transformers.Dinov2Config(
-        **TINY, image_size=56, patch_size=14, out_indices=[0, 1, 2, 3], reshape_hidden_states=False
-    )
-    config = transformers.DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=48, neck_hidden_sizes=[8, 12, 16, 24], fusion_hidden_size=16
-    )
-    model = transformers.DepthAnythingForDepthEstimation(config).eval()
-    assert wrap(model).channels > 1

@@ -1,5 +1,10 @@
 """Feature maps found by looking, in models of no known family."""
 
+import copy
+import dataclasses
+import io
+import threading
+
 import pytest
 import timm
 import torch
@@ -31,6 +36,10 @@ def test_a_cnn_of_torchvision():
         torch.testing.assert_close(features, stage)
     with pytest.raises(LoftUpError, match=r"no layer 'layer9' in this ResNet; it has modules such as conv1"):
         wrap(model, layer="layer9")
+    with pytest.raises(LoftUpError, match=r"none of 0 tensors of layer 'fc' keeps the picture's order"):
+        wrap(model, layer="fc")
+    with pytest.raises(TypeError, match=r"got both: \('layer1', 2\); give the names of all"):
+        wrap(model, layer=["layer1", 2])
 
 
 def test_tokens_behind_a_class_token():
@@ -184,3 +193,167 @@ def test_names_of_other_libraries(tmp_path):
         load_backbone("ViT-B-32")
     with pytest.raises(LoftUpError, match=r"open_clip's 'ViT-B-32' has no tag 'mine'"):
         load_backbone("ViT-B-32/mine")
+
+
+class Stem(nn.Module):
+    """A small network, and what becomes of its map in the end."""
+
+    def __init__(self, after=lambda x: x):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 9, 2, 2)
+        )
+        self.after = after
+
+    def forward(self, image):
+        return self.after(self.body(image))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Conv2d(3, 8, 8, 8)), lambda: build("resnet18")])
+def test_a_backbone_found_by_looking_can_be_copied_and_saved_whole(make):
+    backbone, image = wrap(make()), torch.randn(1, 3, 64, 64)
+    features, twin = backbone(image), copy.deepcopy(backbone)
+    for parameter in backbone.model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(twin(image), features)
+    buffer = io.BytesIO()
+    torch.save(twin, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(image), features)
+
+
+def test_threads_share_a_backbone():
+    backbone, turn = wrap(build("resnet18")), threading.Barrier(2, timeout=60)
+    images = [torch.randn(1, 3, side, 64) for side in (64, 96)]
+    expected = [backbone(image) for image in images]
+    got = [None, None]
+
+    def work(index):
+        got[index] = backbone(images[index])
+
+    def meet(*_):
+        turn.wait()  # both are inside the model
+
+    backbone.model.conv1.register_forward_hook(meet)
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for features, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(features, wanted)
+
+
+def test_what_runs_on_does_not_change_a_layer_in_place():
+    model, image = Stem().eval(), torch.randn(1, 3, 32, 48)
+    alone = wrap(model, layer="body.1")(image)
+    assert alone.min() < 0
+    torch.testing.assert_close(wrap(model, layer=["body.1", "body.3"])(image)[0], alone)
+
+
+def test_a_model_that_changes_its_picture_gets_one_of_its_own():
+    class Shifting(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    backbone, image = wrap(Shifting(3, 8, 8, 8)), torch.rand(1, 3, 32, 48)
+    before = image.clone()
+    backbone(image)
+    assert torch.equal(image, before)
+
+
+def test_outputs_that_are_dataclasses():
+    backbone = wrap(Stem(lambda x: Output(x.mean((2, 3)), 2 * x)).eval())
+    assert "Stem['map'] as nchw" in backbone.explain()
+    image = torch.rand(1, 3, 32, 48)
+    torch.testing.assert_close(backbone(image), backbone.model(image).map.detach())
+
+
+@dataclasses.dataclass
+class Output:
+    pooled: torch.Tensor
+    map: torch.Tensor
+
+
+def test_random_numbers_are_those_of_a_run_without_wrapping():
+    state = torch.get_rng_state()
+    wrap(Stem(lambda x: nn.functional.dropout(x, 0.1, training=True)))
+    fresh = torch.get_rng_state()
+    torch.set_rng_state(state)
+    Stem()
+    assert torch.equal(torch.get_rng_state(), fresh)
+
+
+def test_weights_on_the_meta_device_and_another_default_device():
+    with torch.device("meta"):
+        tokens = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=2)
+        model = build("resnet18")
+    assert (wrap(model).channels, wrap(model).patch_size) == (512, 32)
+    assert wrap(tokens, layer="blocks.0").channels == 48
+    model = Stem()
+    with torch.device("meta"):
+        assert "checked: features change" in wrap(model).explain()
+
+
+def test_a_tower_s_layer_goes_by_its_name_in_the_whole_model():
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {**small, "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**small, "image_size": 64, "patch_size": 16})
+    model, image = transformers.CLIPModel(config).eval(), torch.randn(1, 3, 64, 64)
+    name = next(n for n, _ in model.named_modules() if n.startswith("vision_model") and n.endswith("layers.0"))
+    own = model.vision_model(image, output_hidden_states=True).hidden_states[1][:, 1:].detach()
+    torch.testing.assert_close(wrap(model, layer=name)(image), own.mT.unflatten(2, (4, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_models_of_torch_jit_show_their_result_alone():
+    image = torch.rand(1, 3, 64, 96)
+    for model in (torch.jit.script(Stem().body.eval()), torch.jit.trace(Stem().eval(), image)):
+        torch.testing.assert_close(wrap(model)(image), model(image).detach())
+    with pytest.raises(LoftUpError, match=r"torch\.jit shows nothing but the result: wrap the module before"):
+        wrap(torch.jit.trace(nn.Sequential(Stem(), nn.AdaptiveAvgPool2d(1)).eval(), image))
+
+
+def test_a_map_as_fine_as_the_picture_comes_last_and_is_told_of():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Upsample(scale_factor=4))
+    assert wrap(model).patch_size == 4
+    backbone = wrap(model, layer="1")
+    assert (backbone.patch_size, backbone.fixed_size) == (1, None)
+    assert "as fine as the picture, layer= takes a coarser map" in backbone.explain()
+
+
+def test_large_pictures_are_tried_one_by_one():
+    sizes = []
+
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 64, 64)
+            self.register_buffer("place", torch.zeros(256, 1, 1))
+
+        def forward(self, image):
+            sizes.append(tuple(image.shape))
+            return self.patch(image).flatten(2).permute(2, 0, 1) + self.place  # tokens first
+
+    assert wrap(Large()).fixed_size == (1024, 1024)
+    assert {size[0] for size in sizes if size[2:] == (1024, 1024)} == {1}
+
+
+def test_masked_autoencoders_see_every_patch():
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**small, image_size=64, mask_ratio=0.75)).eval()
+    image = torch.randn(1, 3, 64, 64)
+    features = wrap(model)(image)
+    assert model.config.mask_ratio == 0.75
+    model.config.mask_ratio = 0.0
+    own = model(image, noise=torch.arange(16.0)[None]).last_hidden_state[:, 1:].detach()
+    torch.testing.assert_close(features, own.mT.unflatten(2, (4, 4)))
+
+
+def test_a_map_of_one_channel_is_a_prediction():
+    model = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    backbone = wrap(model)
+    assert (backbone.channels, backbone.patch_size) == (8, 8)
+    assert "Sequential.1 as nchw" in backbone.explain()

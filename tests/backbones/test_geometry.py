@@ -80,6 +80,17 @@ def test_multiples_that_the_model_wants():
     assert backbone(torch.rand(1, 3, 168, 184)).shape == (1, 3, 20, 24)
 
 
+def test_fine_maps_of_a_network_that_goes_down_far():
+    def function(x):
+        coarse = x
+        for _ in range(5):
+            coarse = F.avg_pool2d(coarse, 2)
+        return x + F.interpolate(coarse, scale_factor=32)
+
+    backbone = own(function, patch_size=1)
+    assert (backbone.patch_size, backbone.multiple, backbone.fixed_size) == (1, 32, None)
+
+
 def test_the_only_size_of_a_model():
     def function(x):
         assert x.shape[2:] == (224, 224), "224 alone"
@@ -123,6 +134,20 @@ def test_networks_without_padding_get_a_border():
     assert features.shape == (1, 8, 10, 10)
     torch.testing.assert_close(features[0, 0, 3, 5], torch.tensor(1.0))
     torch.testing.assert_close(features.sum(), torch.tensor(8.0))
+
+
+def test_pictures_of_the_check_have_the_dtype_of_the_weights():
+    layer = nn.Conv2d(3, 4, 8, 8).bfloat16()
+    backbone = Backbone(layer, layer, channels=4, patch_size=8)
+    assert backbone.notes == ("checked: features change where the picture does",)
+
+
+def test_options_that_a_backbone_has_not_are_refused():
+    backbone = wrap(nn.Sequential(nn.Conv2d(3, 8, 8, 8)), max_side=64)
+    assert wrap(backbone, max_side=64) is backbone
+    for options in ({"max_side": 128}, {"join": True}, {"space": "text"}):
+        with pytest.raises(LoftUpError, match="a Backbone already, .*join=False, max_side=64 and .*wrap its .model"):
+            wrap(backbone, **options)
 
 
 def test_meta_weights_are_not_run():

@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from ..errors import LoftUpError, one_line
 from ..inputs import Size
 from .generic import generic
-from .geometry import Geometry, Maps, pad, settle
+from .geometry import Geometry, Maps, pad, parts, settle
 from .images import check_image, read_picture, resolve_size, triple
 from .layouts import clip_object, in_text_space, open_clip_timm, timm_vit, transformers_vit
 from .load import build_named, size_options
-from .maps import evaluating, frozen, hub_dino, modules_of, timm_features, timm_stages, transformers_backbone
+from .maps import (
+    evaluating,
+    frozen,
+    hub_dino,
+    match_weights,
+    modules_of,
+    timm_features,
+    timm_stages,
+    transformers_backbone,
+    trying,
+)
 from .vit import IMAGENET, Layer, Source
 from .wrappers import unwrap
 
@@ -143,11 +153,14 @@ class Backbone(nn.Module):
             return Geometry(source.channels, source.strides, max(source.strides), fixed, notes=(why,))
         if source.measured is not None:
             return source.measured
-        with torch.inference_mode(False), torch.no_grad(), self._evaluating(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with trying(self.model, *modules_of(self.features)):
             name = self.name or type(self.model).__name__
-            run = self._run
-            return settle(run, name, source.strides, device, source.native, source.fixed, source.exact)
+            return settle(self._try, name, source.strides, device, source.native, source.fixed, source.exact)
+
+    def _try(self, images: Tensor) -> Maps:
+        """The maps of pictures, in the weights' dtype as users of half precision give theirs."""
+        runs = [self._run(part) for part in parts(match_weights(images, self.model))]
+        return runs[0] if len(runs) == 1 else [torch.cat(maps) for maps in zip(*runs, strict=True)]
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Evaluation mode of the model and of the modules that a function of the user's own calls."""
@@ -348,7 +361,7 @@ def wrap(
     torch.Size([1, 192, 10, 15])
     """
     if isinstance(model, Backbone):
-        return _rewrap(model, layer, mean, std, trainable)
+        return _rewrap(model, layer, mean, std, trainable, join, space, max_side)
     if not isinstance(model, nn.Module):
         hint = "; for a model by its name: load_backbone(name)" if isinstance(model, str) else ""
         raise TypeError(f"wrap takes a model object (torch.nn.Module), got {type(model).__name__}{hint}")
@@ -387,8 +400,7 @@ def _source(model: nn.Module, layer: Layer) -> Source:
             if (source := family(model, layer)) is not None:
                 return source
     try:
-        with torch.inference_mode(False), torch.no_grad(), evaluating(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with trying(model):
             return generic(model, layer)
     except LoftUpError as error:
         raise LoftUpError(_unsupported(model, str(error))) from error
@@ -468,7 +480,14 @@ def load_backbone(
 
 
 def _rewrap(
-    backbone: Backbone, layer: Layer, mean: Sequence[float] | None, std: Sequence[float] | None, trainable: bool
+    backbone: Backbone,
+    layer: Layer,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    trainable: bool,
+    join: bool,
+    space: str | None,
+    max_side: int | None,
 ) -> Backbone:
     # A layer counted from the end is the same one.
     own = backbone.layer
@@ -476,10 +495,14 @@ def _rewrap(
     same_mean = mean is None or triple("mean", mean) == backbone.mean
     same_std = std is None or triple("std", std) == backbone.std
     same_layer = layer is None or layer in layers
-    if not (same_layer and same_mean and same_std) or (trainable and not backbone.trainable):
+    same_side = max_side is None or max_side == backbone.max_side
+    more = (trainable and not backbone.trainable) or (join and not backbone.join) or space is not None
+    if not (same_layer and same_mean and same_std and same_side) or more:
+        asked = "" if space is None else f" (space={space!r} is chosen when the model is wrapped)"
         raise LoftUpError(
-            f"this is a Backbone already, with layer={backbone.layer}, mean={backbone.mean}, std={backbone.std} and "
-            f"trainable={backbone.trainable}; for others wrap its .model"
+            f"this is a Backbone already, with layer={backbone.layer}, mean={backbone.mean}, std={backbone.std}, "
+            f"join={backbone.join}, max_side={backbone.max_side} and trainable={backbone.trainable}{asked}; for others "
+            "wrap its .model"
         )
     return backbone
 
@@ -487,6 +510,8 @@ def _rewrap(
 def _unsupported(model: nn.Module, seen: str) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     subject = f"{type(model).__module__}.{type(model).__qualname__}" + (f" (model_type {kind!r})" if kind else "")
+    if isinstance(model, torch.jit.ScriptModule):
+        seen += ". torch.jit shows nothing but the result: wrap the module before it is scripted or traced"
     return (
         f"found no feature map in {subject}: {seen}. If it holds an image encoder, wrap that part; else write a "
         "function from image (B, 3, H, W) to features (B, C, h, w) and give "

@@ -8,8 +8,10 @@ tokens with others before and behind them.
 import inspect
 import math
 import statistics
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import LoftUpError, one_line
-from .geometry import SMALLEST, SQUARES, Maps, changes, in_parts, in_place, of_one_size, pictures, spots, strongest
+from .geometry import SMALLEST, SQUARES, Maps, changes, in_place, of_one_size, parts, pictures, spots, strongest
 from .maps import match_weights, stated_size, timm_config
 from .vit import IMAGENET, Layer, Scaling, Source, pair, pick_layers
 
@@ -30,6 +32,7 @@ TOWERS = (
     *("vision", "vision_embed_tokens", "image_tower", "embed_vision", "backbone", "encoder", "trunk", "model"),
     "base_model",
 )
+FINE = "as fine as the picture, layer= takes a coarser map"
 FIRST = (224, 448)  # a size that strides of 4, 7, 8, 14, 16, 28 and 32 divide
 MOST_TRIES = 16  # outputs tried, from the last
 MOST_SIZES = 2  # at which a model runs, and shows nothing
@@ -76,7 +79,7 @@ class Order:
         change = changes(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
         if change is None:
             # Weights drawn too small to show anything: a class token stands in front, by convention.
-            usual = self.stated and self.kind == "bnc" and self.others <= 1 and bool(x.isfinite().all())
+            usual = self.stated and self.kind == "bnc" and self.others <= 1 and (x.is_meta or bool(x.isfinite().all()))
             return replace(self, prefix=self.others) if usual else None
         ahead = [
             token - (row * w + column) for (_, token), (row, column) in zip(strongest(change), spots(h, w), strict=True)
@@ -107,7 +110,8 @@ class Hooked:
     orders: tuple[Order, ...]
 
     def __call__(self, image: Tensor) -> Maps:
-        outputs = watch(self.model, self.call, match_weights(image, self.model), self.places)
+        # A picture of its own: some models change theirs in place.
+        outputs = watch(self.model, self.call, match_weights(image.clone(), self.model), self.places)
         size = (image.shape[2], image.shape[3])
         missing = [place.module for place in self.places if place not in outputs]
         if missing:
@@ -122,7 +126,7 @@ def generic(model: Any, layer: Layer) -> Source:
     """
     failures: dict[str, str] = {}  # of each module that was tried, the first
     for owner, call in callers(model):
-        modules = chosen_modules(owner, layer) if layer is not None else ()
+        modules = chosen_modules(owner, layer, inside(model, owner)) if layer is not None else ()
         if modules is None:
             continue
         ran = 0
@@ -143,7 +147,9 @@ def generic(model: Any, layer: Layer) -> Source:
                 places, orders, maps = found
                 features = Hooked(owner, call, places, orders)
                 return described(model, owner, features, maps, size, fixed, layer)
-            reason = f"at {size[0]}x{size[1]} none of {len(outputs)} tensors keeps the picture's order"
+            several = sum(not modules or place.module in modules for place in outputs)
+            asked = "" if layer is None else f" of layer {layer!r}"
+            reason = f"at {size[0]}x{size[1]} none of {several} tensors{asked} keeps the picture's order"
             failures[type(owner).__name__] = reason
             if (ran := ran + 1) == MOST_SIZES:
                 break
@@ -185,7 +191,7 @@ def described(
         native=native,
         fixed=fixed_,
         exact=all(order.others for order in features.orders),
-        note=f"found by looking: {where}",
+        note=f"found by looking: {where}" + (f"; {FINE}" if 1 in strides else ""),
         # Found at the only size: that was the check.
         measured=of_one_size(maps, size, ("checked: features change where the picture does",)) if fixed_ else None,
     )
@@ -233,7 +239,13 @@ def callers(model: Any) -> Iterator[tuple[Any, Call]]:
         todo += [part for name in TOWERS if isinstance(part := getattr(owner, name, None), nn.Module)]
 
 
+def inside(model: nn.Module, owner: nn.Module) -> str:
+    """The name of a module in the model, "" for the model itself."""
+    return next((name for name, module in model.named_modules() if module is owner), "")
+
+
 def _calls(model: Any) -> Iterator[Call]:
+    """Ways to run a model on an image, none of them local functions: they are copied and pickled with the backbone."""
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         yield model.forward_features  # as timm has it, before pooling
     try:
@@ -242,42 +254,52 @@ def _calls(model: Any) -> Iterator[Call]:
         parameters = {}  # type: ignore[assignment]
     more = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
     if "noise" in parameters and hasattr(getattr(model, "config", None), "mask_ratio"):
-        yield lambda image: _unmasked(model, image, more)
+        yield partial(masked, model, more)
     if "pixel_values_videos" in parameters:
         skip = {"skip_predictor": True} if "skip_predictor" in parameters else {}
-        frames = int(getattr(model.config, "tubelet_size", 1))
-        yield lambda image: model(pixel_values_videos=image[:, None].repeat(1, frames, 1, 1, 1), **skip)
+        yield partial(video, model, skip)
     if "grid_thw" in parameters:
-        yield lambda image: grid_of_patches(model, image)
+        yield partial(grid_of_patches, model)
     elif {"pixel_values", "spatial_shapes"} <= set(parameters):
-        yield lambda image: naflex(model, image, parameters)
+        mask = next(name for name in ("pixel_attention_mask", "attention_mask") if name in parameters)
+        yield partial(naflex, model, mask)
     elif "pixel_values" in parameters:
-        yield lambda image: model(pixel_values=image, **more)
+        yield partial(pixel_values, model, more)
         if more:
-            yield lambda image: model(pixel_values=image)
+            yield partial(pixel_values, model, {})
     else:
-        yield lambda image: model(image)
+        yield model
 
 
-def _unmasked(model: Any, image: Tensor, more: dict[str, Any]) -> Any:
-    """Run a masked autoencoder with all of its patches, in their order."""
-    patch, before = model.config.patch_size, model.config.mask_ratio
+def pixel_values(model: Any, more: dict[str, Any], image: Tensor) -> Any:
+    """Models of transformers, which may take other arguments first."""
+    return model(pixel_values=image, **more)
+
+
+def masked(model: Any, more: dict[str, Any], image: Tensor) -> Any:
+    """Masked autoencoders: no patch is left out, and noise keeps them in their order."""
+    config, patch = model.config, model.config.patch_size
     count = (image.shape[2] // patch) * (image.shape[3] // patch)
     noise = torch.arange(count, device=image.device, dtype=image.dtype).expand(len(image), -1)
-    model.config.mask_ratio = 0.0
+    ratio, config.mask_ratio = config.mask_ratio, 0.0
     try:
         return model(image, noise=noise, **more)
     finally:
-        model.config.mask_ratio = before
+        config.mask_ratio = ratio
 
 
-def naflex(model: Any, image: Tensor, parameters: Any) -> Any:
+def video(model: Any, skip: dict[str, Any], image: Tensor) -> Any:
+    """Models of videos, with as many times the same picture as make one step in time."""
+    frames = int(getattr(model.config, "tubelet_size", 1))
+    return model(pixel_values_videos=image[:, None].repeat(1, frames, 1, 1, 1), **skip)
+
+
+def naflex(model: Any, mask_name: str, image: Tensor) -> Any:
     """SigLIP 2 of any shape: pixels of patches in reading order, channels innermost, and the grid beside them."""
     patch = model.config.patch_size if hasattr(model.config, "patch_size") else model.config.vision_config.patch_size
     patches = rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
     shapes = torch.tensor([[image.shape[2] // patch, image.shape[3] // patch]] * len(image), device=image.device)
     mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=image.device)
-    mask_name = next(name for name in ("pixel_attention_mask", "attention_mask") if name in parameters)
     return model(pixel_values=patches, spatial_shapes=shapes, **{mask_name: mask})
 
 
@@ -310,6 +332,9 @@ def tensors(output: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
     elif isinstance(output, list | tuple):
         for index, value in enumerate(output):
             yield from tensors(value, (*path, index))
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from tensors(getattr(output, field.name), (*path, field.name))
 
 
 def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...] | None) -> dict[Place, Any]:
@@ -321,15 +346,20 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
     counts: dict[str, int] = {}
     names = {place.module for place in wanted} if wanted is not None else None
     stop = names is not None and "" not in names
+    thread = threading.get_ident()
 
     def note(name: str, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return  # the same model, running for another picture
         number = counts[name] = counts.get(name, -1) + 1
         for path, x in tensors(output):
             place = Place(name, number, path)
             if wanted is not None:
                 if place in wanted:
-                    outputs[place] = x
-                    if stop and len(outputs) == len(wanted):
+                    last = stop and len({*outputs, place}) == len(set(wanted))
+                    # What runs on may change it in place, as ReLUs do.
+                    outputs[place] = x if last or not name else x.clone()
+                    if last:
                         raise _Enough
             elif x.is_floating_point() and x.ndim in (3, 4):
                 outputs[place] = tuple(x.shape)
@@ -338,6 +368,7 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
     hooked = [
         (name, module)
         for name, module in model.named_modules()
+        # torch.jit calls none of them, or refuses them.
         if name and (names is None or name in names) and not isinstance(module, torch.jit.ScriptModule)
     ]
     handles = [
@@ -353,21 +384,15 @@ def watch(model: nn.Module, call: Call, image: Tensor, wanted: tuple[Place, ...]
     return outputs
 
 
-def watch_in_parts(model: nn.Module, call: Call, images: Tensor, wanted: tuple[Place, ...]) -> dict[Place, Tensor]:
-    """As :func:`watch`, for more pictures than a model may hold at once."""
-    parts = [watch(model, call, part, wanted) for part in in_parts(images)]
-    if len(parts) == 1:
-        return parts[0]
-    # One picture a part: the batch is where its size is one, in front or behind the tokens.
-    return {place: torch.cat([p[place] for p in parts], int(x.shape[0] != 1)) for place, x in parts[0].items()}
-
-
-def chosen_modules(owner: nn.Module, layer: Layer) -> tuple[str, ...] | None:
-    """The names of the modules that ``layer`` asks for; None if this module has them not."""
+def chosen_modules(owner: nn.Module, layer: Layer, where: str = "") -> tuple[str, ...] | None:
+    """The names of the modules that ``layer`` asks for; None if this module, which lies at ``where``, has them not."""
     layers = tuple(layer) if isinstance(layer, list | tuple) else (layer,)
     names = dict(owner.named_modules())
     if all(isinstance(each, str) for each in layers):
-        return tuple(map(str, layers)) if all(each in names for each in layers) else None
+        wanted = [str(each) if each in names else str(each).removeprefix(f"{where}.") for each in layers]
+        return tuple(wanted) if all(each in names for each in wanted) else None
+    if any(isinstance(each, str) for each in layers):
+        raise TypeError(f"layer takes a list of names or one of numbers, got both: {layers}; give the names of all")
     lists = [(len(m), name) for name, m in names.items() if isinstance(m, nn.ModuleList | nn.Sequential) and name]
     blocks = max(lists, default=None, key=lambda each: each[0])
     if blocks is None or blocks[0] < 2:
@@ -403,9 +428,19 @@ def locate(
         if orders := plausible(shapes[place], size, patch):
             readings[place] = orders
     found: dict[str, tuple[Place, Order, Tensor]] = {}
-    for stride in list(dict.fromkeys(order.stride for orders in readings.values() for order in orders))[:MOST_STRIDES]:
+    strides = list(dict.fromkeys(order.stride for orders in readings.values() for order in orders))
+    strides.sort(key=lambda stride: stride == 1)  # maps as fine as the picture, logits above all, come last
+    for stride in strides[:MOST_STRIDES]:
         grid = (size[0] // stride, size[1] // stride)
-        outputs = watch_in_parts(model, call, match_weights(pictures(size, grid, device), model), tuple(readings))
+        runs = [
+            watch(model, call, match_weights(part, model), tuple(readings))
+            for part in parts(pictures(size, grid, device))
+        ]
+        outputs = {
+            place: torch.cat([run[place] for run in runs], 1 if orders[0].kind == "nbc" else 0)
+            for place, orders in readings.items()
+            if all(place in run for run in runs)
+        }
         for place, orders in readings.items():
             for order in orders:
                 if place.module in found or place not in outputs or order.stride != stride:
@@ -428,7 +463,7 @@ def plausible(shape: tuple[int, ...], size: tuple[int, int], patch: int | None) 
         return [
             Order(kind, stride)
             for kind, (h, w) in grids.items()
-            for stride in range(2, size[0] // SMALLEST + 1)
+            for stride in range(1, size[0] // SMALLEST + 1)
             if min(h, w) >= SMALLEST and not size[0] % stride and not size[1] % stride and math.prod(shape) > h * w
             if size[0] // stride - h == size[1] // stride - w
             and (size[0] // stride == h or (stride in (8, 16, 32) and 0 < size[0] // stride - h < 4))
@@ -438,6 +473,7 @@ def plausible(shape: tuple[int, ...], size: tuple[int, int], patch: int | None) 
     for kind, batch, tokens in (("bnc", 0, 1), ("nbc", 1, 0), ("bcn", 0, 2)):
         for stride in strides:
             others = shape[tokens] - (size[0] // stride) * (size[1] // stride) if len(shape) == 3 else -1
-            if shape[batch] == 1 and 0 <= others <= MOST_OTHERS:
+            # Channels that happen to be as many as cells and some more are no tokens.
+            if shape[batch] == 1 and 0 <= others <= (0 if kind == "bcn" else MOST_OTHERS):
                 orders.append(Order(kind, stride, 0, others, stride == patch))
     return sorted(orders, key=lambda order: (bool(patch and order.stride % patch), order.others))

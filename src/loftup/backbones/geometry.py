@@ -22,10 +22,10 @@ __all__ = [
     "Maps",
     "changes",
     "grids_of",
-    "in_parts",
     "in_place",
     "of_one_size",
     "pad",
+    "parts",
     "pictures",
     "settle",
     "spots",
@@ -35,10 +35,12 @@ __all__ = [
 Maps = list[Tensor]
 SMALLEST = 4  # cells on a side, under which nothing can be told
 CONCENTRATED = 1.5  # by which the cell that changed moves more than others, for anything to be told
-MOST_PIXELS = 800_000  # of the pictures that are run at once
 NEEDED = 4  # of the six cells
 NEAR = 2  # cells by which a map of convolutions may be off
 SQUARES = (224, 256, 384, 448, 512, 518, 1024)  # sizes of models that take one alone
+MOST_PIXELS = 2**20  # of the pictures run at once: seven of 1024x1024 would take many GB of attention
+COARSE = 32  # pixels, of which nearly every network takes multiples
+FINE = 4  # pixels, under which a stride is finer than what a network sees
 GRIDS = ((7, 9, 1), (6, 10, 2), (4, 12, 4), (8, 24, 8))  # rows and columns of cells, and what divides both
 
 
@@ -71,27 +73,31 @@ def spots(h: int, w: int) -> list[tuple[int, int]]:
 def pictures(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
     """A picture of noise, and one more for each spot in which that cell is another: (7, 3, H, W) float32."""
     (height, width), (h, w) = size, grid
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
     changed = spots(h, w)
-    images = torch.randn(1, 3, height, width, generator=generator).mul(0.5).repeat(1 + len(changed), 1, 1, 1)
+    images = (
+        torch.randn(1, 3, height, width, generator=generator, device="cpu").mul(0.5).repeat(1 + len(changed), 1, 1, 1)
+    )
     for image, (row, column) in zip(images[1:], changed, strict=True):
         rows = slice(row * height // h, (row + 1) * height // h)
         columns = slice(column * width // w, (column + 1) * width // w)
         part = image[:, rows, columns]
-        part.copy_(torch.randn(part.shape, generator=generator) * 2)
+        part.copy_(torch.randn(part.shape, generator=generator, device="cpu") * 2)
     return images.to(device)
 
 
-def in_parts(images: Tensor) -> list[Tensor]:
-    """Pictures in batches that a model can hold: large ones one by one, for their attention."""
-    return list(images.split(max(1, MOST_PIXELS // (images.shape[2] * images.shape[3]))))
+def parts(images: Tensor) -> tuple[Tensor, ...]:
+    """The pictures that are run at once: all while they are small."""
+    return torch.split(images, max(1, MOST_PIXELS // (images.shape[2] * images.shape[3])))
 
 
 def changes(features: Tensor) -> Tensor | None:
     """How much each cell of a map of :func:`pictures` (7, C, h, w) changed for each spot, (6, h, w) float64.
 
-    None if the map is not finite, or one of the changes moved nothing beyond rounding.
+    None if the map is on the meta device or not finite, or one of the changes moved nothing beyond rounding.
     """
+    if features.is_meta:
+        return None
     x = features.double()
     change = (x[1:] - x[:1]).norm(dim=1)
     rounding = 16 * torch.finfo(features.dtype).eps * x[0].norm(dim=0).median()
@@ -146,7 +152,7 @@ def in_place(change: Tensor | None, grid: tuple[int, int], exact: bool) -> bool 
 
 
 def settle(
-    once: Callable[[Tensor], Maps],
+    run: Callable[[Tensor], Maps],
     name: str,
     strides: Sequence[int],
     device: torch.device,
@@ -155,10 +161,10 @@ def settle(
     exact: bool = False,
     remeasure: bool = True,
 ) -> Geometry:
-    """Measure a model's geometry, in one forward of seven small pictures where it is as declared, in at most five.
+    """Measure a model's geometry, in one forward of seven small pictures where it is as declared, in at most six.
 
     Args:
-        once: pictures (B, 3, H, W) to maps (B, C, h, w), one for each layer.
+        run: pictures (B, 3, H, W) to maps (B, C, h, w), one for each layer.
         name: for messages.
         strides: declared, of each map.
         device: of the model.
@@ -170,18 +176,15 @@ def settle(
     Raises:
         LoftUpError: the maps are not what their stride says, or do not change where the picture does.
     """
-
-    def run(images: Tensor) -> Maps:
-        parts = [once(part) for part in in_parts(images)]
-        return [torch.cat(maps) for maps in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
-
     coarsest = max(strides)
     failure: Exception | None = None
     seen: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []  # sizes, and grids that their strides do not make
-    for h, w, divisor in () if fixed and native else GRIDS:
-        size, multiple = (h * coarsest, w * coarsest), divisor * coarsest
+    tries = [((h, w), (h * coarsest, w * coarsest), divisor * coarsest) for h, w, divisor in GRIDS]
+    if COARSE % coarsest == 0:  # networks that go down far and come up again, whose cells are fine
+        tries.append((GRIDS[0][:2], (GRIDS[0][0] * COARSE, GRIDS[0][1] * COARSE), COARSE))
+    for grid, size, multiple in () if fixed and native else tries:
         try:
-            maps = run(pictures(size, (h, w), device))
+            maps = run(pictures(size, grid, device))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # models fail in their own ways at sizes that they do not take
@@ -189,15 +192,20 @@ def settle(
             continue
         got = grids_of(maps, name)
         if got == [(size[0] // stride, size[1] // stride) for stride in strides]:
-            notes = _located(maps, name, (h, w), exact)
+            try:
+                notes = _located(maps, name, grid, exact)
+            except LoftUpError:
+                if coarsest >= FINE or size == tries[-1][1]:
+                    raise
+                continue  # the cells of a fine map may be no finer than those that it was made from
             if multiple > coarsest:
                 notes = (*notes, f"takes multiples of {multiple} pixels")
             return Geometry(tuple(each.shape[1] for each in maps), tuple(strides), multiple, notes=notes)
         measured = [_stride(size, each) for each in got]
         if remeasure and None not in measured:
-            return settle(once, name, [s for s in measured if s], device, native, fixed, exact, remeasure=False)
+            return settle(run, name, [s for s in measured if s], device, native, fixed, exact, remeasure=False)
         if seen and got == seen[0][1]:
-            break  # the same grid for all sizes
+            continue  # the same grid for all sizes
         seen.append((size, got))
     if len(seen) > 1 and (padded := _padded(run, name, coarsest, seen[0], device)):
         return padded

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,16 @@ from ..errors import LoftUpError, one_line
 from .geometry import Maps
 from .vit import IMAGENET, Layer, Scaling, Source, pair, part, pick_layers
 
-__all__ = ["evaluating", "frozen", "hub_dino", "modules_of", "timm_features", "timm_stages", "transformers_backbone"]
+__all__ = [
+    "evaluating",
+    "frozen",
+    "hub_dino",
+    "modules_of",
+    "timm_features",
+    "timm_stages",
+    "transformers_backbone",
+    "trying",
+]
 
 EMPTY = types.CellType()  # of a variable that was not set yet
 # Options by which timm builds a model for any image size. Swin knows the first; older ones swallow the second unused.
@@ -221,7 +231,7 @@ def measure(
         if size is None:
             continue
         try:
-            with evaluating(model), torch.no_grad():
+            with trying(model):
                 maps = features(torch.zeros(1, 3, *size, device=device))
         except torch.cuda.OutOfMemoryError:
             raise
@@ -260,6 +270,16 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
     finally:
         for module in learning:
             module.training = True
+
+
+@contextlib.contextmanager
+def trying(*roots: nn.Module) -> Iterator[None]:
+    """See what models give: in evaluation mode, without gradients and warnings; random numbers stay as they were."""
+    devices = {parameter.device for root in roots for parameter in root.parameters() if parameter.is_cuda}
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with evaluating(*roots):
+            yield
 
 
 def modules_of(function: Any) -> list[nn.Module]:
