@@ -72,7 +72,10 @@ def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.warns(UserWarning, match="out has no locks .*; see to it that no other process"), alone_in(tmp_path / "out"):
+    with (
+        pytest.warns(UserWarning, match="out has no locks .*; see to it that no other process"),
+        alone_in(tmp_path / "out"),
+    ):
         write_atomically(tmp_path / "out" / "a", b"x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
