@@ -1,5 +1,6 @@
 """Files that are whole, marked and the user's own; folders for one run at a time."""
 
+import errno
 import os
 import signal
 import socket
@@ -63,6 +64,29 @@ def test_a_folder_that_was_made_in_vain_is_removed(tmp_path):
     with alone_in(tmp_path / "a" / "b"):
         write_atomically(tmp_path / "a" / "b" / "c", b"x")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, code):
+    def refuse(handle, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.warns(UserWarning, match="out has no locks .*; see to it that no other process"),
+        alone_in(tmp_path / "out"),
+    ):
+        write_atomically(tmp_path / "out" / "a", b"x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_locked_for_another_reason_is_an_error(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match="Input/output error"), alone_in(tmp_path):
+        pass
 
 
 def test_only_old_files_of_others_are_swept(tmp_path):

@@ -1,12 +1,14 @@
 """Files: written whole or not at all, told from others of their name and from a user's own; folders for one run."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import socket
 import stat
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ MARKS = re.compile(
     rb"|\A---\nlibrary_name: loftup\n"  # model cards
     rb"|\Atask,dataset,backbone,layer,upsampler,metric,"
 )
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems that have none
 PREFIX = ".loftup."  # of temporary files, the lock and its owner: short, as a name may have 255 bytes
 
 
@@ -61,7 +64,8 @@ def sweep(folder: Path, older: float = 0.0) -> None:
 def alone_in(folder: Path, inside: Iterable[str] = ()) -> Iterator[None]:
     """Hold a folder, made where it is missing, for this process alone, and sweep it and the folders ``inside``.
 
-    The system gives the lock back when its process dies. A folder that was made and stays empty is removed.
+    The system gives the lock back when its process dies. A folder that was made and stays empty is removed. Where the
+    file system has no locks, a warning says so.
 
     Raises:
         LoftUpError: another process holds it; the text names the process and its host.
@@ -81,6 +85,11 @@ def alone_in(folder: Path, inside: Iterable[str] = ()) -> Iterator[None]:
             who = owner.read_text("utf-8") or who
         remedy = "wait until it ends, or write to another folder"
         raise LoftUpError(f"{who} is writing to the folder {folder}, expected this one alone; {remedy}") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        reason = f"the file system of {folder} has no locks ({error.strerror})"
+        warnings.warn(f"{reason}; see to it that no other process writes there", stacklevel=3)
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
         for each in (folder, *(folder / name for name in inside)):

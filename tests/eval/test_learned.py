@@ -161,6 +161,24 @@ def test_files_come_back_and_damage_is_named(name, tmp_path):
         create(name, mean_colours())
 
 
+def test_files_of_others_stay_and_the_same_weights_give_the_same_bytes(tmp_path):
+    up = network("lift")
+    contents = set()
+    for number in range(8):
+        for _ in range(2):  # its own are replaced
+            up.save_pretrained(tmp_path / str(number))
+        contents.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(contents) == 1
+    for name in ("config.json", "model.safetensors"):
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text('{"mine": 1}')
+        with pytest.raises(LoftUpError, match=f"{name} exists and was not made by loftup"):
+            up.save_pretrained(mine.parent)
+        assert [path.read_text() for path in mine.parent.iterdir()] == ['{"mine": 1}']
+        mine.unlink()
+
+
 def test_configs_are_checked():
     with pytest.raises(LoftUpError, match="no architecture 'nerf'; expected loftup, featup_jbu"):
         build(LearnedConfig("nerf", 4))

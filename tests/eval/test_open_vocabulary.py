@@ -217,6 +217,26 @@ def test_a_clip_of_open_clip(open_clip):
     assert not torch.allclose(texts[0], texts[1])
 
 
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(answers, open_clip, monkeypatch):
+    import open_clip as package
+    from huggingface_hub import constants
+
+    seen = []
+
+    def create_model(name, **options):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not there")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("loftup.weights.hub.Repository.answers", lambda self, file: answers)
+    monkeypatch.setattr(package, "create_model", create_model)
+    with pytest.raises(LoftUpError, match="cannot load the CLIP 'ViT-B-16/openai' of open_clip: not there"):
+        OpenClip("ViT-B-16/openai")
+    assert seen == [not answers]
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_another_clip_keeps_its_activation(open_clip):
     OpenClip("ViT-B-16/laion2b_s34b_b88k")
     assert open_clip[0][1] == {"pretrained": "laion2b_s34b_b88k", "force_quick_gelu": False}

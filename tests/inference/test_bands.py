@@ -208,6 +208,14 @@ def test_heads_that_mix_positions_are_refused(make, kind, gradients):
         up(features, image, head=head)
 
 
+@pytest.mark.parametrize("dropout", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout])
+def test_heads_that_mix_positions_do_not_hide_behind_dropout(dropout):
+    head = nn.Sequential(dropout(), nn.Conv2d(24, 5, 3, padding=1)).train()
+    with torch.no_grad(), pytest.raises(LoftUpError, match="head must be pointwise, but gives pixels other values"):
+        randomised(SINE)(*inputs(), head=head)
+    assert head[0].training
+
+
 def test_batch_norms_in_training_mode_are_refused_before_they_count():
     up, head = randomised(SINE), nn.Sequential(nn.Conv2d(24, 5, 1), nn.BatchNorm2d(5), nn.Dropout())
     for gradients in (False, True):

@@ -263,9 +263,22 @@ def test_weights_that_are_not_finite_are_refused(value, up, tmp_path):
         up.save_pretrained(tmp_path / "new")
 
 
+def test_variances_below_0_are_refused(up, tmp_path):
+    state = up.state_dict()
+    key = next(key for key in state if key.endswith("running_var"))
+    state[key][1] = -1
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(LoftUpError, match=f"{key} in .*x.safetensors holds variances below 0"):
+        LoftUp.from_pretrained(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (
+            lambda state: {**state, BIAS: torch.nested.nested_tensor([state[BIAS]])},
+            f"{BIAS} in .* is a nested tensor, expected a dense one",
+        ),
         (lambda state: {k: v.to(torch.float8_e4m3fn) for k, v in state.items()}, "tensors of torch.float8_e4m3fn, exp"),
         (
             lambda state: {k: v.to(torch.complex64) for k, v in state.items()},

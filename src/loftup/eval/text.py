@@ -1,5 +1,6 @@
 """Embeddings of class names, and the CLIP that they are compared in."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..backbones import Backbone, wrap
 from ..errors import LoftUpError, translate
 from ..files import write_atomically
+from ..weights.hub import cache_alone_if_unreachable
 
 __all__ = ["Clip", "OpenClip", "embed", "templates"]
 
@@ -52,8 +54,10 @@ class OpenClip:
             raise LoftUpError(f"expected a CLIP as MODEL/PRETRAINED, got {name!r}; write ViT-B-16/openai")
         try:
             quick = pretrained == "openai"
-            self.model: Any = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
-            self._tokenize = open_clip.get_tokenizer(model)
+            hub = contextlib.nullcontext() if os.path.exists(pretrained) else cache_alone_if_unreachable(name)
+            with hub:
+                self.model: Any = open_clip.create_model(model, pretrained=pretrained, force_quick_gelu=quick)
+                self._tokenize = open_clip.get_tokenizer(model)
         except Exception as error:  # the Hub's client and open_clip raise many kinds
             raise LoftUpError(f"cannot load the CLIP {name!r} of open_clip: {error}") from error
         self.model.eval().to(device)

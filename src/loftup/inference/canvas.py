@@ -184,7 +184,9 @@ def _check_pointwise(head: Head, features: Tensor, values: Tensor) -> None:
         return
     pixels = torch.arange(count, device=features.device) * (rows * columns) // count
     y, x = pixels // columns, pixels % columns
-    with torch.no_grad():
+    with torch.no_grad(), _without_dropout(head) as switched:
+        if switched:
+            values = _call(head, features)
         alone, found = features[:1, :, y, x][:, :, None], values[:1, ..., y, x].flatten()
         with translate(
             Exception, lambda error: f"head must be pointwise, but fails on pixels alone: {error}; {ELSEWHERE}"
@@ -193,7 +195,7 @@ def _check_pointwise(head: Head, features: Tensor, values: Tensor) -> None:
         half = torch.is_autocast_enabled(features.device.type) or min(features.itemsize, values.itemsize) <= 2
         tolerance = 0.05 if half or not values.is_floating_point() else 0.01  # rounding, with TF32 too
         difference = _difference(found, again)
-        if difference <= tolerance or _is_random(head):
+        if difference <= tolerance:
             return
         if _difference(again, _call(head, alone).flatten()) <= tolerance:  # else it is random itself
             raise LoftUpError(
@@ -202,8 +204,18 @@ def _check_pointwise(head: Head, features: Tensor, values: Tensor) -> None:
             )
 
 
-def _is_random(head: Head) -> bool:
-    return isinstance(head, nn.Module) and any(isinstance(m, _DropoutNd) and m.training for m in head.modules())
+@contextmanager
+def _without_dropout(head: Head) -> Iterator[bool]:
+    """The context to compare a head's values in; tells whether it has dropout that is on elsewhere."""
+    modules = head.modules() if isinstance(head, nn.Module) else ()
+    active = [module for module in modules if isinstance(module, _DropoutNd) and module.training]
+    try:
+        for module in active:
+            module.training = False
+        yield bool(active)
+    finally:
+        for module in active:
+            module.training = True
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

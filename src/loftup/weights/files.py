@@ -248,7 +248,7 @@ def _check_tensors(state: StateDict, where: "str | Path") -> None:
     """Raise LoftUpError unless all tensors are plain ones with memory of their own."""
     for key, value in state.items():
         kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
-        kind = "meta" if value.is_meta else kind
+        kind = "meta" if value.is_meta else "nested" if value.is_nested else kind
         if kind != "strided":
             raise LoftUpError(f"{key} in {where} is a {kind} tensor, expected a dense one; save the weights as such")
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
@@ -320,6 +320,8 @@ def check_fit(state: StateDict, expected: StateDict, where: "str | Path") -> Non
         if not bool(value.isfinite().all()):
             count = int((~value.isfinite()).sum())
             raise LoftUpError(f"{key} in {where} holds {count} values that are not finite; use weights from before")
+        if key.endswith("running_var") and bool((value < 0).any()):  # whose root would not be finite
+            raise LoftUpError(f"{key} in {where} holds variances below 0; use weights from before")
 
 
 def save(config: Config, state: StateDict, folder: "str | os.PathLike[str]") -> None:

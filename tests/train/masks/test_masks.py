@@ -290,6 +290,25 @@ def test_a_loaded_pipeline_is_used_as_it_is():
     assert maker.settings["model"] == "SimpleNamespace"
 
 
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(answers, monkeypatch):
+    from huggingface_hub import constants
+
+    seen = []
+
+    def pipeline(*arguments, **options):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not there")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("loftup.weights.hub.Repository.answers", lambda self, file: answers)
+    monkeypatch.setattr("transformers.pipeline", pipeline)
+    with pytest.raises(LoftUpError, match="cannot load 'facebook/sam-vit-base' for mask generation: not there"):
+        SamMaker("facebook/sam-vit-base")
+    assert seen == [not answers]
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_models_that_make_no_masks_are_refused(tmp_path):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 

@@ -170,7 +170,9 @@ def test_a_table_that_was_never_written(tmp_path):
     assert path.read_text() == "step,loss\n6,1.0\n"
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"step,loss\nx,2\n", b"step\n\xff\n", b'step,x\n"1\r2",\x00\n'])
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", b"my,own\n", b"step,loss\nx,2\n", b"step\n\xff\n", b'step,x\n"1\r2",\x00\n']
+)
 def test_a_table_that_is_none_is_named(tmp_path, content):
     (tmp_path / "log.csv").write_bytes(content)
     with pytest.raises(LoftUpError, match=r"log.csv is damaged \(.*\); remove it"):

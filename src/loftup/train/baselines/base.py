@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import LoftUpError
-from ...files import write_atomically
+from ...files import refuse_others, write_atomically
 from ...inference.canvas import apply_head
 from ...inputs import Size, check_inputs, check_points, output_size, resize_guidance
 from ...networks.layers import Box, ChannelNorm, MinMaxScale
@@ -143,13 +143,21 @@ class LearnedUpsampler(nn.Module):
         """:meth:`window` of scaled guidance and a box that lies in the image."""
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
-        """Write ``model.safetensors`` and ``config.json``, each whole or not at all."""
+        """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
+
+        The same weights give the same bytes.
+
+        Raises:
+            LoftUpError: the folder holds somebody else's files of these names.
+        """
         from safetensors.torch import save
 
         folder = Path(folder).expanduser()
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         fields = {**self.config.to_dict(), "library_name": "loftup", "loftup_version": __version__}
-        write_atomically(folder / SAFETENSORS, save(state, {"format": "pt", "loftup_version": __version__}))
+        refuse_others([folder / SAFETENSORS, folder / CONFIG])
+        # One entry of metadata: safetensors writes several in any order.
+        write_atomically(folder / SAFETENSORS, save(state, {"loftup_version": __version__}))
         write_atomically(folder / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
 
     @classmethod

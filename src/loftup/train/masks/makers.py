@@ -1,5 +1,6 @@
 """Makers of class-agnostic masks: Felzenszwalb's segments at several scales, or any SAM model of transformers."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ...errors import LoftUpError, translate
 from ...files import stamp
+from ...weights.hub import cache_alone_if_unreachable
 from ..data.felzenszwalb import SCALES, felzenszwalb_map
 from ..data.regions import LabelMap
 from ..data.sa1b import Annotation, annotate
@@ -118,8 +120,10 @@ class SamMaker:
 def _pipeline(model: str, device: str) -> Any:
     with translate(ImportError, 'SAM masks need transformers: pip install "loftup[masks]"'):
         from transformers import pipeline
+    hub = contextlib.nullcontext() if os.path.exists(model) else cache_alone_if_unreachable(str(model))
     try:
-        generator = pipeline("mask-generation", model=model, device=device)
+        with hub:
+            generator = pipeline("mask-generation", model=model, device=device)
         if not hasattr(generator.model, "get_image_embeddings"):  # transformers only logs that it is not supported
             raise ValueError(f"a {type(generator.model).__name__} makes no masks of points")
     except (OSError, ValueError, KeyError, ImportError) as error:

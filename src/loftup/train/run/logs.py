@@ -35,6 +35,8 @@ class Table:
             path.unlink(missing_ok=True)
         with translate((ValueError, KeyError, csv.Error), lambda error: f"{path} is damaged ({error!r}); remove it"):
             rows = self._read()
+            if self._columns and "step" not in self._columns:
+                raise KeyError("step")
             rows = [row for row in rows if int(row["step"]) <= step]
         if self._columns:
             self._rewrite(rows)
