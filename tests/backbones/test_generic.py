@@ -186,8 +186,9 @@ def test_names_of_other_libraries(tmp_path):
         load_backbone(str(tmp_path / "vit"), depth=2)
     with pytest.raises(LoftUpError, match="weights= takes None or False here"):
         load_backbone(str(tmp_path / "vit"), weights="file.safetensors")
-    with pytest.raises(LoftUpError, match="checkpoint_path is not taken: timm may run what a pickle holds"):
-        load_backbone("resnet10t", weights=False, checkpoint_path=str(tmp_path / "evil.pth"))
+    for option in ({"checkpoint_path": "evil.pth"}, {"pretrained_cfg": {"file": "evil.pth"}}):
+        with pytest.raises(LoftUpError, match=f"{next(iter(option))} is not taken: timm may run what a pickle holds"):
+            load_backbone("resnet10t", weights=False, **option)
     pytest.importorskip("open_clip")
     with pytest.raises(LoftUpError, match=r"open_clip's 'ViT-B-32' has no tag for the weights; give one of ViT-B-32/"):
         load_backbone("ViT-B-32")

@@ -126,16 +126,18 @@ def in_place(change: Tensor | None, grid: tuple[int, int], exact: bool) -> bool 
         return None
     h, w = change.shape[1:]
     finer = (h / grid[0], w / grid[1])
-    hits = 0
-    for spot, cell in zip(spots(*grid), strongest(change), strict=True):
-        # Distance to the block of cells that the spot covers.
-        away = max(
-            max(start * scale - place, place - ((start + 1) * scale - 1), 0)
-            for start, scale, place in zip(spot, finer, cell, strict=True)
-        )
-        hits += away <= (0 if exact else NEAR)
-    if hits >= (NEEDED if exact else len(change) - 1):
-        return True
+    # Some cells move whatever changes; by their own measure they do not stand out.
+    for measure in (change, change / change.mean(0).clamp(min=1e-30)):
+        hits = 0
+        for spot, cell in zip(spots(*grid), strongest(measure), strict=True):
+            # Distance to the block of cells that the spot covers.
+            away = max(
+                max(start * scale - place, place - ((start + 1) * scale - 1), 0)
+                for start, scale, place in zip(spot, finer, cell, strict=True)
+            )
+            hits += away <= (0 if exact else NEAR)
+        if hits >= (NEEDED if exact else len(change) - 1):
+            return True
     if not exact:
         around = F.avg_pool2d(change[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
         places = [

@@ -87,8 +87,9 @@ def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Modu
 
 def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
     """Build a timm model that takes images of any size where timm can make it so; see :func:`load_backbone`."""
-    if "checkpoint_path" in options:
-        raise LoftUpError("checkpoint_path is not taken: timm may run what a pickle holds. Pass weights=PATH instead")
+    for option in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"):
+        if option in options:
+            raise LoftUpError(f"{option} is not taken: timm may run what a pickle holds. Pass weights=PATH instead")
     if weights is None or weights is False:
         overlay = {}
     elif isinstance(weights, str | os.PathLike):
