@@ -22,10 +22,10 @@ def cells(x):
     return F.avg_pool2d(x, 8)
 
 
-def test_one_forward_of_seven_pictures_where_all_is_as_declared():
+def test_two_small_forwards_where_all_is_as_declared():
     seen = []
     backbone = own(lambda x: seen.append(tuple(x.shape)) or cells(x))
-    assert seen == [(7, 3, 56, 72)]
+    assert seen == [(7, 3, 56, 72), (1, 3, 56, 72)]
     assert "checked: features change where the picture does" in repr(backbone)
     assert backbone.explain().startswith("Identity: 3 channels, stride 8, multiples of 8 pixels")
 
@@ -258,3 +258,8 @@ def test_failures_at_a_size_are_told():
 
     with pytest.raises(LoftUpError, match="Identity failed on images of 32x64: window too large"):
         own(function)(torch.rand(1, 3, 32, 64))
+
+
+def test_models_that_mix_pictures_are_refused():
+    with pytest.raises(LoftUpError, match="depend on the pictures beside it in the batch: by up to .*pass check=False"):
+        own(lambda x: cells(x - x.mean(0, keepdim=True)))

@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         geometry = self._measure(source, check)
         self.multiple, self.fixed_size, self._border = geometry.multiple, geometry.fixed, geometry.border
         self.notes = tuple(filter(None, (source.note, *geometry.notes)))
-        self._widths = geometry.channels
+        self._widths, self._finest = geometry.channels, min(geometry.strides)
         whole = self._several and not join
         self.channels: Any = geometry.channels if whole else sum(geometry.channels)
         self.patch_size: Any = geometry.strides if whole else geometry.strides[0]
@@ -205,7 +205,7 @@ class Backbone(nn.Module):
             height, width = (max(1, round(side * self.max_side / longest)) for side in (height, width))
         step = self.multiple
         height, width = (max(1, (side + step // 2) // step) * step for side in (height, width))
-        cells = (height // min(self._source.strides)) * (width // min(self._source.strides))
+        cells = (height // self._finest) * (width // self._finest)
         if self._source.exact and self.max_side is None and cells > MOST_TOKENS:
             raise LoftUpError(
                 f"an image of {height}x{width} makes {cells} tokens of {self.name or type(self.model).__name__}, more "

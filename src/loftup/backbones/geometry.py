@@ -35,6 +35,7 @@ __all__ = [
 Maps = list[Tensor]
 SMALLEST = 4  # cells on a side, under which nothing can be told
 CONCENTRATED = 1.5  # by which the cell that changed moves more than others, for anything to be told
+MIXING = 0.1  # of the features' spread, by which a picture's may differ with company (half precision rounds)
 NEEDED = 4  # of the six cells
 NEAR = 2  # cells by which a map of convolutions may be off
 SQUARES = (224, 256, 384, 448, 512, 518, 1024)  # sizes of models that take one alone
@@ -163,7 +164,7 @@ def settle(
     exact: bool = False,
     remeasure: bool = True,
 ) -> Geometry:
-    """Measure a model's geometry, in one forward of seven small pictures where it is as declared, in at most six.
+    """Measure a model's geometry, in a forward of seven small pictures and one of one where it is as declared.
 
     Args:
         run: pictures (B, 3, H, W) to maps (B, C, h, w), one for each layer.
@@ -185,8 +186,9 @@ def settle(
     if COARSE % coarsest == 0:  # networks that go down far and come up again, whose cells are fine
         tries.append((GRIDS[0][:2], (GRIDS[0][0] * COARSE, GRIDS[0][1] * COARSE), COARSE))
     for grid, size, multiple in () if fixed and native else tries:
+        images = pictures(size, grid, device)
         try:
-            maps = run(pictures(size, grid, device))
+            maps = run(images)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # models fail in their own ways at sizes that they do not take
@@ -200,6 +202,7 @@ def settle(
                 if coarsest >= FINE or size == tries[-1][1]:
                     raise
                 continue  # the cells of a fine map may be no finer than those that it was made from
+            _alone(run, images, maps, name)
             if multiple > coarsest:
                 notes = (*notes, f"takes multiples of {multiple} pixels")
             return Geometry(tuple(each.shape[1] for each in maps), tuple(strides), multiple, notes=notes)
@@ -232,6 +235,19 @@ def settle(
         f"{name} failed on every picture that it was given to check its grid: {one_line(failure)[:200]}; pass "
         "check=False if it takes pictures of another size"
     ) from failure
+
+
+def _alone(run: Callable[[Tensor], Maps], images: Tensor, maps: Maps, name: str) -> None:
+    """Raise LoftUpError where a picture's features depend on the pictures beside it."""
+    for alone, each in zip(run(images[1:2]), maps, strict=True):
+        difference, spread = float((alone - each[1:2]).abs().max()), float(each.float().std())
+        rounding = 1e-3 * float(each.abs().max())  # features that are all but constant
+        if difference > max(MIXING * spread, rounding):
+            raise LoftUpError(
+                f"the features that {name} gives for a picture depend on the pictures beside it in the batch: by up to "
+                f"{difference:.2g}, where they spread by {spread:.2g}. Does it normalise over the batch? Wrap a model "
+                "that does not, or pass check=False"
+            )
 
 
 def grids_of(maps: Maps, name: str) -> list[tuple[int, int]]:
