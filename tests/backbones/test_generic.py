@@ -358,3 +358,19 @@ def test_a_map_of_one_channel_is_a_prediction():
     backbone = wrap(model)
     assert (backbone.channels, backbone.patch_size) == (8, 8)
     assert "Sequential.1 as nchw" in backbone.explain()
+
+
+def test_what_could_not_be_told_is_said():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 24, 16, 16)
+            nn.init.zeros_(self.stem.weight)
+
+        def forward(self, image):
+            assert image.shape[2:] == (224, 224)
+            return self.stem(image)
+
+    backbone = wrap(Fixed())
+    assert backbone.fixed_size == (224, 224)
+    assert "not checked: a change of one cell shows nowhere" in backbone.explain()

@@ -53,6 +53,7 @@ class Order:
     prefix: int = 0
     others: int = 0  # tokens beside the cells', in front and behind
     stated: bool = False  # the stride is the patch size that the model states
+    unsure: bool = False  # it was taken by its shape, as nothing could be told
 
     def read(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The map (B, C, h, w) of pictures of a size."""
@@ -75,12 +76,14 @@ class Order:
             # Where nothing can be told, as weights are zero or fields of view are wide, the shape tells channels first.
             found = in_place(changes(self.read(x, size)), (h, w), exact=False)
             told = self.kind == "nchw" and (h != w or x.shape[1] not in (h, w))
-            return self if found or (found is None and told) else None
+            if found is None and told:
+                return replace(self, unsure=True)
+            return self if found else None
         change = changes(rearrange(x, f"{' '.join(self.kind)} -> b c 1 n"))
         if change is None:
             # Weights drawn too small to show anything: a class token stands in front, by convention.
             usual = self.stated and self.kind == "bnc" and self.others <= 1 and (x.is_meta or bool(x.isfinite().all()))
-            return replace(self, prefix=self.others) if usual else None
+            return replace(self, prefix=self.others, unsure=True) if usual else None
         ahead = [
             token - (row * w + column) for (_, token), (row, column) in zip(strongest(change), spots(h, w), strict=True)
         ]
@@ -176,7 +179,12 @@ def described(
         + (f", {order.prefix} tokens in front" if order.prefix else "")
         for place, order in zip(features.places, features.orders, strict=True)
     )
-    many = range(len(maps))
+    many, unsure = range(len(maps)), any(order.unsure for order in features.orders)
+    found = (
+        "not checked: a change of one cell shows nowhere"
+        if unsure
+        else "checked: features change where the picture does"
+    )
     # A model that runs no further than these places may take other sizes, whatever its head does.
     fixed_, native = fixed and any(not place.module for place in features.places), size if fixed else stated_size(owner)
     return Source(
@@ -193,7 +201,7 @@ def described(
         exact=all(order.others for order in features.orders),
         note=f"found by looking: {where}" + (f"; {FINE}" if 1 in strides else ""),
         # Found at the only size: that was the check.
-        measured=of_one_size(maps, size, ("checked: features change where the picture does",)) if fixed_ else None,
+        measured=of_one_size(maps, size, (found,)) if fixed_ else None,
     )
 
 
