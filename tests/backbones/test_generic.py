@@ -278,7 +278,8 @@ class Output:
 
 def test_random_numbers_are_those_of_a_run_without_wrapping():
     state = torch.get_rng_state()
-    wrap(Stem(lambda x: nn.functional.dropout(x, 0.1, training=True)))
+    backbone = wrap(Stem(lambda x: nn.functional.dropout(x, 0.1, training=True)))
+    assert "its features differ from call to call" in backbone.explain()
     fresh = torch.get_rng_state()
     torch.set_rng_state(state)
     Stem()
