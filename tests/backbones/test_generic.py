@@ -277,6 +277,7 @@ class Output:
 
 
 def test_random_numbers_are_those_of_a_run_without_wrapping():
+    torch.manual_seed(0)
     state = torch.get_rng_state()
     backbone = wrap(Stem(lambda x: nn.functional.dropout(x, 0.1, training=True)))
     assert "its features differ from call to call" in backbone.explain()
