@@ -99,7 +99,7 @@ def changes(features: Tensor) -> Tensor | None:
     """
     if features.is_meta:
         return None
-    x = features.double()
+    x = features.cpu().double()  # where every device has float64
     change = (x[1:] - x[:1]).norm(dim=1)
     rounding = 16 * torch.finfo(features.dtype).eps * x[0].norm(dim=0).median()
     if not change.isfinite().all() or (change.amax((1, 2)) <= rounding).any():
