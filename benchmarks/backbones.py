@@ -158,7 +158,7 @@ def transformers_reference(model: Any, backbone: Backbone, image: Tensor) -> Ten
         others = last.shape[1] - h * w
         if others < 0 or "clip" in model.config.model_type or "dinov2" in model.config.model_type:
             return None  # the value path and the official positions are other features on purpose
-        last = last[:, -h * w :] if others < 9 else last[:, 1 : 1 + h * w]
+        last = last[:, -h * w :] if others < 17 else last[:, 1 : 1 + h * w]
         last = last.mT.unflatten(2, (h, w))
     return last if last.ndim == 4 else None
 
@@ -342,7 +342,10 @@ def faults(backbone: Backbone, size: tuple[int, int]) -> str:
     if (alone - features[1:]).abs().max() > 0.01 * features.std():
         return "one picture's features depend on another's"
     h, w = features.shape[2:]
-    for row, column in ((1, w - 2), (h - 2, 1)):
+    telling = not any(
+        note.startswith("not checked") for note in backbone.notes
+    )  # random weights may let nothing through
+    for row, column in ((1, w - 2), (h - 2, 1)) if telling else ():
         other = pictures[:1].clone()
         top, left = row * size[0] // h, column * size[1] // w
         part = other[..., top : top + size[0] // h, left : left + size[1] // w]
