@@ -95,7 +95,7 @@ class TestFingerprint:
             backbone(),
             backbone(name="other"),
             backbone(layer=1),
-            backbone(patch_size=4),
+            backbone(patch_size=4, check=False),
             backbone(mean=(0, 0, 0)),
             backbone(std=(1, 1, 1)),
         ]
