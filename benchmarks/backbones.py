@@ -128,7 +128,8 @@ def small_transformers(cls: Any) -> nn.Module:
     """A model of a class by a configuration that is as small as its fields allow."""
     config = cls.config_class()
     for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        staged = part is None or hasattr(part, "depths") or hasattr(part, "hidden_sizes")
+        # Numbers of stages, and the stages that a backbone gives, depend on each other.
+        staged = part is None or any(hasattr(part, name) for name in ("depths", "hidden_sizes", "out_features"))
         for key, value in SMALL.items():
             if not staged and isinstance(getattr(part, key, None), int):
                 setattr(part, key, value)
