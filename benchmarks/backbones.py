@@ -150,15 +150,17 @@ def transformers_reference(model: Any, backbone: Backbone, image: Tensor) -> Ten
         return None
     maps = getattr(output, "feature_maps", None)
     last = maps[-1] if maps else getattr(output, "last_hidden_state", None)
-    if last is None or hasattr(output, "encoder_last_hidden_state"):
+    kind = model.config.model_type
+    # The value path and the official positions are other features on purpose.
+    if last is None or hasattr(output, "encoder_last_hidden_state") or "clip" in kind or "dinov2" in kind:
         return None
     if last.ndim == 4 and last.shape[1] != backbone.channels:
         last = last.movedim(-1, 1)
     if last.ndim == 3 and last.shape[2] == backbone.channels and not maps:
         h, w = (side // backbone.patch_size for side in image.shape[2:])
         others = last.shape[1] - h * w
-        if others < 0 or "clip" in model.config.model_type or "dinov2" in model.config.model_type:
-            return None  # the value path and the official positions are other features on purpose
+        if others < 0:
+            return None
         last = last[:, -h * w :] if others < 17 else last[:, 1 : 1 + h * w]
         last = last.mT.unflatten(2, (h, w))
     return last if last.ndim == 4 else None
