@@ -1,4 +1,4 @@
-"""Which models loftup can wrap: families of timm, transformers, open_clip, torchvision and others, one by one.
+"""Table of the models that loftup can wrap: one of each family of timm, transformers, open_clip and others.
 
     python benchmarks/backbones.py [timm transformers open_clip others] [--only NAME ...] [--out FOLDER]
 
@@ -335,7 +335,7 @@ def enliven(model: nn.Module) -> None:
 
 
 def faults(backbone: Backbone, size: tuple[int, int]) -> str:
-    """What is wrong with the features; "" if nothing is."""
+    """Tell what is wrong with the features; "" if nothing is."""
     generator = torch.Generator().manual_seed(7)
     pictures = torch.randn(2, 3, *size, generator=generator) * 0.5
     features = backbone(pictures)

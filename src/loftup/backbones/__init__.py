@@ -1,34 +1,20 @@
 """Any vision model as a module from a normalised image (B, 3, H, W) to features (B, C, h, w)."""
 
-import contextlib
 import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import LoftUpError, one_line
-from ..inputs import Size
+from ..errors import LoftUpError
+from .backbone import Backbone
 from .generic import generic
-from .geometry import Geometry, Maps, pad, parts, settle
-from .images import check_image, read_picture, resolve_size, triple
+from .images import triple
 from .layouts import clip_object, in_text_space, open_clip_timm, timm_vit, transformers_vit
-from .load import build_named, size_options
-from .maps import (
-    evaluating,
-    frozen,
-    hub_dino,
-    match_weights,
-    modules_of,
-    timm_features,
-    timm_stages,
-    transformers_backbone,
-    trying,
-)
-from .vit import IMAGENET, Layer, Source
+from .load import build_named
+from .maps import hub_dino, timm_features, timm_stages, transformers_backbone, trying
+from .vit import Layer, Source
 from .wrappers import unwrap
 
 __all__ = ["Backbone", "identify", "load_backbone", "wrap"]
@@ -43,263 +29,6 @@ FAMILIES = (
     transformers_vit,
     transformers_backbone,
 )
-MOST_TOKENS = 25_600  # of an image, unless its size was limited or allowed by max_side
-
-
-class Backbone(nn.Module):
-    """A vision model as a function from a normalised image to a feature map.
-
-    Made by :func:`wrap` and :func:`load_backbone`. For a model that they do not know, give a function of your own:
-    ``Backbone(model, function, channels=768, patch_size=16)``.
-
-    Args:
-        model: the user's model. It is kept as a submodule and never changed.
-        features: image (B, 3, H, W) to features (B, C, h, w), or a list of them where ``layer`` is a list.
-        channels: C; for several layers a tuple.
-        patch_size: stride of the feature grid in pixels; for several layers a tuple.
-        name: the model's name, "" if unknown.
-        mean: per-channel mean that :meth:`preprocess` subtracts from images in [0, 1].
-        std: per-channel standard deviation that it divides by.
-        layer: index or name of the layer that the features come from; None for the model's own features.
-        trainable: see :func:`wrap`.
-        join: see :func:`wrap`.
-        max_side: see :func:`wrap`.
-        check: see :func:`wrap`.
-
-    Attributes:
-        channels: C, the sum of the layers' where they are joined, a tuple where they are not.
-        patch_size: the stride of the grid in pixels, as measured; a tuple for several layers that are not joined.
-        multiple: pixels; images are resized so that their sides are multiples of it.
-        fixed_size: (H, W) to which every image is resized, for models that take no other; None for any size.
-        notes: sentences on what was found and done.
-
-    Raises:
-        LoftUpError: the check failed.
-        TypeError: ``model`` is not a module.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        features: Callable[[Tensor], Any],
-        *,
-        channels: int | Sequence[int],
-        patch_size: int | Sequence[int],
-        name: str = "",
-        mean: Sequence[float] = IMAGENET[0],
-        std: Sequence[float] = IMAGENET[1],
-        layer: Layer = None,
-        trainable: bool = False,
-        join: bool = False,
-        max_side: int | None = None,
-        check: bool = True,
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, whose mode and device count, got {type(model).__name__}")
-        strides = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
-        widths = (channels,) if isinstance(channels, int) else tuple(channels)
-        source = Source(features, widths, strides, len(strides), tuple(range(len(strides))), exact=False)
-        self._build(model, source, layer, name, mean, std, trainable, join, max_side, check)
-
-    def _build(
-        self,
-        model: nn.Module,
-        source: Source,
-        layer: Layer,
-        name: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        trainable: bool,
-        join: bool,
-        max_side: int | None,
-        check: bool,
-    ) -> None:
-        super().__init__()
-        if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < 1):
-            raise ValueError(f"max_side must be a positive integer in pixels, got {max_side!r}")
-        self.training = model.training
-        self.model = model
-        self.features = source.features
-        self.name = name
-        self.mean = triple("mean", mean)
-        self.std = triple("std", std)
-        self.layer = layer
-        self.trainable = trainable
-        self.join = join
-        self.max_side = max_side
-        self._several = isinstance(layer, list | tuple)
-        self._source = source
-        geometry = self._measure(source, check)
-        self.multiple, self.fixed_size, self._border = geometry.multiple, geometry.fixed, geometry.border
-        self.notes = tuple(filter(None, (source.note, *geometry.notes)))
-        self._widths, self._finest = geometry.channels, min(geometry.strides)
-        whole = self._several and not join
-        self.channels: Any = geometry.channels if whole else sum(geometry.channels)
-        self.patch_size: Any = geometry.strides if whole else geometry.strides[0]
-        self._told = False
-        if join and len(set(geometry.strides)) > 1:
-            raise LoftUpError(
-                f"the layers {layer} have strides of {', '.join(map(str, geometry.strides))} pixels: only maps of one "
-                "stride can be joined; leave join out for a list of maps"
-            )
-
-    def _measure(self, source: Source, check: bool) -> Geometry:
-        """The geometry as it is, or as it is declared where nothing can be measured."""
-        parameter = next(self.model.parameters(), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        fixed = source.native if source.fixed else None
-        if not check or device.type == "meta":
-            why = "not checked: the weights are on the meta device" if check else "not checked"
-            return Geometry(source.channels, source.strides, max(source.strides), fixed, notes=(why,))
-        if source.measured is not None:
-            return source.measured
-        with trying(self.model, *modules_of(self.features)):
-            name = self.name or type(self.model).__name__
-            return settle(self._try, name, source.strides, device, source.native, source.fixed, source.exact)
-
-    def _try(self, images: Tensor) -> Maps:
-        """The maps of pictures, in the weights' dtype as users of half precision give theirs."""
-        runs = [self._run(part) for part in parts(match_weights(images, self.model))]
-        return runs[0] if len(runs) == 1 else [torch.cat(maps) for maps in zip(*runs, strict=True)]
-
-    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """Evaluation mode of the model and of the modules that a function of the user's own calls."""
-        return evaluating(self.model, *modules_of(self.features))
-
-    def _run_at(self, image: Tensor) -> Maps:
-        """The maps, with a failure told as one of this size."""
-        try:
-            return self._run(image)
-        except (torch.cuda.OutOfMemoryError, LoftUpError):
-            raise
-        except (AssertionError, RuntimeError, ValueError) as error:
-            size = "x".join(map(str, image.shape[2:]))
-            name = self.name or type(self.model).__name__
-            raise LoftUpError(f"{name} failed on images of {size}: {one_line(error)[:300]}") from error
-
-    def _run(self, image: Tensor) -> Maps:
-        maps = self.features(image)
-        return list(maps) if isinstance(maps, list | tuple) else [maps]
-
-    def extra_repr(self) -> str:
-        """Name, channels, patch size, layer and what was found."""
-        facts = f"name={self.name!r}, channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}"
-        return "".join([facts, *(f"\n{note}" for note in self.notes)])
-
-    def explain(self) -> str:
-        """Say what the features are, and what was found when they were checked, a sentence a line."""
-        size = "x".join(map(str, self.fixed_size)) if self.fixed_size else f"multiples of {self.multiple} pixels"
-        facts = f"{self.name or type(self.model).__name__}: {self.channels} channels, stride {self.patch_size}, {size}"
-        return "\n".join([facts, *self.notes])
-
-    def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """The (H, W) to which an image of a size is resized for the model.
-
-        Raises:
-            LoftUpError: the model's attention would take too much memory, and no ``max_side`` was given.
-        """
-        if self.fixed_size:
-            return self.fixed_size
-        longest = max(height, width)
-        if self.max_side and longest > self.max_side:
-            height, width = (max(1, round(side * self.max_side / longest)) for side in (height, width))
-        step = self.multiple
-        height, width = (max(1, (side + step // 2) // step) * step for side in (height, width))
-        cells = (height // self._finest) * (width // self._finest)
-        if self._source.exact and self.max_side is None and cells > MOST_TOKENS:
-            raise LoftUpError(
-                f"an image of {height}x{width} makes {cells} tokens of {self.name or type(self.model).__name__}, more "
-                f"than {MOST_TOKENS}: attention would take many GB and minutes. Pass max_side=1344 (pixels) to wrap or "
-                "load_backbone, which makes the image smaller for the model alone; or a larger one if you mean it"
-            )
-        return height, width
-
-    def forward(self, image: Tensor) -> Any:
-        """Extract features.
-
-        Args:
-            image: (B, 3, H, W), float, already normalised (see :meth:`preprocess`). It is resized bilinearly to what
-                the model takes, so that the grid covers the whole picture: to the nearest multiples of ``multiple``
-                (at least one), or to ``fixed_size``, whatever its shape.
-
-        Returns:
-            (B, C, h, w), h the resized height / patch_size, w likewise (so round(H / patch_size) where ``multiple`` is
-            the patch); the model's own grid where the size is fixed. In the
-            dtype of the model's weights (under autocast: as autocast has it). For several layers a list of such maps,
-            or with ``join`` one with their channels one behind the other. Ordinary tensors also inside
-            ``torch.inference_mode``, so that a probe can be trained on them.
-
-        Raises:
-            TypeError: not a float tensor.
-            ValueError: not (B, 3, H, W), or empty.
-            LoftUpError: the image makes too many tokens, or the model gave something else than features (B, C, h, w).
-        """
-        check_image(image)
-        height, width = self.input_size(image.shape[2], image.shape[3])
-        if (height, width) != tuple(image.shape[2:]):
-            if self.fixed_size and not self._told:
-                self._told = True
-                warnings.warn(
-                    f"{self.name or type(self.model).__name__} takes {height}x{width} alone: images are resized to it"
-                    f"{self._remedy()}",
-                    stacklevel=2,
-                )
-            image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
-        image = pad(image, self._border)
-        with contextlib.ExitStack() as stack:
-            if not self.trainable:
-                stack.enter_context(self._evaluating())
-                stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and image.requires_grad))
-                if torch.is_grad_enabled():
-                    stack.enter_context(frozen(self.model))
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-            maps = self._run_at(image)
-        for features, channels in zip(maps, self._widths, strict=True):
-            if features.ndim != 4 or features.shape[:2] != (len(image), channels):
-                raise LoftUpError(
-                    f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, "
-                    f"expected ({len(image)}, {channels}, h, w)"
-                )
-        if not self._several:
-            return maps[0]
-        return torch.cat(maps, 1) if self.join else maps
-
-    def _remedy(self) -> str:
-        """The option by which timm builds the model for any size, as the end of a sentence."""
-        options = size_options(self.model)
-        return f"; timm.create_model(..., {options}) builds it for other sizes" if options else ""
-
-    def preprocess(self, source: Any, size: Size = None) -> Tensor:
-        """Turn a picture into the normalised image that :meth:`forward` and the upsampler take.
-
-        Args:
-            source: a PIL image or the path of a picture (EXIF orientation is applied, any mode of 8 or 16 bits a
-                channel becomes RGB), or a uint8 tensor (3, H, W) or (B, 3, H, W).
-            size: (H', W') to resize to, or an int for a square; bicubic, antialiased. None keeps the size.
-
-        Returns:
-            (B, 3, H', W') float32, normalised with ``mean`` and ``std``; B = 1 for a single picture. On the tensor's
-            device; pictures come on the CPU.
-
-        Raises:
-            TypeError: another kind of source.
-            ValueError: a tensor of another shape or empty, a picture whose values have no fixed range (modes I and F),
-                or a size that is no positive integer or pair of them.
-            OSError: the path cannot be read as a picture.
-        """
-        image = read_picture(source).float() / 255
-        if size is not None:
-            size = resolve_size(size, image)
-            image = F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=True)
-            image = image.clamp(0, 1)  # bicubic weights overshoot at edges
-        return self.normalise(image)
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """Subtract ``mean`` from an image (B, 3, H, W) or (3, H, W) in [0, 1], float, and divide by ``std``."""
-        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (image - mean) / std
 
 
 def wrap(
@@ -393,7 +122,7 @@ def wrap(
 
 
 def _source(model: nn.Module, layer: Layer) -> Source:
-    """What the first family that knows a model makes of it, or what is found by looking."""
+    """Take what the first family that knows a model makes of it, or what is found by looking."""
     names = [layer] if isinstance(layer, str) else layer if isinstance(layer, list | tuple) else []
     if not any(isinstance(name, str) for name in names):
         for family in FAMILIES:

@@ -149,7 +149,7 @@ def generic(model: Any, layer: Layer) -> Source:
             if found:
                 places, orders, maps = found
                 features = Hooked(owner, call, places, orders)
-                return described(model, owner, features, maps, size, fixed, layer)
+                return described(model, owner, features, maps, size, fixed)
             several = sum(not modules or place.module in modules for place in outputs)
             asked = "" if layer is None else f" of layer {layer!r}"
             reason = f"at {size[0]}x{size[1]} none of {several} tensors{asked} keeps the picture's order"
@@ -160,16 +160,12 @@ def generic(model: Any, layer: Layer) -> Source:
         names = [name for name, _ in model.named_modules() if name]
         shown = ", ".join(names[:: max(1, len(names) // 12)])
         raise LoftUpError(f"no layer {layer!r} in this {type(model).__name__}; it has modules such as {shown}")
-    if isinstance(model, torch.jit.ScriptModule):
-        failures["it"] = "is scripted or traced, which hides what is inside: wrap the model that it was made from"
     seen = [f"{name} {reason}" for name, reason in failures.items()]
     raise LoftUpError("; ".join(seen[:3]) or "it takes no image")
 
 
-def described(
-    model: Any, owner: Any, features: Hooked, maps: Maps, size: tuple[int, int], fixed: bool, layer: Layer
-) -> Source:
-    """What was found, as a source."""
+def described(model: Any, owner: Any, features: Hooked, maps: Maps, size: tuple[int, int], fixed: bool) -> Source:
+    """Turn what was found into a source."""
     name, scaling = stated(model)
     channels = tuple(each.shape[1] for each in maps)
     strides = tuple(order.stride for order in features.orders)
@@ -179,29 +175,29 @@ def described(
         + (f", {order.prefix} tokens in front" if order.prefix else "")
         for place, order in zip(features.places, features.orders, strict=True)
     )
-    many, unsure = range(len(maps)), any(order.unsure for order in features.orders)
+    unsure = any(order.unsure for order in features.orders)
     found = (
         "not checked: a change of one cell shows nowhere"
         if unsure
         else "checked: features change where the picture does"
     )
     # A model that runs no further than these places may take other sizes, whatever its head does.
-    fixed_, native = fixed and any(not place.module for place in features.places), size if fixed else stated_size(owner)
+    alone = fixed and any(not place.module for place in features.places)
     return Source(
         features,
         channels,
         strides,
         len(maps),
-        tuple(many),
+        tuple(range(len(maps))),
         name,
         scaling,
         standard=False,
-        native=native,
-        fixed=fixed_,
+        native=size if fixed else stated_size(owner),
+        fixed=alone,
         exact=all(order.others for order in features.orders),
         note=f"found by looking: {where}" + (f"; {FINE}" if 1 in strides else ""),
         # Found at the only size: that was the check.
-        measured=of_one_size(maps, size, (found,)) if fixed_ else None,
+        measured=of_one_size(maps, size, (found,)) if alone else None,
     )
 
 

@@ -1,6 +1,6 @@
 """The geometry of a feature map, measured: which cells of the map change when cells of the picture do.
 
-Declarations lie: strides, token orders and sizes differ between models of one name. A check changes three cells of a
+Declarations lie: strides, token orders and sizes differ between models of one name. A check changes six cells of a
 picture of noise, one after the other, and looks where the features change: tokens in the very cell, maps of
 convolutions within two cells, since their fields of view overlap and their grids lie up to half a cell off.
 """
@@ -224,9 +224,7 @@ def settle(
     for size in [native] if native else [(side, side) for side in SQUARES]:
         try:
             return _fixed(run, name, size, coarsest, exact, device)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except LoftUpError:
+        except (torch.cuda.OutOfMemoryError, LoftUpError):
             raise
         except Exception as error:
             failure = failure if native is None else error
