@@ -19,20 +19,23 @@ class Upsampled(nn.Module):
     Args:
         backbone: a :class:`Backbone`, or anything that :func:`wrap` takes.
         up: the upsampler, called as ``up(features, image, size=size)``.
+        views: shifted views of each image that the backbone looks at, see :func:`wrap`; None leaves a
+            :class:`Backbone` as it is, and takes 1 for other models. The caller's object is not changed.
 
     Raises:
         LoftUpError: the upsampler expects another number of channels.
         TypeError: not two modules, or the two swapped.
+        ValueError: ``views`` is not 1, 4, 9 or 16.
     """
 
-    def __init__(self, backbone: nn.Module, up: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, up: nn.Module, *, views: int | None = None) -> None:
         super().__init__()
         if isinstance(backbone, LoftUp) or isinstance(up, Backbone):
             raise TypeError("backbone and up look swapped: call Upsampled(backbone, up)")
         if not isinstance(up, nn.Module):
             hint = "; for weights by their name: LoftUp.from_pretrained(name)" if isinstance(up, str) else ""
             raise TypeError(f"up must be an upsampler (torch.nn.Module), got {type(up).__name__}{hint}")
-        self.backbone = wrap(backbone)
+        self.backbone = wrap(backbone, views=views)
         self.up = up
         expected = getattr(getattr(up, "config", None), "channels", None)
         several = self.backbone.channels if isinstance(self.backbone.channels, tuple) else (self.backbone.channels,)

@@ -41,6 +41,8 @@ def wrap(
     std: Sequence[float] | None = None,
     trainable: bool = False,
     max_side: int | None = None,
+    views: int | None = None,
+    views_at_once: int | None = None,
     check: bool = True,
 ) -> Backbone:
     """Turn a model object into a :class:`Backbone`; the object itself stays as it is.
@@ -52,7 +54,8 @@ def wrap(
     checked on pictures of noise, and said by ``print(backbone.explain())``.
 
     Args:
-        model: a module, or a :class:`Backbone`, which is returned.
+        model: a module, or a :class:`Backbone`, which is returned; with ``views`` or ``views_at_once`` one that
+            shares its model.
         layer: which layer's features to give, negative from the end. In a ViT: a block, whose output gets the final
             norm. In other timm models: a stage, an index into ``feature_info``. In ``AutoBackbone``: an index into
             ``feature_maps``. Elsewhere: a module's name ("encoder.layers.8"), or an index into the longest list of
@@ -72,6 +75,11 @@ def wrap(
             True leaves mode and gradients as they are.
         max_side: pixels of an image's longer side, above which the image is made smaller for the model. None leaves
             images as they are, and refuses those of more than 25 600 tokens.
+        views: of each picture: 1, 4, 9 or 16. With n * n of them the picture, in the size that the model takes, is
+            shifted by n evenly spaced shifts along both axes, in whole pixels and with reflection outside, the model
+            runs on each, and the grids are put between one another: (B, C, n * h, n * w), each vector where an
+            upsampler expects it. Finer features without training, for n * n passes of the model. None: 1.
+        views_at_once: so many of the views in one batch; memory grows with it. None: 1, one after another.
         check: whether to run the model on small pictures, in which cells were changed, to see that its grid covers the
             picture and features change where the picture does. Strides, sizes and channels are measured on the way.
             Skipped on the meta device.
@@ -80,9 +88,11 @@ def wrap(
         The backbone, in the training mode that the model is in.
 
     Raises:
-        LoftUpError: no features were found, they are not in the picture's order, or there is no such layer.
+        LoftUpError: no features were found, they are not in the picture's order, there is no such layer, or the
+            layers' strides do not go with ``views``.
         TypeError: not a module.
-        ValueError: ``mean`` or ``std`` are not three finite numbers; ``max_side`` is no positive integer.
+        ValueError: ``mean`` or ``std`` are not three finite numbers; ``max_side`` or ``views_at_once`` is no positive
+            integer; ``views`` is not 1, 4, 9 or 16.
 
     >>> import timm, torch
     >>> backbone = wrap(timm.create_model("vit_tiny_patch16_224").eval())
@@ -90,7 +100,10 @@ def wrap(
     torch.Size([1, 192, 10, 15])
     """
     if isinstance(model, Backbone):
-        return _rewrap(model, layer, mean, std, trainable, join, space, max_side)
+        model = _rewrap(model, layer, mean, std, trainable, join, space, max_side)
+        if views is None and views_at_once is None:
+            return model
+        return model.with_views(model.views if views is None else views, at_once=views_at_once)
     if not isinstance(model, nn.Module):
         hint = "; for a model by its name: load_backbone(name)" if isinstance(model, str) else ""
         raise TypeError(f"wrap takes a model object (torch.nn.Module), got {type(model).__name__}{hint}")
@@ -114,6 +127,8 @@ def wrap(
         trainable,
         join,
         max_side,
+        1 if views is None else views,
+        1 if views_at_once is None else views_at_once,
         check,
     )
     if wrappers:
@@ -164,6 +179,8 @@ def load_backbone(
     std: Sequence[float] | None = None,
     trainable: bool = False,
     max_side: int | None = None,
+    views: int = 1,
+    views_at_once: int = 1,
     check: bool = True,
     **timm_options: Any,
 ) -> Backbone:
@@ -184,6 +201,8 @@ def load_backbone(
         std: see :func:`wrap`.
         trainable: see :func:`wrap`; and whether the parameters require gradients, which they do not by default.
         max_side: see :func:`wrap`.
+        views: see :func:`wrap`.
+        views_at_once: see :func:`wrap`.
         check: see :func:`wrap`.
         timm_options: for ``timm.create_model``, such as ``pad_type="same"`` or ``output_stride=16``. What timm needs in
             order to take images of any size is added where it can be.
@@ -194,6 +213,7 @@ def load_backbone(
     Raises:
         LoftUpError: unknown name, unreachable Hub, missing or wrong file, an option that timm refuses, no such layer.
         TypeError: ``name`` is not a string.
+        ValueError: see :func:`wrap`.
 
     >>> backbone = load_backbone("resnet18", weights=False, layer=3)
     >>> backbone.name, backbone.channels, backbone.patch_size
@@ -203,6 +223,7 @@ def load_backbone(
     with torch.inference_mode(False):
         model, scaling, name = build_named(name, weights, timm_options)
         how: dict[str, Any] = {"layer": layer, "join": join, "space": space, "max_side": max_side, "check": check}
+        how |= {"views": views, "views_at_once": views_at_once}
         backbone = wrap(model, mean=mean or scaling[0], std=std or scaling[1], trainable=trainable, **how)
         backbone.name = name or backbone.name
         return backbone.eval().requires_grad_(trainable)

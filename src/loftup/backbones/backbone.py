@@ -1,8 +1,10 @@
 """The backbone as a module: an image resized to what the model takes, run, and checked."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .geometry import Geometry, Maps, pad, parts, settle
 from .images import check_image, read_picture, resolve_size, triple
 from .load import size_options
 from .maps import evaluating, frozen, match_weights, modules_of, trying
+from .views import check_grid, check_stride, cost, interleave, shifts_a_side, take
 from .vit import IMAGENET, Layer, Source
 
 __all__ = ["Backbone"]
@@ -40,18 +43,23 @@ class Backbone(nn.Module):
         trainable: see :func:`wrap`.
         join: see :func:`wrap`.
         max_side: see :func:`wrap`.
+        views: see :func:`wrap`.
+        views_at_once: see :func:`wrap`.
         check: see :func:`wrap`.
 
     Attributes:
         channels: C, the sum of the layers' where they are joined, a tuple where they are not.
-        patch_size: the stride of the grid in pixels, as measured; a tuple for several layers that are not joined.
+        patch_size: the stride of the model's grid in pixels, as measured, whatever ``views`` is; a tuple for several
+            layers that are not joined. For the stride of what the backbone gives see :attr:`stride`.
+        views: of each picture, shifted, whose grids are put between one another; 1 for the picture alone.
         multiple: pixels; images are resized so that their sides are multiples of it.
         fixed_size: (H, W) to which every image is resized, for models that take no other; None for any size.
         notes: sentences on what was found and done.
 
     Raises:
-        LoftUpError: the check failed.
+        LoftUpError: the check failed, or the strides do not go with ``views``.
         TypeError: ``model`` is not a module.
+        ValueError: ``mean``, ``std``, ``max_side``, ``views`` or ``views_at_once`` is out of range.
     """
 
     def __init__(
@@ -68,6 +76,8 @@ class Backbone(nn.Module):
         trainable: bool = False,
         join: bool = False,
         max_side: int | None = None,
+        views: int = 1,
+        views_at_once: int = 1,
         check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -75,7 +85,7 @@ class Backbone(nn.Module):
         strides = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
         widths = (channels,) if isinstance(channels, int) else tuple(channels)
         source = Source(features, widths, strides, len(strides), tuple(range(len(strides))), exact=False)
-        self._build(model, source, layer, name, mean, std, trainable, join, max_side, check)
+        self._build(model, source, layer, name, mean, std, trainable, join, max_side, views, views_at_once, check)
 
     def _build(
         self,
@@ -88,9 +98,12 @@ class Backbone(nn.Module):
         trainable: bool,
         join: bool,
         max_side: int | None,
+        views: int,
+        views_at_once: int,
         check: bool,
     ) -> None:
         super().__init__()
+        shifts_a_side(views)  # before the check, which takes its time
         if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < 1):
             raise ValueError(f"max_side must be a positive integer in pixels, got {max_side!r}")
         self.training = model.training
@@ -118,6 +131,49 @@ class Backbone(nn.Module):
                 f"the layers {layer} have strides of {', '.join(map(str, geometry.strides))} pixels: only maps of one "
                 "stride can be joined; leave join out for a list of maps"
             )
+        self._strides = geometry.strides
+        self._set_views(views, views_at_once)
+
+    def _set_views(self, views: int, at_once: int) -> None:
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+            raise ValueError(f"views_at_once must be a positive integer, the views of a batch, got {at_once!r}")
+        check_stride(self._strides, views, self.layer)
+        self.views, self.views_at_once = views, at_once
+
+    def with_views(self, views: int, *, at_once: int | None = None) -> "Backbone":
+        """Make a backbone of the same model with another number of views; nothing is checked again.
+
+        The model itself is shared: what moves, trains or changes one moves, trains or changes both.
+
+        Args:
+            views: see :func:`wrap`.
+            at_once: see ``views_at_once`` of :func:`wrap`; None keeps it.
+
+        Raises:
+            LoftUpError: the strides do not go with so many views.
+            ValueError: ``views`` is not 1, 4, 9 or 16, or ``at_once`` no positive integer.
+
+        >>> from loftup import load_backbone
+        >>> backbone = load_backbone("tiny")
+        >>> backbone.with_views(4)(torch.rand(1, 3, 224, 224)).shape
+        torch.Size([1, 192, 28, 28])
+        """
+        twin = copy.copy(self)
+        # Tables of submodules and hooks of its own, so that what is put into one is not put into the other.
+        twin.__dict__.update({name: value.copy() for name, value in vars(self).items() if isinstance(value, dict)})
+        twin._set_views(views, self.views_at_once if at_once is None else at_once)
+        return twin
+
+    @property
+    def stride(self) -> Any:
+        """Pixels between neighbouring vectors of what :meth:`forward` gives: ``patch_size`` over the views a side.
+
+        An int where it is whole, else a Fraction; a tuple for several layers that are not joined.
+        """
+        count = shifts_a_side(self.views)
+        several = self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,)
+        strides = tuple(each // count if each % count == 0 else Fraction(each, count) for each in several)
+        return strides if isinstance(self.patch_size, tuple) else strides[0]
 
     def _measure(self, source: Source, check: bool) -> Geometry:
         """The geometry as it is, or as it is declared where nothing can be measured."""
@@ -160,13 +216,19 @@ class Backbone(nn.Module):
     def extra_repr(self) -> str:
         """Name, channels, patch size, layer and what was found."""
         facts = f"name={self.name!r}, channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}"
-        return "".join([facts, *(f"\n{note}" for note in self.notes)])
+        if self.views > 1:
+            facts += f", views={self.views}"
+        return "".join([facts, *(f"\n{note}" for note in self._sentences())])
 
     def explain(self) -> str:
         """Say what the features are, and what was found when they were checked, a sentence a line."""
         size = "x".join(map(str, self.fixed_size)) if self.fixed_size else f"multiples of {self.multiple} pixels"
         facts = f"{self.name or type(self.model).__name__}: {self.channels} channels, stride {self.patch_size}, {size}"
-        return "\n".join([facts, *self.notes])
+        return "\n".join([facts, *self._sentences()])
+
+    def _sentences(self) -> list[str]:
+        costs = [cost(self.views, self.views_at_once, self.stride)] if self.views > 1 else []
+        return [*self.notes, *costs]
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The (H, W) to which an image of a size is resized for the model.
@@ -200,7 +262,8 @@ class Backbone(nn.Module):
 
         Returns:
             (B, C, h, w), h the resized height / patch_size, w likewise (so round(H / patch_size) where ``multiple`` is
-            the patch); the model's own grid where the size is fixed. In the dtype of the model's weights (under
+            the patch); the model's own grid where the size is fixed; with ``views`` n * n, n times as many each way.
+            In the dtype of the model's weights (under
             autocast: as autocast has it). For several layers a list of such maps, or with ``join`` one with their
             channels one behind the other. Ordinary tensors also inside ``torch.inference_mode``, so that a probe can
             be trained on them.
@@ -221,7 +284,6 @@ class Backbone(nn.Module):
                     stacklevel=2,
                 )
             image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
-        image = pad(image, self._border)
         with contextlib.ExitStack() as stack:
             if not self.trainable:
                 stack.enter_context(self._evaluating())
@@ -231,16 +293,33 @@ class Backbone(nn.Module):
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            maps = self._run_at(image)
-        for features, channels in zip(maps, self._widths, strict=True):
-            if features.ndim != 4 or features.shape[:2] != (len(image), channels):
-                raise LoftUpError(
-                    f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, "
-                    f"expected ({len(image)}, {channels}, h, w)"
-                )
+            maps = self._whole(image) if self.views == 1 else self._stitched(image)
         if not self._several:
             return maps[0]
         return torch.cat(maps, 1) if self.join else maps
+
+    def _whole(self, image: Tensor) -> Maps:
+        """The maps of images of a size that the model takes."""
+        return self._checked(self._run_at(pad(image, self._border)), len(image))
+
+    def _stitched(self, image: Tensor) -> Maps:
+        """The maps of shifted views of such images, put between one another."""
+        count, runs = shifts_a_side(self.views), []
+        for views in take(image, self._strides[0], count, self.views_at_once, self._border):
+            maps = self._checked(self._run_at(views), len(views))
+            for features in maps if not runs else ():
+                check_grid(features, image, self._strides[0], self.name or type(self.model).__name__)
+            runs.append(maps)
+        return interleave(runs, len(image), count)
+
+    def _checked(self, maps: Maps, batch: int) -> Maps:
+        for features, channels in zip(maps, self._widths, strict=True):
+            if features.ndim != 4 or features.shape[:2] != (batch, channels):
+                raise LoftUpError(
+                    f"{self.name or type(self.model).__name__} gave features of shape {tuple(features.shape)}, "
+                    f"expected ({batch}, {channels}, h, w)"
+                )
+        return maps
 
     def _remedy(self) -> str:
         """The option by which timm builds the model for any size, as the end of a sentence."""
