@@ -304,7 +304,8 @@ class Backbone(nn.Module):
 
     def _stitched(self, image: Tensor) -> Maps:
         """The maps of shifted views of such images, put between one another."""
-        count, runs = shifts_a_side(self.views), []
+        count = shifts_a_side(self.views)
+        runs: list[Maps] = []
         for views in take(image, self._strides[0], count, self.views_at_once, self._border):
             maps = self._checked(self._run_at(views), len(views))
             for features in maps if not runs else ():
