@@ -11,6 +11,7 @@ from .options import add_model_options, place
 
 __all__ = ["PHOTO", "add_parser"]
 
+VIEWS_OF_TINY = 4  # cheap there, and the picture is the sharper for it
 PHOTO = Path(__file__).parent.parent / "bundled" / "photo" / "photo.jpg"
 
 
@@ -62,6 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _weights(arguments: argparse.Namespace) -> str:
     """The weights to show; where no backbone is named, it becomes the one in the package, and a line says so."""
+    if arguments.views is None:
+        arguments.views = VIEWS_OF_TINY if arguments.backbone is None else 1
     if arguments.backbone is not None:
         return str(arguments.weights or arguments.backbone)
     of_backbone = ("backbone_weights", "layer", "option", "mean", "std")

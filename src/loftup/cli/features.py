@@ -119,6 +119,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
         "layer": "last" if arguments.layer is None else str(arguments.layer),
         "options": json.dumps(dict(arguments.option), sort_keys=True),
         "scaling": json.dumps([arguments.mean, arguments.std]),
+        "views": str(arguments.views),
         "asked_size": "x".join(map(str, arguments.size)) if arguments.size else "image",
         "input": str(arguments.input),
         "dtype": arguments.dtype,

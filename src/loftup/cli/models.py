@@ -58,6 +58,7 @@ def backbone_of(arguments: argparse.Namespace) -> Backbone:
         layer=arguments.layer,
         mean=tuple(arguments.mean) if arguments.mean else None,
         std=tuple(arguments.std) if arguments.std else None,
+        views=arguments.views,
         **dict(arguments.option),
     )
     return backbone.eval().to(arguments.device)

@@ -6,7 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICE", "add_backbone_options", "add_model_options", "key_value", "number", "place", "positive", "word"]
+__all__ = [
+    "DEVICE",
+    "add_backbone_options",
+    "add_model_options",
+    "key_value",
+    "number",
+    "place",
+    "positive",
+    "views",
+    "word",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICE = "torch device; default: cuda where there is one, else cpu"
@@ -28,6 +38,9 @@ def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = 
     mean, std = "image mean of the backbone; default: its own", "image deviation of the backbone; default: its own"
     add("--mean", nargs=3, type=number, metavar=("R", "G", "B"), help=mean)
     add("--std", nargs=3, type=positive_number, metavar=("R", "G", "B"), help=std)
+    said = "%(default)s" if default else "4 of tiny where no --backbone is named, else 1"
+    several = f"shifted views of each picture, for a finer grid: 1, 4, 9 or 16 passes of the backbone (default: {said})"
+    add("--views", type=views, default=1 if default else None, metavar="N", help=several)
     add("--device", type=word, help=DEVICE)
 
 
@@ -59,6 +72,12 @@ def place(given: str) -> Path:
 def positive(given: str) -> int:
     if not given.isdecimal() or len(given) > 9 or int(given) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {given!r}")
+    return int(given)
+
+
+def views(given: str) -> int:
+    if given not in ("1", "4", "9", "16"):
+        raise argparse.ArgumentTypeError(f"expected 1, 4, 9 or 16, got {given!r}")
     return int(given)
 
 

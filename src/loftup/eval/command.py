@@ -32,8 +32,15 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
         settings["seeds"] = arguments.seeds
     oracle = arguments.backbone == "oracle"
     description: dict[str, Any] = {"name": arguments.backbone}
+    if oracle and arguments.views > 1:
+        raise LoftUpError(
+            f"--views {arguments.views} with --backbone oracle, which knows pictures as they are, and none that is "
+            "shifted; leave --views out"
+        )
     if not oracle:
         description |= {"layer": arguments.layer, **dict(arguments.option)}
+        # One view goes without saying, as in the results of before.
+        description |= {"views": arguments.views} if arguments.views > 1 else {}
         description |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
     with alone_in(arguments.output.expanduser(), ["pictures"]):
         comparison = Comparison(

@@ -61,20 +61,20 @@ class ImplicitUpsampler:
         return torch.cat(maps).to(features.dtype) if maps else features.new_empty(0, features.shape[1], *size)
 
     def _fit(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        stride = self.backbone.patch_size
+        stride = self.backbone.stride  # of shifted views it need not be whole, but the picture's sides are
         cells = features.shape[-2:]
-        image = resize_guidance(image, (cells[0] * stride, cells[1] * stride))
+        image = resize_guidance(image, (int(cells[0] * stride), int(cells[1] * stride)))
         views = self._views(image)
         reduction = _Reduction.of(torch.cat([features, *(target for _, target in views)]), self.components)
         targets = [reduction(target) for _, target in views]
         # Below the image's own resolution the map is cheaper by the square, and sharper than a cell still.
-        factor = max(1, stride // 4)
-        working = (cells[0] * stride // factor, cells[1] * stride // factor)
+        cell = int(stride) // max(1, int(stride) // 4)
+        working = (cells[0] * cell, cells[1] * cell)
         guidance = F.interpolate(image, working, mode="area")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = _network(reduction.count).to(image.device)
-            downsampler = AttentionDownsampler(reduction.count, stride // factor).to(image.device)
+            downsampler = AttentionDownsampler(reduction.count, cell).to(image.device)
         parameters = [*network.parameters(), *downsampler.parameters()]
         optimizer = torch.optim.Adam(parameters, self.rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, max(2, self.steps), pct_start=0.1)

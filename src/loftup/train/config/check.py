@@ -14,7 +14,7 @@ __all__ = ["check", "checked"]
 
 T = TypeVar("T")
 ADAPTER = TypeAdapter(TrainConfig)
-OWN = ("name", "weights", "layer", "mean", "std")  # of loftup.load_backbone
+OWN = ("name", "weights", "layer", "mean", "std", "views")  # of loftup.load_backbone
 WORDS = {  # shorter than pydantic's
     "Value error, ": "",
     "Input should be ": "",

@@ -89,6 +89,7 @@ class BackboneConfig(Section):
     layer: Integer | None = None  # a stage or block; None takes the last
     mean: Triple | None = None  # of the images that it expects; None takes the model's own
     std: Triple | None = None
+    views: Literal[1, 4, 9, 16] = 1  # shifted views of each picture, whose grids make a finer one
     options: dict[str, Any] = field(default_factory=dict)  # for the library that the model is from
 
 

@@ -84,8 +84,10 @@ def open_caches(config: TrainConfig, backbones: Sequence[Backbone]) -> list[Feat
 
 
 def fingerprint(backbone: Backbone, *settings: object) -> str:
-    """A digest of all that a backbone's features depend on: its weights, layer, scaling and further settings."""
+    """A digest of all that a backbone's features depend on: its weights, layer, scaling, views and further settings."""
     identity = (backbone.name, backbone.layer, backbone.patch_size, backbone.mean, backbone.std, *settings)
+    if backbone.views > 1:  # entries of one view keep the names that they have had
+        identity = (*identity, f"views={backbone.views}")
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=10)
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

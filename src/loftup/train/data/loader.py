@@ -7,9 +7,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ...backbones import Backbone
+from ...backbones.views import shifts_a_side
 from ...errors import LoftUpError
 from ..config import TrainConfig
 from .cache import open_caches
+from .plan import Cells
 from .sources import ImageFolder, Several, Source, open_source
 from .views import Batch, Place, Sample, TrainingViews, collate
 
@@ -49,13 +51,19 @@ class StepSampler(Sampler[list[Place]]):
 
 
 def backbone_list(config: TrainConfig, backbone: Backbone | Sequence[Backbone]) -> list[Backbone]:
-    """One backbone or several as a list; ValueError unless there are as many as the config has."""
+    """One backbone or several as a list; ValueError unless number and views are those of the config."""
     backbones = [backbone] if isinstance(backbone, Backbone) else list(backbone)
     if len(backbones) != (expected := len(config.sections)):
         raise ValueError(
             f"got {len(backbones)} backbones, the config has {expected}; give one for each of config.backbones, in "
             "their order"
         )
+    for each, (name, section) in zip(backbones, config.sections.items(), strict=True):
+        if each.views != section.views:
+            raise ValueError(
+                f"got a backbone with views={each.views}, {name}.views of the config is {section.views}; give "
+                f"backbone.with_views({section.views})"
+            )
     return backbones
 
 
@@ -94,7 +102,7 @@ def loader(
 ) -> "DataLoader[Sample]":
     """Batches of one process, the ``rank``-th of ``world``, from a step on, each a :class:`Batch` on the CPU.
 
-    The backbone, or each where the config has several, tells the patch size, and for the cache its identity.
+    The backbone, or each where the config has several, tells its grid, and for the cache its identity.
 
     Raises:
         LoftUpError: the data cannot be opened, or the geometry does not fit the backbone; while iterating, ten
@@ -102,8 +110,8 @@ def loader(
     """
     source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb)
     backbones = backbone_list(config, backbone)
-    patch_sizes = [each.patch_size for each in backbones]
-    views = TrainingViews(source, config, patch_sizes, world, open_caches(config, backbones))
+    grids = [Cells(each.patch_size, shifts_a_side(each.views)) for each in backbones]
+    views = TrainingViews(source, config, grids, world, open_caches(config, backbones))
     return _Loader(
         views,
         batch_sampler=StepSampler(config, first_step, rank, world),

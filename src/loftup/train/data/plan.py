@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -18,9 +19,29 @@ from ..config import TrainConfig
 from .generators import seeded
 from .regions import Region
 
-__all__ = ["Plan", "View", "check_geometry", "draw_view", "make_plan"]
+__all__ = ["Cells", "Grids", "Plan", "View", "check_geometry", "draw_view", "grids_of", "make_plan"]
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The grid of a backbone's features."""
+
+    patch_size: int  # pixels, of which the sides of its input are multiples
+    finer: int = 1  # cells along a patch's side: of shifted views there are several
+
+    @property
+    def stride(self) -> Fraction:
+        """The side of a cell in pixels."""
+        return Fraction(self.patch_size, self.finer)
+
+    def along(self, size: int) -> int:
+        """Cells along a side of so many pixels."""
+        return size // self.patch_size * self.finer
+
+
+Grids = int | Cells | Sequence[int | Cells]  # of the backbone, or of each of several; a number is a patch size
 
 
 @dataclass(frozen=True)
@@ -36,19 +57,19 @@ class Plan:
     region: Box | None  # what the backbone sees enlarged k times, in k-ths of feature cells; None without it
 
 
-def make_plan(config: TrainConfig, patch_size: int | Sequence[int], step: int) -> Plan:
+def make_plan(config: TrainConfig, grids: Grids, step: int) -> Plan:
     """Draw what the pictures of a step share; every part has a generator of its own.
 
     Args:
         config: whose geometry :func:`check_geometry` has accepted.
-        patch_size: of the backbone, or of each of several, of which one is drawn.
+        grids: of the backbone, or of each of several, of which one is drawn.
         step: of the optimizer.
     """
-    patch_sizes = _several(patch_size)
-    backbone = _choice(range(len(patch_sizes)), seeded(config.seed, "backbone", step))
+    several = grids_of(grids)
+    backbone = _choice(range(len(several)), seeded(config.seed, "backbone", step))
     size = _choice(config.data.sizes, seeded(config.seed, "size", step))
     output = round(size * _choice(config.data.ratios, seeded(config.seed, "ratio", step)))
-    cells = size // patch_sizes[backbone]
+    cells = several[backbone].along(size)
     window, square = None, None  # the latter in cells
     if config.window is not None and (side := max(1, round(config.window * cells / output))) < cells:
         square = _square(side, cells, seeded(config.seed, "window", step))
@@ -112,9 +133,10 @@ def draw_view(config: TrainConfig, height: int, width: int, generator: torch.Gen
     return View(top, left, side, bool(torch.rand((), generator=generator) < config.data.flip))
 
 
-def check_geometry(config: TrainConfig, patch_size: int | Sequence[int]) -> None:
-    """Raise LoftUpError unless sizes, ratios, window and views fit the patches, of all backbones, and each other."""
-    patch_sizes = sorted(set(_several(patch_size)))
+def check_geometry(config: TrainConfig, grids: Grids) -> None:
+    """Raise LoftUpError unless sizes, ratios, window and views fit the cells, of all backbones, and each other."""
+    several = sorted(set(grids_of(grids)), key=lambda each: (each.patch_size, each.finer))
+    patch_sizes = sorted({each.patch_size for each in several})
     common = math.lcm(*patch_sizes)
     for size in config.data.sizes:
         if size % common:
@@ -124,12 +146,12 @@ def check_geometry(config: TrainConfig, patch_size: int | Sequence[int]) -> None
                 f"data.sizes holds {size}; expected multiples of {whose} {', '.join(map(str, patch_sizes))}, such as "
                 f"{' or '.join(map(str, near))}"
             )
-    for each in patch_sizes:
+    for each in several:
         _check_cells(config, each)
     _check_crops(config)
 
 
-def _check_cells(config: TrainConfig, patch_size: int) -> None:
+def _check_cells(config: TrainConfig, grid: Cells) -> None:
     data, objective = config.data, config.objective
     terms = {
         "window": config.window,
@@ -138,29 +160,29 @@ def _check_cells(config: TrainConfig, patch_size: int) -> None:
     }
     whole = [name for name, on in terms.items() if on]
     for size, ratio in itertools.product(data.sizes, data.ratios):
-        output, cells = round(size * ratio), size // patch_size
+        output, cells = round(size * ratio), grid.along(size)
         if output < cells:
             raise LoftUpError(f"data.ratios holds {ratio:g}, which makes the output coarser than the features")
         if whole and output % cells:
             raise LoftUpError(
                 f"data.ratios holds {ratio:g}, which at {size} gives {output / cells:g} output pixels for a feature "
-                f"cell of {patch_size}; whole ones are needed for {' and '.join(whole)}: take whole multiples of "
-                f"1/{patch_size}"
+                f"cell of {grid.stride}; whole ones are needed for {' and '.join(whole)}: take whole multiples of "
+                f"{1 / grid.stride}"
             )
     if objective.high_resolution.weight:
-        finest = min(data.ratios) * patch_size
+        finest = min(data.ratios) * grid.stride
         if (factor := max(objective.high_resolution.factors)) > finest:
             raise LoftUpError(
                 f"objective.high_resolution.factors holds {factor}, a target finer than the output, which has "
                 f"{finest:g} pixels for a feature cell; take smaller factors or larger data.ratios"
             )
         # So many k-ths of cells hold a whole cell wherever they begin.
-        if objective.high_resolution.crop and (cells := min(data.sizes) // patch_size) < 2 * factor - 1:
+        if objective.high_resolution.crop and (cells := grid.along(min(data.sizes))) < 2 * factor - 1:
             raise LoftUpError(
                 f"objective.high_resolution.factors holds {factor}, and with objective.high_resolution.crop=true the "
                 f"part of {min(data.sizes)} pixels that is seen enlarged may hold none of the {cells} x {cells} "
                 f"feature cells whole; take factors of at most {(cells + 1) // 2}, data.sizes of at least "
-                f"{(2 * factor - 1) * patch_size}, or crop=false"
+                f"{-(-(2 * factor - 1) // grid.finer) * grid.patch_size}, or crop=false"
             )
 
 
@@ -179,8 +201,10 @@ def _check_crops(config: TrainConfig) -> None:
         )
 
 
-def _several(patch_size: int | Sequence[int]) -> Sequence[int]:
-    return [patch_size] if isinstance(patch_size, int) else patch_size
+def grids_of(grids: Grids) -> list[Cells]:
+    """The grid of each backbone."""
+    several = [grids] if isinstance(grids, int | Cells) else grids
+    return [each if isinstance(each, Cells) else Cells(each) for each in several]
 
 
 def _choice(values: Sequence[T], generator: torch.Generator) -> T:

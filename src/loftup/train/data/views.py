@@ -13,7 +13,7 @@ from ...networks.layers import Box
 from ..config import TrainConfig
 from .cache import FeatureCache
 from .generators import seeded
-from .plan import Plan, View, check_geometry, draw_view, make_plan
+from .plan import Grids, Plan, View, check_geometry, draw_view, grids_of, make_plan
 from .regions import Region
 from .sources import Masks, Picture, Source, UnreadableError
 
@@ -100,12 +100,12 @@ class TrainingViews(Dataset[Sample]):
     Args:
         source: of pictures with masks.
         config: of the run.
-        patch_size: of the backbone, or of each of several.
+        grids: of the backbone, or of each of several.
         world: number of processes.
         caches: of the backbones' features, one for each; empty for none.
 
     Raises:
-        LoftUpError: sizes, ratios and window do not fit the patches, see
+        LoftUpError: sizes, ratios and window do not fit the cells, see
             :func:`loftup.train.data.plan.check_geometry`.
     """
 
@@ -113,14 +113,14 @@ class TrainingViews(Dataset[Sample]):
         self,
         source: Source,
         config: TrainConfig,
-        patch_size: int | Sequence[int],
+        grids: Grids,
         world: int = 1,
         caches: Sequence[FeatureCache] = (),
     ) -> None:
-        check_geometry(config, patch_size)
+        check_geometry(config, grids)
         self.source = source
         self.config = config
-        self.patch_sizes = [patch_size] if isinstance(patch_size, int) else list(patch_size)
+        self.grids = grids_of(grids)
         self.caches = caches
         self._batch = config.batch * config.accumulate * world
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # the epoch and its permutation of the pictures
@@ -133,7 +133,7 @@ class TrainingViews(Dataset[Sample]):
         """
         step, slot = place
         generator = seeded(self.config.seed, "slot", step, slot)
-        plan = make_plan(self.config, self.patch_sizes, step)
+        plan = make_plan(self.config, self.grids, step)
         index, picture, unreadable = self._read(step, slot, generator)
         height, width = picture.image.shape[1:]
         view = draw_view(self.config, height, width, self._view_generator(index, generator))
@@ -158,9 +158,9 @@ class TrainingViews(Dataset[Sample]):
         visible = len(masks) + sum(len(crop_masks) for _, crop_masks in crops)
         large = None
         if plan.region is not None:
-            patch_size = self.patch_sizes[plan.backbone]
-            cells = plan.factor * size // patch_size
-            large = cut.image(plan.region, cells, (plan.region[2] - plan.region[0]) * patch_size)
+            grid = self.grids[plan.backbone]
+            cells = plan.factor * grid.along(size)
+            large = cut.image(plan.region, cells, int((plan.region[2] - plan.region[0]) * grid.stride))
         cache = self.caches[plan.backbone] if self.caches else None
         key = cache.key(image) if cache else None
         features = cache.read(key) if cache and key else None

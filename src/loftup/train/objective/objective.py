@@ -78,7 +78,7 @@ class Objective(nn.Module):
         self.downsampler: AttentionDownsampler | None = None
         if config.objective.multi_view.weight:
             (only,) = self.backbones
-            cell = round(only.patch_size * config.data.ratios[0])
+            cell = round(only.stride * config.data.ratios[0])
             self.downsampler = AttentionDownsampler(only.channels, cell).to(up.device, up.dtype)
         self.train()
 
@@ -120,7 +120,7 @@ class Objective(nn.Module):
         if config.high_resolution.weight:
             assert batch.large is not None
             target = self._normalise(see(batch.large))
-            cells = batch.image.shape[-1] // self.backbones[batch.backbone].patch_size
+            cells = int(batch.image.shape[-1] // self.backbones[batch.backbone].stride)
             terms["high_resolution"] = high_resolution(config.high_resolution, output.dense, target, batch, cells)
         if config.segments.weight:
             terms["segments"] = segments(config.segments, output.beside, batch)

@@ -47,7 +47,15 @@ def check_paths(config: TrainConfig) -> None:
 def build_backbones(config: TrainConfig) -> list[Backbone]:
     """The frozen backbones, in ``eval()`` mode on the CPU; LoftUpError as :func:`loftup.load_backbone`."""
     return [
-        load_backbone(each.name, weights=each.weights, layer=each.layer, mean=each.mean, std=each.std, **each.options)
+        load_backbone(
+            each.name,
+            weights=each.weights,
+            layer=each.layer,
+            mean=each.mean,
+            std=each.std,
+            views=each.views,
+            **each.options,
+        )
         for each in config.sections.values()
     ]
 
@@ -93,7 +101,7 @@ def _published(config: TrainConfig, backbone: Backbone) -> LoftUp:
     except ValueError as error:
         raise LoftUpError(f"the section model does not fit {backbone.name!r}: {error}; see model.heads") from error
     if model.start == "interpolator":
-        start_as_interpolator(up, max(2, max(config.data.sizes) // backbone.patch_size))
+        start_as_interpolator(up, max(2, int(max(config.data.sizes) // backbone.stride)))
     return up
 
 

@@ -106,6 +106,7 @@ def _trained_on(config: TrainConfig) -> dict[str, str]:
 def _backbone(section: BackboneConfig) -> str:
     """The line that makes a backbone."""
     options = {"layer": section.layer, "mean": section.mean, "std": section.std, **section.options}
+    options["views"] = section.views if section.views > 1 else None
     arguments = [repr(section.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
     comment = ""
     if section.weights is not None:

@@ -149,7 +149,8 @@ class _Run:
         batch = f"{config.batch} pictures x {config.accumulate} x {self.processes.world} processes"
         for section, backbone in zip(config.sections.values(), self.backbones, strict=True):
             name = backbone.name or section.name
-            self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}")
+            views = f", {backbone.views} shifted views" if backbone.views > 1 else ""
+            self.processes.say(f"backbone   {name}, {backbone.channels} channels, patch {backbone.patch_size}{views}")
         kind: str = model.architecture
         if model.universal:
             kind = f"for any backbone, {start if model.pretrained else 'anew'}"
