@@ -1,6 +1,7 @@
 """Upsamplers by name, open to others."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from ...backbones import Backbone
 from ...errors import LoftUpError, suggest
 
-__all__ = ["Factory", "Upsampler", "create", "names", "register"]
+__all__ = ["Factory", "Make", "Upsampler", "create", "names", "register"]
 
 
 class Upsampler(Protocol):
@@ -32,14 +33,16 @@ class Upsampler(Protocol):
         """
 
 
-Factory = Callable[[Backbone, str], Upsampler]
+Factory = Callable[..., Upsampler]  # of the backbone, the argument and, around another upsampler, what makes that
+Make = Callable[[str, Backbone], Upsampler]
 _FACTORIES: dict[str, Factory] = {}
 _REMOTE: dict[str, str] = {}  # names of those that run the code of a repository, and which
+_AROUND: set[str] = set()  # names of those around another
 # Modules of this package that register upsamplers when they are imported.
-_MODULES = ("simple", "bilateral", "implicit", "hub", "learned")
+_MODULES = ("simple", "anew", "bilateral", "implicit", "hub", "learned")
 
 
-def register(name: str, remote: str = "") -> Callable[[Factory], Factory]:
+def register(name: str, remote: str = "", around: bool = False) -> Callable[[Factory], Factory]:
     """Add an upsampler under a name, as a decorator of its factory.
 
     >>> @register("zeros")
@@ -52,6 +55,8 @@ def register(name: str, remote: str = "") -> Callable[[Factory], Factory]:
     Args:
         name: of the upsampler.
         remote: repository whose code it runs, "OWNER/NAME at COMMIT"; it is made only where that is asked for.
+        around: whether it is put around another upsampler: the factory is called with a third value, a function from
+            another's ``"name:text"`` and its backbone to that upsampler.
 
     Raises:
         ValueError: the name is taken, or holds a colon, a comma or an equals sign.
@@ -65,6 +70,8 @@ def register(name: str, remote: str = "") -> Callable[[Factory], Factory]:
         _FACTORIES[name] = factory
         if remote:
             _REMOTE[name] = remote
+        if around:
+            _AROUND.add(name)
         return factory
 
     return add
@@ -81,7 +88,7 @@ def create(spec: str, backbone: Backbone, *, trust_remote_code: bool = False) ->
     """Make the upsampler that ``"name"`` or ``"name:argument"`` stands for.
 
     Args:
-        spec: of the upsampler, such as ``"bilinear"``, ``"large_input:4"`` or ``"loftup:runs/stage1"``.
+        spec: of the upsampler, such as ``"bilinear"``, ``"loftup:runs/stage1"`` or ``"views:4:loftup:any"``.
         backbone: that the features come from.
         trust_remote_code: let it run the code of another repository.
 
@@ -99,4 +106,6 @@ def create(spec: str, backbone: Backbone, *, trust_remote_code: bool = False) ->
             f"the upsampler {name!r} runs code of {_REMOTE[name]}, which is not loftup's; read it, and if you trust it "
             "give --trust-remote-code (in Python: trust_remote_code=True)"
         )
+    if name in _AROUND:
+        return _FACTORIES[name](backbone, argument, partial(create, trust_remote_code=trust_remote_code))
     return _FACTORIES[name](backbone, argument)

@@ -1,7 +1,6 @@
-"""Upsamplers without parameters: interpolation of the features, and larger inputs."""
+"""Upsamplers without parameters: interpolation of the features."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
-from ..features import extract
 from .registry import Upsampler, register
 
-__all__ = ["Interpolation", "LargeInput", "LowResolution", "no_argument"]
+__all__ = ["Interpolation", "LowResolution", "no_argument"]
 
 T = TypeVar("T")
 
@@ -49,26 +47,6 @@ class LowResolution(Interpolation):
         super().__init__("nearest")
 
 
-@dataclass
-class LargeInput:
-    """The backbone's features of a larger image, interpolated bilinearly: the expensive way to finer features.
-
-    Args:
-        backbone: that the features come from.
-        factor: how many times larger the image is made, in each direction (bicubically).
-    """
-
-    backbone: Backbone
-    factor: int = 2
-
-    def __call__(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, h, w) and the image (B, 3, H, W) in [0, 1] to (B, C, H', W')."""
-        enlarged = (self.factor * image.shape[-2], self.factor * image.shape[-1])
-        large = F.interpolate(image, enlarged, mode="bicubic", align_corners=False)
-        finer = extract(self.backbone, large.clamp(0, 1)).to(features.dtype)
-        return F.interpolate(finer, size, mode="bilinear", align_corners=False)
-
-
 def _register(name: str, build: Callable[[], Upsampler]) -> None:
     @register(name)
     def factory(backbone: Backbone, argument: str) -> Upsampler:
@@ -78,14 +56,6 @@ def _register(name: str, build: Callable[[], Upsampler]) -> None:
 _register("lowres", LowResolution)
 for _mode in ("nearest", "bilinear", "bicubic"):
     _register(_mode, partial(Interpolation, _mode))
-
-
-@register("large_input")
-def _large_input(backbone: Backbone, argument: str) -> Upsampler:
-    if argument and not (argument.isdecimal() and int(argument) > 1):
-        expected = "must be an integer above 1"
-        raise LoftUpError(f"the factor of 'large_input' {expected}, got {argument!r}; write large_input:2")
-    return LargeInput(backbone, int(argument or 2))
 
 
 def no_argument(name: str, argument: str, value: T) -> T:

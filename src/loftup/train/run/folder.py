@@ -9,7 +9,7 @@ from ...errors import LoftUpError, translate
 from ...files import MADE_BY, alone_in, made_here, refuse_others, write_atomically
 from ...weights.names import CONFIG as UP_CONFIG
 from ...weights.names import SAFETENSORS
-from ..config import TrainConfig, to_yaml
+from ..config import TrainConfig, checked, to_yaml
 from .checkpoint import differences, latest_checkpoint, load_checkpoint
 
 __all__ = ["AT_THE_END", "CARD", "CONFIG", "check_data", "hold_folder", "open_folder", "write_config"]
@@ -93,8 +93,16 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
     return translate(OSError, lambda error: f"cannot write to the folder {folder}: {error}; {remedy}")
 
 
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config with the defaults of settings that came later; as it is where it is of another kind."""
+    try:
+        return dataclasses.asdict(checked(TrainConfig, config, "the checkpoint's config"))
+    except LoftUpError:
+        return config
+
+
 def _check_same(config: TrainConfig, pictures: int, state: dict[str, Any], path: str) -> None:
-    changes = differences(state["config"], dataclasses.asdict(config))
+    changes = differences(_completed(state["config"]), dataclasses.asdict(config))
     if state["pictures"] != pictures:
         changes.append(f"pictures a step (batch x accumulate x processes): {state['pictures']}, now {pictures}")
     if changes:
