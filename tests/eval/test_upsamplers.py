@@ -13,7 +13,17 @@ from loftup.eval.upsamplers.bilateral import JointBilateral
 
 def test_every_name_is_registered_and_unknown_ones_get_a_hint():
     expected = {"lowres", "nearest", "bilinear", "bicubic", "large_input", "joint_bilateral", "featup_jbu"}
-    expected |= {"featup_implicit", "lift", "resize_conv", "liif", "loftup", "anyup", "anyup_multi_backbone", "naf"}
+    expected |= {
+        "views",
+        "featup_implicit",
+        "lift",
+        "resize_conv",
+        "liif",
+        "loftup",
+        "anyup",
+        "anyup_multi_backbone",
+        "naf",
+    }
     assert expected | {"featup", "uplift", "loftup_published"} <= set(names())
     with pytest.raises(LoftUpError, match="no upsampler 'bilinaer'; did you mean 'bilinear'"):
         create("bilinaer", mean_colours())
@@ -56,8 +66,8 @@ def test_lowres_gives_every_pixel_its_cell_and_says_so():
 def test_arguments_that_make_no_sense_are_refused():
     for spec, expected in (
         ("bilinear:3", "takes no argument, got bilinear:3"),
-        ("large_input:1", "must be an integer above 1, got '1'"),
-        ("large_input:x", "must be an integer above 1, got 'x'"),
+        ("large_input:1", "must be a number above 1, got '1'"),
+        ("large_input:x", "must be a number above 1, got 'x'"),
         ("joint_bilateral:-1", "positive number for colours"),
         ("joint_bilateral:x", "positive number for colours"),
         ("featup_implicit:0", "number of steps an image"),
@@ -73,7 +83,7 @@ def test_large_input_looks_at_the_larger_image():
     # Cells of 4 pixels of a 4 times larger image are the pixels themselves, up to bicubic blur.
     large = F.interpolate(image, (64, 96), mode="bicubic", align_corners=False).clamp(0, 1)
     assert torch.allclose(made, F.avg_pool2d(large, 4), atol=1e-6)
-    assert create("large_input", backbone).factor == 2
+    assert torch.equal(*(create(spec, backbone)(large, image, (9, 9)) for spec in ("large_input", "large_input:2")))
 
 
 def plain_bilateral(features, image, colour, spatial, radius):
