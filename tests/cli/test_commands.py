@@ -84,9 +84,9 @@ def test_the_demo_needs_neither_arguments_nor_a_network(offline, shown, tmp_path
         "Using what comes in the package: the backbone 'tiny' and the upsampler 'any'. "
         "For published ones, from the Hub: loftup demo --backbone dinov2_vits14"
     )
-    assert second.startswith("tiny: (192, 14, 21) -> (192, 341, 512) in ")
+    assert second.startswith("tiny: (192, 28, 42) -> (192, 341, 512) in ")
     assert second.endswith("; wrote loftup_demo.png")
-    assert list(shown) == ["tiny 14x21", "bilinear", "any"]
+    assert list(shown) == ["tiny 28x42", "bilinear", "any"]
     picture = Image.open("loftup_demo.png")
     assert picture.size == (4 * 512 + 3 * 5, 341 + 2 * 18)
     panel = picture.crop((0, 36, 512, 377)).resize((600, 400))
@@ -98,7 +98,7 @@ def test_the_demo_shows_what_the_library_gives(offline, shown, photos, tmp_path)
     command = ["demo", str(photos / "scene0.png"), "--size", "48", "64", "-o", str(tmp_path / "new" / "x.png")]
     assert main(command) == 0
     assert Image.open(tmp_path / "new" / "x.png").width == 4 * 64 + 3 * 4
-    backbone = loftup.load_backbone("tiny")
+    backbone = loftup.load_backbone("tiny", views=4)
     with torch.inference_mode():
         low = backbone(backbone.preprocess(photos / "scene0.png", size=(224, 299)))
         image = backbone.preprocess(photos / "scene0.png")
@@ -106,18 +106,19 @@ def test_the_demo_shows_what_the_library_gives(offline, shown, photos, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "caption", "line"),
+    ("options", "grid", "caption", "line"),
     [
-        (["--weights", "any"], "any", "Using what comes in the package: the backbone 'tiny'. For published"),
-        (["--backbone", "tiny"], "LoftUp tiny", ""),
-        (["--backbone", "tiny", "--weights", "any"], "any", ""),
-        (["--backbone", "tiny", "--strict"], "LoftUp tiny", ""),
+        (["--weights", "any"], "28x38", "any", "Using what comes in the package: the backbone 'tiny'. For published"),
+        (["--views", "1"], "14x19", "any", "Using what comes in the package: the backbone 'tiny' and the ups"),
+        (["--backbone", "tiny"], "14x19", "LoftUp tiny", ""),
+        (["--backbone", "tiny", "--weights", "any", "--views", "9"], "42x57", "any", ""),
+        (["--backbone", "tiny", "--strict"], "14x19", "LoftUp tiny", ""),
     ],
 )
-def test_a_demo_of_one_upsampler_in_the_package(offline, shown, photos, tmp_path, capsys, options, caption, line):
+def test_a_demo_of_one_upsampler_in_the_package(offline, shown, photos, tmp_path, capsys, options, grid, caption, line):
     command = ["demo", str(photos / "scene0.png"), *options, "--size", "48", "64", "-o", str(tmp_path / "x.png")]
     assert main(command) == 0
-    assert list(shown) == ["tiny 14x19", "bilinear", caption]
+    assert list(shown) == [f"tiny {grid}", "bilinear", caption]
     out, err = capsys.readouterr()
     assert out.startswith(line or "tiny: ")
     assert err == ""
@@ -266,6 +267,7 @@ def test_features_are_written_resumed_and_guarded(models, photos, tmp_path, caps
         (["--option", "output_stride=8"], "options"),
         (["--mean", "0", "0", "0"], "scaling"),
         (["--std", "1", "1", "1"], "scaling"),
+        (["--views", "4"], "views"),
         (["--size", "48", "63"], "asked_size"),
         (["--input", "65"], "input"),
         (["--dtype", "bfloat16"], "dtype"),
@@ -386,6 +388,26 @@ def test_features_equal_the_library(models, photos, tmp_path):
     torch.testing.assert_close(written, expected[0].half())
 
 
+def test_features_of_shifted_views_equal_the_library(models, photos, tmp_path, capsys):
+    command = ["features", str(photos / "scene2.png"), *models, "--views", "4", "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    with safe_open(tmp_path / "out" / "scene2.png.safetensors", framework="pt") as handle:
+        written, metadata = handle.get_tensor("features"), handle.metadata()
+    assert metadata["views"] == "4"
+    backbone = loftup.load_backbone("test_resnet", weights=tmp_path / "backbone.pth", layer=1, views=4)
+    up = LoftUp.from_pretrained(tmp_path / "up")
+    with torch.inference_mode():
+        low = backbone(backbone.preprocess(photos / "scene2.png", size=(64, 64)))
+        expected = up(low, backbone.preprocess(photos / "scene2.png"), size=(48, 64))
+    torch.testing.assert_close(written, expected[0].half())
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert main([*command, "--views", "1"]) == 2
+    assert "written with other settings (views '4', now '1')" in capsys.readouterr().err
+    assert main([*command, "--option", "views=9"]) == 2
+    assert "--option views=9 is no option of timm's but of loftup's own; give it as --views" in capsys.readouterr().err
+
+
 def test_one_unreadable_image_is_reported_and_the_rest_written(models, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes(b"not a picture")
     Image.new("F", (8, 8)).save(photos / "depth.tiff")
@@ -475,6 +497,8 @@ def test_an_empty_folder_and_a_foreign_file(models, photos, tmp_path, capsys):
         (["--size", "0", "5"], "argument --size: expected a positive whole number, got '0'"),
         (["--size", "5", "1.5"], "argument --size: expected a positive whole number, got '1.5'"),
         (["--input", "-3"], "argument --input: expected a positive whole number, got '-3'"),
+        (["--views", "2"], "argument --views: expected 1, 4, 9 or 16, got '2'"),
+        (["--views", "4.0"], "argument --views: expected 1, 4, 9 or 16, got '4.0'"),
     ],
 )
 def test_options_are_read_before_anything_else(capsys, wrong, text):

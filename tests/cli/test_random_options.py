@@ -33,6 +33,7 @@ MODEL = {
     "--mean": st.tuples(TEXTS, TEXTS, TEXTS) | st.just(("0", "0", "0")),
     "--std": st.tuples(TEXTS, TEXTS, TEXTS) | st.just(("1", "1", "2e-9")),
     "--device": st.tuples(WORDS),
+    "--views": st.tuples(st.sampled_from(["1", "4"]) | TEXTS),
     "--backbone-weights": st.tuples(WORDS),
 }
 FEATURES = {
@@ -147,7 +148,7 @@ def test_eval(camvid, setting, value, chosen, label):
 
 
 KEYS = [
-    *(f"backbone.{key}" for key in ("layer", "weights", "mean", "options")),
+    *(f"backbone.{key}" for key in ("layer", "weights", "mean", "views", "options")),
     *(f"model.{key}" for key in ("heads", "pretrained", "start", "lr_size", "architecture")),
     *(f"data.{key}" for key in ("kind", "sizes", "ratios", "scale", "flip", "cache")),
     *(f"objective.{key}.weight" for key in ("mask_bicubic", "self_distillation")),

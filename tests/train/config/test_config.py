@@ -168,6 +168,12 @@ def test_no_such_file(tmp_path):
             {"layer": 3},
             "backbone.options holds 'layer', no option of timm's but.*; set backbone.layer",
         ),
+        (
+            "backbone.options",
+            {"views": 4},
+            "backbone.options holds 'views', no option of timm's but.*; set backbone.views",
+        ),
+        ("backbone.views", 3, "backbone.views is 3, expected 1, 4, 9 or 16"),
         ("data.workers", -1, "data.workers is -1, expected at least 0"),
         ("objective.mask_bicubic.weight", -0.5, "weight is -0.5, expected at least 0"),
         ("objective.mask_bicubic.weight", float("nan"), "weight is nan, expected a finite number"),

@@ -98,6 +98,7 @@ class TestFingerprint:
             backbone(patch_size=4, check=False),
             backbone(mean=(0, 0, 0)),
             backbone(std=(1, 1, 1)),
+            backbone(views=4),
         ]
         changed = backbone()
         with torch.no_grad():

@@ -9,7 +9,7 @@ from small_config import configured
 from loftup import LoftUpError
 from loftup.train.config import TrainConfig
 from loftup.train.data.generators import seeded
-from loftup.train.data.plan import View, check_geometry, draw_view, make_plan
+from loftup.train.data.plan import Cells, View, check_geometry, draw_view, make_plan
 
 
 def config(**settings):
@@ -130,6 +130,34 @@ class TestPlan:
     def test_the_seed_decides(self):
         assert plans(config(window=48), 20) == plans(config(window=48), 20)
         assert plans(config(window=48), 20) != plans(config(window=48, seed=1), 20)
+
+
+class TestFinerCells:
+    """Grids of shifted views: several cells along a patch's side."""
+
+    @pytest.mark.parametrize(("grid", "stride"), [(Cells(16, 2), 8), (Cells(14, 2), 7), (Cells(16, 4), 4)])
+    def test_are_planned_as_those_of_a_finer_stride(self, grid, stride):
+        options = {"objective__high_resolution__weight": 1.0, "objective__high_resolution__crop": True}
+        made = config(window=48, data__sizes=[224, 336], **options)
+        assert plans(made, patch_size=grid) == plans(made, patch_size=stride)
+
+    def test_of_a_stride_that_is_not_whole(self):
+        grid = Cells(14, 3)
+        assert (grid.along(224), str(grid.stride)) == (48, "14/3")
+        made = config(window=50, data__sizes=[168], data__ratios=[3 / 7])  # 36 cells of 2 pixels
+        for plan in plans(made, patch_size=grid):
+            assert (plan.output, plan.window[2] - plan.window[0]) == (72, 50)
+            assert plan.window[0] % 2 == plan.window[1] % 2 == 0
+        with pytest.raises(LoftUpError, match="for a feature cell of 14/3; whole .*take whole multiples of 3/14"):
+            check_geometry(config(window=50), grid)
+
+    def test_sizes_are_multiples_of_the_patch(self):
+        with pytest.raises(LoftUpError, match="data.sizes holds 231; expected multiples of .* 14, such as 224 or 238"):
+            check_geometry(config(data__sizes=[231]), Cells(14, 2))
+        check_geometry(config(data__sizes=[448]), [Cells(14, 2), 14, Cells(32, 2)])
+        crop = {"objective__high_resolution__weight": 1.0, "objective__high_resolution__crop": True}
+        with pytest.raises(LoftUpError, match=r"holds 4, .* the 6 x 6 feature cells .* data.sizes of at least 64, or"):
+            check_geometry(config(data__sizes=[48], **crop), Cells(16, 2))
 
 
 class TestView:

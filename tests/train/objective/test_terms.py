@@ -26,6 +26,7 @@ from small_objective import (
 from torch import nn
 
 from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError
+from loftup.train.data.plan import Cells
 from loftup.train.data.sources import LabelMap, Picture
 from loftup.train.data.views import Batch, Crop, TrainingViews, collate
 from loftup.train.objective.distances import affinity_loss
@@ -252,7 +253,8 @@ class Slopes:
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("window", [None, 32])
 @pytest.mark.parametrize("part", [False, True])
-def test_student_and_targets_show_the_same_places(flip, ratio, window, part, monkeypatch):
+@pytest.mark.parametrize("several", [1, 4])
+def test_student_and_targets_show_the_same_places(flip, ratio, window, part, several, monkeypatch):
     """With features that are places: misaligned by half an output pixel, the means would differ by more than 0.3."""
     monkeypatch.setattr(
         "loftup.train.objective.student.upsample_window",
@@ -269,10 +271,18 @@ def test_student_and_targets_show_the_same_places(flip, ratio, window, part, mon
     made = config("self_distillation", "high_resolution", data__sizes=[128], data__ratios=[ratio], data__flip=flip)
     made.window, made.data.scale, made.objective.high_resolution.crop = window, [0.5, 0.7], part
     made.objective.self_distillation.refine = False
+    made.backbone.views = several
     places = Backbone(
-        nn.Identity(), lambda x: F.avg_pool2d(x, 16), channels=3, patch_size=16, mean=(0, 0, 0), std=(1, 1, 1)
+        nn.Identity(),
+        lambda x: F.avg_pool2d(x, 16),
+        channels=3,
+        patch_size=16,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        views=several,
     ).eval()
-    term, views = Objective(made, Position(), places), TrainingViews(Slopes(), made, 16)
+    views = TrainingViews(Slopes(), made, Cells(16, 1 if several == 1 else 2))
+    term = Objective(made, Position(), places)
     for step in range(3):
         pairs.clear()
         term(collate([views[step, 0], views[step, 1]]))

@@ -43,6 +43,10 @@ def test_a_card_tells_how_to_load_the_backbone():
         "from loftup import LoftUp, load_backbone\n\n"
         "backbone = load_backbone('resnet18', weights='w.safetensors', layer=3, img_size=64)  # weights: your file\n"
     ) in text
+    config.backbone = BackboneConfig("resnet18", views=4)
+    text = training_card(config, LoftUpConfig(32), {}, {})
+    assert "\nbackbone = load_backbone('resnet18', views=4)\n" in text
+    assert "views: 4\n" in text.split("```yaml\n")[1]
     assert "\nbackbone = load_backbone('dinov2_vits14')\n" in training_card(TrainConfig(), LoftUpConfig(32), {}, {})
 
 
