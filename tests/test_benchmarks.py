@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
 from material import ROOT
 from torch import Tensor
 
-from loftup import LoftUp
+from loftup import LoftUp, load_backbone
+from loftup.backbones.views import shifted
 
 FOLDER = ROOT / "benchmarks"
 if not FOLDER.is_dir():
@@ -20,6 +22,7 @@ sys.path.insert(0, str(FOLDER))
 import contenders
 import gpu_training
 import measure
+import views_shift
 from cases import Case
 
 CASE = Case(24, 21, 3, batch=2)
@@ -52,6 +55,43 @@ def test_a_head_is_applied_without_winograd_too() -> None:
     features, image = contenders.make_inputs(case, "cpu")
     with torch.inference_mode():
         assert contenders.contender("loftup:cpu_direct:bfloat16", up, case)(features, image).shape == (1, 5, 21, 21)
+
+
+def test_views_shifted_by_parts_of_pixels() -> None:
+    columns = torch.arange(24.0).expand(1, 3, 20, 24).clone()
+    for how in views_shift.SHIFTS:
+        whole = views_shift.move(columns, Fraction(-2), Fraction(3), how)
+        torch.testing.assert_close(whole, shifted(columns, -2, 3), atol=1e-4, rtol=0)
+        part = views_shift.move(columns, Fraction(0), Fraction(-7, 2), how)[0, 0, 9, 8:16]
+        away = {"floor": -0.5, "nearest": -0.5, "bilinear": 0.0, "bicubic": 0.0}[how]
+        torch.testing.assert_close(part, torch.arange(8.0, 16.0) - 3.5 + away, atol=1e-4, rtol=0)
+    rows = views_shift.move(columns.mT, Fraction(14, 3), Fraction(0), "nearest")[0, 0, 8:12, 9]
+    torch.testing.assert_close(rows, torch.arange(8.0, 12.0) + 5)
+    assert views_shift.exact_offsets(14, 2) == [Fraction(-7, 2), Fraction(7, 2)]
+
+
+def test_views_in_the_benchmark_are_the_backbones_own() -> None:
+    backbone = load_backbone("tiny")
+    image = torch.rand(1, 3, 70, 64)
+    for views in (4, 9):
+        expected = backbone.with_views(views)(backbone.normalise(image))
+        torch.testing.assert_close(views_shift.look_at(backbone, views, "floor")(image), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_benchmark_of_shifts_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    table = tmp_path / "shifts.csv"
+    words = ["--backbone", "tiny", "--dataset", "synthetic", "--size", "32", "32", "--most", "2", "-o", str(table)]
+    monkeypatch.setattr(sys, "argv", ["views_shift.py", *words])
+    views_shift.main()
+    lines = table.read_text().splitlines()
+    assert len(lines) == 1 + 5 * 2
+    assert lines[1].startswith("synthetic,tiny,None,16,1,,bilinear,1,")
+    assert lines[-1].startswith("synthetic,tiny,None,16,4,bicubic,loftup:any,1,")
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    table.write_text("\n".join(lines[:-1]) + "\n")
+    views_shift.main()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert table.read_text().splitlines() == lines
 
 
 def test_percentiles() -> None:
