@@ -48,7 +48,7 @@ def exact_offsets(stride: int, count: int) -> list[Fraction]:
 
 
 def move(image: Tensor, down: Fraction, right: Fraction, how: str) -> Tensor:
-    """What a window moved by parts of pixels shows of an image (B, 3, H, W), reflection outside."""
+    """Move a window over an image (B, 3, H, W) by parts of pixels, with reflection outside."""
     if how in ("floor", "nearest"):
         pixels = [math.floor(each) if how == "floor" else math.ceil(each - Fraction(1, 2)) for each in (down, right)]
         return shifted(image, pixels[0], pixels[1])

@@ -70,7 +70,7 @@ def check_grid(features: Tensor, image: Tensor, stride: int, name: str) -> None:
 
 
 def shifted(image: Tensor, down: int, right: int, border: int = 0) -> Tensor:
-    """What a window moved over an image shows, reflection outside.
+    """Move a window over an image, with reflection outside.
 
     Args:
         image: (B, C, H, W).
