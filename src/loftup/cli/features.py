@@ -136,7 +136,7 @@ def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
     settings = {**settings, "image_file": stamp(image)}
     try:
         with safe_open(target, framework="pt") as handle:
-            before = handle.metadata() or {}
+            before = {"views": "1", **(handle.metadata() or {})}  # files that say nothing of views are of one
     except SafetensorError as error:
         reason = f"exists but is no safetensors file ({error})"
         raise ValueError(f"{target} {reason}; remove it") from error
