@@ -311,6 +311,7 @@ def test_paths_are_shown_by_their_last_part(monkeypatch):
     assert module._without_folders("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
     assert module._without_folders("runs/one ./two ~/three") == "runs/one ./two ~/three"
     assert module._without_folders("bilinear") == "bilinear"
+    assert module._without_folders("anyup:/a/b/w.pth@/c/d/code,jafar:/e@f/w.pth@/g") == "anyup:w.pth@code,jafar:w.pth@g"
     monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
     assert module._commit() is None
     monkeypatch.setattr(

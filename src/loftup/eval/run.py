@@ -232,8 +232,9 @@ def _environment(device: str) -> dict[str, str]:
 
 
 def _without_folders(text: str) -> str:
-    """A text as others may see it: of absolute paths the last part."""
-    return re.sub(r"(?<![\w.~])(?:/[^\s,:=/]+)*/([^\s,:=/]+)/?", r"\1", text)
+    """A text as others may see it: of absolute paths the last part; two may be joined as in WEIGHTS@FOLDER."""
+    part = r"(?:[^\s,:=/@]|@(?!/))+"
+    return re.sub(rf"(?<![\w.~])(?:/{part})*/({part})/?", r"\1", text)
 
 
 def _commit() -> str | None:
