@@ -160,10 +160,11 @@ def _network(module: ModuleType, file: Path, project: Project, state: Weights) -
         )
     arguments = project.arguments(state)
     try:
-        return kind(**arguments)  # type: ignore[no-any-return]
+        network: nn.Module = kind(**arguments)
     except Exception as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise LoftUpError(f"cannot make {project.network}({given}) of {file}: {one_line(error)}") from error
+    return network
 
 
 def _fill(network: nn.Module, state: Weights, file: Path, name: str) -> None:
