@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
             arguments.output,
             arguments.overwrite,
             arguments.trust_remote_code,
+            getattr(arguments, "every", 1),
         )
         failed = comparison.run(arguments.upsampler, lambda text: print(text, file=sys.stderr, flush=True))
     print(f"wrote {arguments.output}" if comparison.rows else "nothing to write", file=sys.stderr)
