@@ -1,6 +1,6 @@
-"""One table of upsamplers on one backbone: segmentation of three sets, depth, normals, video and clicks.
+r"""One table of upsamplers on one backbone: segmentation of three sets, depth, normals, video and clicks.
 
-    python benchmarks/vit_table.py --data FOLDER -o FOLDER [--anyup WEIGHTS@CODE] [--jafar WEIGHTS@CODE] [--quick N] \\
+    python benchmarks/vit_table.py --data FOLDER -o FOLDER [--anyup WEIGHTS@CODE] [--jafar WEIGHTS@CODE] [--quick N] \
         --backbone dinov2_vits14 --backbone-weights FILE --layer 10
 
 Every part is a `loftup eval` command with a folder of its own below the output; all options that are not named here go

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..backbones import Backbone
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
     if not oracle:
         description |= {"layer": arguments.layer, **dict(arguments.option)}
         description |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
+        if arguments.backbone_weights:
+            description["weights"] = Path(arguments.backbone_weights).name
     with alone_in(arguments.output.expanduser(), ["pictures"]):
         comparison = Comparison(
             arguments.task,
