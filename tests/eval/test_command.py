@@ -56,7 +56,8 @@ def test_the_table_of_tasks_loads_nothing_heavy_and_names_what_is_there():
 
 def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
     folder = tmp_path / "out"
-    common = ["segmentation", "--dataset", camvid, "--backbone", "x", "--seeds", 2, *SMALL, "-o", folder]
+    backbone = ["--backbone", "x", "--backbone-weights", tmp_path / "tuned.safetensors"]
+    common = ["segmentation", "--dataset", camvid, *backbone, "--seeds", 2, *SMALL, "-o", folder]
     assert call(*common, "--upsampler", "bilinear,k3=large_input:3") == 0
     said = capsys.readouterr().err
     assert "bilinear: mIoU %" in said
@@ -69,6 +70,7 @@ def test_a_comparison_is_written_and_goes_on(camvid, colours, tmp_path, capsys):
     assert results["dataset"] == "camvid"
     assert {"loftup", "torch", "timm", "python", "device", "threads", "date"} <= set(results["environment"])
     assert str(tmp_path) not in (folder / "results.json").read_text()
+    assert results["backbone"] == {"name": "x", "layer": None, "weights": "tuned.safetensors"}
     table = (folder / "results.md").read_text()
     assert "### segmentation on camvid, x" in table
     assert "| bilinear |" in table
@@ -311,6 +313,7 @@ def test_paths_are_shown_by_their_last_part(monkeypatch):
     assert module._without_folders("lift=lift:/a/run,b=liif:/c/other/,nearest") == "lift=lift:run,b=liif:other,nearest"
     assert module._without_folders("runs/one ./two ~/three") == "runs/one ./two ~/three"
     assert module._without_folders("bilinear") == "bilinear"
+    assert module._without_folders("anyup:/a/b/w.pth@/c/d/code,jafar:/e@f/w.pth@/g") == "anyup:w.pth@code,jafar:w.pth@g"
     monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
     assert module._commit() is None
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ from loftup.eval.datasets.synthetic import FOCAL, render
 
 
 def test_names_and_specs():
-    assert names("video") == ["synthetic", "davis"]
+    assert names("video") == ["synthetic", "davis", "davis2016"]
     assert {"camvid", "cityscapes", "coco_stuff", "ade20k", "voc"} < set(names("segmentation"))
     for task in (name for name, entry in TASKS.items() if entry.data):
         assert len(open_dataset("synthetic", task).val)

@@ -135,8 +135,8 @@ def test_what_is_missing_is_named(hub, error, expected):
 
 
 def test_arguments(hub):
-    with pytest.raises(LoftUpError, match="'anyup' takes no argument, got anyup:x; write anyup"):
-        create("anyup:x", mean_colours())
+    with pytest.raises(LoftUpError, match="'naf' takes no argument, got naf:x; write naf"):
+        create("naf:x", mean_colours())
     with pytest.raises(LoftUpError, match="needs the name of an entry point of mwalmer-umd/UPLiFT; write for example"):
         create("uplift", mean_colours())
     assert not hub["asked"]

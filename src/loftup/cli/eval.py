@@ -20,10 +20,12 @@ def add_parser(commands: Any) -> None:
         if entry.data:
             known = "see loftup eval list; or synthetic"
             add("--dataset", required=True, type=word, metavar="NAME:PATH", help=known)
+            few = "take every Nth sample of both splits alone, for a first look"
+            add("--every", type=positive, default=1, metavar="N", help=few)
         add_backbone_options(task)
         named = "[LABEL=]NAME[:ARGUMENT], see loftup eval list"
         add("--upsampler", required=True, type=word, metavar="U[,U...]", help=named)
-        remote = "let upsamplers run code of other GitHub repositories, at the commits named in loftup"
+        remote = "let upsamplers run code that is not loftup's: of GitHub at commits named in loftup, or of a folder"
         add("--trust-remote-code", action="store_true", help=remote)
         add("--seeds", type=positive, metavar="N", help="how many times heads are trained (default: the task's)")
         protocol = "of the task's protocol, such as size, to which pictures of any size are scaled"

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..backbones import Backbone
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
         # One view goes without saying, as in the results of before.
         description |= {"views": arguments.views} if arguments.views > 1 else {}
         description |= {key: value for key in ("mean", "std") if (value := getattr(arguments, key))}
+        if arguments.backbone_weights:
+            description["weights"] = Path(arguments.backbone_weights).name
     with alone_in(arguments.output.expanduser(), ["pictures"]):
         comparison = Comparison(
             arguments.task,
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
             arguments.output,
             arguments.overwrite,
             arguments.trust_remote_code,
+            getattr(arguments, "every", 1),
         )
         failed = comparison.run(arguments.upsampler, lambda text: print(text, file=sys.stderr, flush=True))
     print(f"wrote {arguments.output}" if comparison.rows else "nothing to write", file=sys.stderr)

@@ -26,7 +26,8 @@ from ..train.config import checked
 from ..version import __version__
 from .catalogue import TASKS
 from .datasets import open_dataset
-from .datasets.base import Dataset
+from .datasets.base import Dataset, thinned
+from .features import remembering
 from .figure import figure
 from .table import markdown, read_file
 from .upsamplers import Upsampler, create
@@ -48,6 +49,7 @@ class Comparison:
         folder: for the results.
         overwrite: forget results of other settings that are there.
         trust_remote_code: let upsamplers run the code of other repositories.
+        every: take every Nth sample of both splits alone, for a first look.
 
     Raises:
         LoftUpError: the dataset is not there, a setting is unknown, of another kind or out of bounds, the folder holds
@@ -65,6 +67,7 @@ class Comparison:
         folder: Path,
         overwrite: bool = False,
         trust_remote_code: bool = False,
+        every: int = 1,
     ) -> None:
         self.task, self.folder, self.trust_remote_code = task, folder.expanduser(), trust_remote_code
         self.function, kind, self.metrics = TASKS[task].load()
@@ -83,8 +86,15 @@ class Comparison:
             "task": task,
             "dataset": None if dataset is None else dataset.partition(":")[0],
             "backbone": dict(description),
-            "config": dataclasses.asdict(self.config),
+            "config": {
+                name: _without_folders(value) if isinstance(value, str) else value
+                for name, value in dataclasses.asdict(self.config).items()
+            },
         }
+        if self.dataset is not None and every > 1:
+            self.dataset = thinned(self.dataset, every)
+            # Part of the name, so that tables tell it apart from the whole.
+            self.identity["dataset"] = f"{self.identity['dataset']}, 1 of {every}"
         self.rows: dict[str, dict[str, Any]] = {}
         if not overwrite:
             self._resume()
@@ -92,7 +102,14 @@ class Comparison:
         refuse_others((self.folder / PICTURES).glob("[0-9][0-9]_*.png"))
 
     def run(self, upsamplers: str, say: Callable[[str], None]) -> int:
-        """Compare upsamplers, ``"[LABEL=]NAME[:ARGUMENT],..."``; returns how many of them failed."""
+        """Compare upsamplers, ``"[LABEL=]NAME[:ARGUMENT],..."``; returns how many of them failed.
+
+        The backbone's features of pictures are computed for the first one and remembered, up to 512 MiB.
+        """
+        with remembering():
+            return self._run(upsamplers, say)
+
+    def _run(self, upsamplers: str, say: Callable[[str], None]) -> int:
         failed, specs = 0, _specs(upsamplers)
         if self.rows:
             self._write_views()  # a killed run may have left them out
@@ -232,8 +249,9 @@ def _environment(device: str) -> dict[str, str]:
 
 
 def _without_folders(text: str) -> str:
-    """A text as others may see it: of absolute paths the last part."""
-    return re.sub(r"(?<![\w.~])(?:/[^\s,:=/]+)*/([^\s,:=/]+)/?", r"\1", text)
+    """A text as others may see it: of absolute paths the last part; two may be joined as in WEIGHTS@FOLDER."""
+    part = r"(?:[^\s,:=/@]|@(?!/))+"
+    return re.sub(rf"(?<![\w.~])(?:/{part})*/({part})/?", r"\1", text)
 
 
 def _commit() -> str | None:

@@ -1,12 +1,21 @@
 """Datasets and their kinds of samples, which readers make and tasks take."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-__all__ = ["KINDS", "Dataset", "GeometrySample", "InteractiveSample", "Samples", "SegmentationSample", "VideoSequence"]
+__all__ = [
+    "KINDS",
+    "Dataset",
+    "GeometrySample",
+    "InteractiveSample",
+    "Samples",
+    "SegmentationSample",
+    "VideoSequence",
+    "thinned",
+]
 
 
 @dataclass(frozen=True)
@@ -125,3 +134,9 @@ class Dataset(Generic[T]):
         """Raise ValueError if the classes have no names."""
         if not self.classes:
             raise ValueError(f"{self.name} names no classes, expected one name for every label")
+
+
+def thinned(dataset: Dataset[T], every: int) -> Dataset[T]:
+    """Every Nth sample of both splits, beginning with the first."""
+    train, val = (Samples(range(0, len(split), every), split.__getitem__) for split in (dataset.train, dataset.val))
+    return replace(dataset, train=train, val=val)

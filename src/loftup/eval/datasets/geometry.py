@@ -11,10 +11,20 @@ from torch import Tensor
 
 from ...errors import LoftUpError
 from .base import Dataset, GeometrySample, Samples
-from .files import expect_file, list_files, read_image, read_map
+from .files import check_size, expect_file, list_files, read_image, read_map
+from .plane_fit import normals_by_plane_fit
 from .registry import register
+from .simple import has_simple_layout, named_files
 
 __all__ = ["navi", "normals_from_depth", "nyuv2"]
+
+# Of NYUv2's colour camera, in pixels of its frames of 640 x 480: focal lengths, principal point, and the part of a
+# frame (rows, columns) in which depth is judged (Eigen et al. 2014), without the white border.
+FOCAL = (518.8579, 519.4696)
+CENTRE = (325.5824, 253.7362)
+CROP = ((45, 471), (41, 601))
+WIDTH = 640
+RELIABLE = 4.0  # metres: beyond, the sensor's steps of depth are too coarse for normals
 
 
 def _depth(file: Path) -> Tensor:
@@ -29,7 +39,13 @@ def nyuv2(root: Path) -> Dataset[GeometrySample]:
 
     Depth is in millimetres, 16 bits, 0 where unknown. Normals are 8-bit RGB, 127.5 (n + 1), (0, 0, 0) or
     (128, 128, 128) where unknown, in camera coordinates with x right, y down and z forward.
+
+    In the simple layout (``images``, ``train.txt``, ``test.txt``) depth is ``depth_mm/NAME.png``, and normals follow
+    from it by plane fits, known up to 4 metres; pictures are cut to the part in which depth is judged.
     """
+    if has_simple_layout(root):
+        first, second = (named_files(root, name, "depth_mm") for name in ("train", "test"))
+        return Dataset("nyuv2", Samples(first, _cut_sample), Samples(second, _cut_sample))
     train, test = (list_files(root / name / "rgb", "*.*", "NYUv2 pictures") for name in ("train", "test"))
     return Dataset("nyuv2", Samples(train, _nyuv2_sample), Samples(test, _nyuv2_sample))
 
@@ -38,6 +54,21 @@ def _nyuv2_sample(picture: Path) -> GeometrySample:
     split, name = picture.parent.parent, f"{picture.stem}.png"
     colours = read_map(split / "normals" / name, "a normal map in three channels")
     return GeometrySample(picture.stem, read_image(picture), _depth(split / "depth" / name), _decode_normals(colours))
+
+
+def _cut_sample(files: tuple[Path, Path]) -> GeometrySample:
+    picture, file = files
+    image, depth = read_image(picture), _depth(file)
+    check_size(depth, file, image, picture)
+    scale = depth.shape[1] / WIDTH
+    # Half a pixel: coordinates scale from the picture's border, not from the centre of its first pixel.
+    focal = (scale * FOCAL[0], scale * FOCAL[1])
+    centre = (scale * (CENTRE[0] + 0.5) - 0.5, scale * (CENTRE[1] + 0.5) - 0.5)
+    normals = normals_by_plane_fit(depth, focal, centre, max(1, round(3 * scale)))
+    normals = normals.masked_fill(~(depth <= RELIABLE), float("nan"))
+    rows, columns = (slice(round(scale * first), round(scale * last)) for first, last in CROP)
+    cut = (each[..., rows, columns] for each in (image, depth, normals))
+    return GeometrySample(picture.stem, *cut)
 
 
 def _decode_normals(colours: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError, translate
-from .base import Dataset, InteractiveSample, Samples
+from .base import Dataset, InteractiveSample, Samples, SegmentationSample
 from .files import check_size, expect_file, list_files, read_image, read_lines, read_map
 from .registry import register
+from .segmentation import voc
+from .video import one_object_files
 
-__all__ = ["berkeley", "davis_objects", "grabcut", "sbd"]
+__all__ = ["berkeley", "davis2016_objects", "davis_objects", "grabcut", "sbd", "voc_objects"]
 
 
 Objects = Samples[InteractiveSample]
@@ -32,7 +34,14 @@ def _objects(entries: list[Entry], read_mask: Callable[[Path, int], Tensor]) -> 
 
 @register("grabcut", "objects")
 def grabcut(root: Path) -> Dataset[InteractiveSample]:
-    """GrabCut: ``images/*`` and ``masks/NAME.png`` or ``.bmp``: 0 not, 255 object, 128 void. No training split."""
+    """GrabCut: ``images/*`` and ``masks/NAME.png`` or ``.bmp``: 0 not, 255 object, 128 void. No training split.
+
+    Where there is ``labels/NAME.png`` instead, 0 is not, 1 is the object and 255 is void.
+    """
+    if (root / "labels").is_dir() and not (root / "masks").is_dir():
+        pictures = list_files(root / "images", "*.*", "pictures")
+        entries = [(picture, root / "labels" / f"{picture.stem}.png", 1) for picture in pictures]
+        return Dataset("grabcut", [], _objects(entries, _numbered))
     return Dataset("grabcut", [], _images_and_masks(root))
 
 
@@ -70,10 +79,52 @@ def davis_objects(root: Path) -> Dataset[InteractiveSample]:
             file = root / "Annotations" / "480p" / name / f"{frame.stem}.png"
             numbers = read_map(file, "a palette picture with object numbers").unique().tolist()
             entries += [(frame, file, number) for number in numbers if 0 < number < 255]
-    return Dataset("davis", [], _objects(entries, _davis_object))
+    return Dataset("davis", [], _objects(entries, _numbered))
 
 
-def _davis_object(file: Path, number: int) -> Tensor:
+@register("davis2016", "objects")
+def davis2016_objects(root: Path) -> Dataset[InteractiveSample]:
+    """The object of every tenth frame of DAVIS-2016, where it is seen. No training split."""
+    frames = [frame for files in one_object_files(root).values() for frame in files[::10]]
+    entries = [(picture, file, 1) for picture, file in frames if read_map(file).any()]
+    return Dataset("davis2016", [], _objects(entries, lambda file, number: (read_map(file) > 0).long()))
+
+
+@register("voc", "objects")
+def voc_objects(root: Path) -> Dataset[InteractiveSample]:
+    """The largest connected part of every class in every picture of PASCAL VOC 2012, from its semantic maps.
+
+    Other parts of the class, often further objects of it, are not judged, nor is what is void. Parts of less than a
+    hundredth of the picture are left out. For the layouts see :func:`loftup.eval.datasets.segmentation.voc`.
+    """
+    labels = voc(root)
+
+    def split(samples: Samples[SegmentationSample]) -> Objects:
+        entries = []
+        for pair in samples.entries:
+            values = read_map(pair[1])
+            least = 0.01 * values.numel()
+            sizes = values.flatten().bincount(minlength=255)[1:255]
+            for number in (1 + (sizes >= least).nonzero()[:, 0]).tolist():
+                if int((_largest_part(pair[1], number) == 1).sum()) >= least:
+                    entries.append((*pair, number))
+        return _objects(entries, _largest_part)
+
+    return Dataset("voc", split(labels.train), split(labels.val))  # type: ignore[arg-type]
+
+
+def _largest_part(file: Path, number: int) -> Tensor:
+    with translate(ImportError, 'objects of label maps need SciPy: pip install "loftup[eval]"'):
+        from scipy.ndimage import label
+    values = read_map(file)
+    parts = torch.from_numpy(label((values == number).numpy())[0]).long()
+    sizes = parts.flatten().bincount()
+    sizes[0] = 0
+    largest = parts == sizes.argmax()
+    return largest.long().masked_fill((values == 255) | ((values == number) & ~largest), -1)
+
+
+def _numbered(file: Path, number: int) -> Tensor:
     values = read_map(file, "a palette picture with object numbers")
     return (values == number).long().masked_fill(values == 255, -1)
 

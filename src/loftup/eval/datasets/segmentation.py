@@ -11,8 +11,9 @@ from ...errors import LoftUpError
 from .base import Dataset, Samples, SegmentationSample
 from .files import check_size, expect_folder, list_files, read_image, read_lines, read_map
 from .registry import register
+from .simple import has_simple_layout, named_classes, named_files
 
-__all__ = ["ade20k", "camvid", "cityscapes", "coco_stuff", "voc"]
+__all__ = ["ade20k", "camvid", "cityscapes", "coco_stuff", "nyuv2", "simple", "voc"]
 
 
 Pairs = Samples[SegmentationSample]
@@ -133,8 +134,12 @@ def ade20k(root: Path) -> Dataset[SegmentationSample]:
 def voc(root: Path) -> Dataset[SegmentationSample]:
     """PASCAL VOC 2012, 21 classes with the background: ``JPEGImages``, ``SegmentationClass``, ``ImageSets``.
 
-    The root may be ``VOC2012`` or the folder around ``VOCdevkit``. Value 255 is void.
+    The root may be ``VOC2012`` or the folder around ``VOCdevkit``, or a part of VOC in the simple layout (see
+    :func:`simple`). Value 255 is void.
     """
+    if has_simple_layout(root):
+        entry = _names()["voc"]
+        return _simple("voc", root, tuple(entry["classes"]), tuple(tuple(colour) for colour in entry["colours"]))
     inner = root / "VOCdevkit" / "VOC2012"
     root = inner if inner.is_dir() else root
 
@@ -144,3 +149,27 @@ def voc(root: Path) -> Dataset[SegmentationSample]:
         return _pairs(files, _below(21))
 
     return _dataset("voc", split("train"), split("val"))
+
+
+@register("nyuv2", "labels")
+def nyuv2(root: Path) -> Dataset[SegmentationSample]:
+    """NYUv2 in the simple layout (see :func:`simple`), 39 classes or as many as ``classes.json`` names."""
+    return _simple("nyuv2", root, named_classes(root))
+
+
+@register("simple", "labels")
+def simple(root: Path) -> Dataset[SegmentationSample]:
+    """Any dataset in the simple layout: ``images/NAME.jpg`` (or ``.png``) and ``labels/NAME.png``.
+
+    ``train.txt`` and ``test.txt`` name pictures, one a line; ``classes.json`` is a list of the names of the classes
+    0, 1, 2, ... Values beyond them are void.
+    """
+    return _simple(root.resolve().name, root, named_classes(root))
+
+
+def _simple(
+    name: str, root: Path, classes: tuple[str, ...], colours: tuple[tuple[int, int, int], ...] = ()
+) -> Dataset[SegmentationSample]:
+    decode = _below(len(classes))
+    train, test = (_pairs(named_files(root, split), decode) for split in ("train", "test"))
+    return Dataset(name, train, test, classes, colours)

@@ -13,7 +13,7 @@ from ...train.config.schema import Count, PositiveShare, Section, Sides, Whole
 from ..colour import picture
 from ..datasets.base import Dataset
 from ..datasets.prepare import fit
-from ..features import extract
+from ..features import recall
 from ..upsamplers.access import with_head
 from ..upsamplers.registry import Upsampler
 
@@ -81,7 +81,7 @@ class GridTask:
         height, width = self.config.size
         pairs = [fit(sample.image, self.truth(sample), size=(height, width)) for sample in samples]
         image, truth = (torch.stack(tensors).to(self.config.device) for tensors in zip(*pairs, strict=True))
-        return image, extract(self.backbone, image), F.interpolate(truth, self.config.grid, mode="nearest")
+        return image, recall(self.backbone, image), F.interpolate(truth, self.config.grid, mode="nearest")
 
     @property
     def native(self) -> bool:

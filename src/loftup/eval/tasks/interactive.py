@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
-from ...train.config.schema import Count, Positive
+from ...train.config.schema import Count, Positive, Whole
 from ..colour import overlay, picture
 from ..datasets import open_dataset
-from ..datasets.base import Dataset, InteractiveSample
+from ..datasets.base import Dataset, InteractiveSample, Samples
 from ..datasets.prepare import to_float
-from ..features import extract
-from ..result import Metric, Result
+from ..features import recall
+from ..progress import bar
+from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
 from .clicks import Click, click_maps, first_click, inside_click, next_click, similarity_maps
 from .davis_metrics import jaccard
 from .grid import GridConfig
 from .loops import minimise, seeded_head, walk
+from .similarity_head import SimilarityHead, ThresholdFit
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,10 +47,14 @@ class InteractiveConfig(GridConfig):
         output: share of ``size`` at which features are upsampled and masks made; they are judged in the picture's own.
         clicks: to judge after, 1 to 20. The first is the object's pixel farthest from its boundary; each further one is
             in the middle of the largest error.
+        head: "convolutions" trains :class:`ClickHead`; "similarity" selects what is like the clicked pixel
+            (:class:`~loftup.eval.tasks.similarity_head.SimilarityHead`), and learns its threshold alone, in one pass
+            over the training split for all seeds, which differ in the clicks.
         similarity: whether the click encoder sees how similar every pixel is to the clicked one.
         radius: of a click's disc, in pixels of the upsampled features.
         hidden: channels of the head.
         train: dataset to learn from, "NAME:PATH", for one without a training split; the paper's is "sbd:PATH".
+        objects: of the training split to learn from, evenly spread; 0 for all.
         epochs: passes over the training split.
         batch: objects a step.
         rate: learning rate of Adam.
@@ -58,10 +64,12 @@ class InteractiveConfig(GridConfig):
     """
 
     clicks: Count = 1
+    head: str = "convolutions"
     similarity: bool = True
     radius: Positive = 5.0
     hidden: Count = 64
     train: str = ""
+    objects: Whole = 0
     epochs: Count = 20
     batch: Count = 8
     rate: Positive = 5e-5
@@ -69,6 +77,8 @@ class InteractiveConfig(GridConfig):
     def __post_init__(self) -> None:
         if not 1 <= self.clicks <= MOST_CLICKS:
             raise ValueError(f"clicks must be 1 to {MOST_CLICKS}, got {self.clicks}")
+        if self.head not in ("convolutions", "similarity"):
+            raise ValueError(f"head must be 'convolutions' or 'similarity', got {self.head!r}")
         super().__post_init__()
         if min(self.seeds, self.epochs, self.batch, self.hidden) < 1:
             raise ValueError(f"seeds, epochs, batch and hidden must be 1 or more, got {self}")
@@ -165,7 +175,11 @@ def interactive(
         raise LoftUpError(
             f"{config.train or dataset.name} has no training split; give one that has as train, such as sbd:FOLDER"
         )
+    if config.objects:
+        samples = Samples(sorted(spread(len(samples), config.objects)), samples.__getitem__)
     selection = Selection(backbone, upsampler, config)
+    if config.head == "similarity":
+        return selection.judge(dataset.val, selection.fit(samples))
     return selection.judge(dataset.val, [selection.train(samples, seed) for seed in range(config.seeds)])
 
 
@@ -182,7 +196,7 @@ class Selection:
         image = torch.stack([_resized(to_float(sample.image), self.config.size) for sample in samples])
         image = image.to(self.config.device)
         with torch.no_grad():
-            return image, self.upsampler(extract(self.backbone, image), image, self.config.grid).float()
+            return image, self.upsampler(recall(self.backbone, image), image, self.config.grid).float()
 
     def train(self, samples: Sequence[InteractiveSample], seed: int) -> ClickHead:
         """A head trained on all samples."""
@@ -204,6 +218,17 @@ class Selection:
         minimise(loss, samples, optimizer, config, generator, f"train head {seed + 1}/{config.seeds}")
         return head.eval()
 
+    def fit(self, samples: Sequence[InteractiveSample]) -> list[SimilarityHead]:
+        """Heads of all seeds that only know a threshold."""
+        generators = [torch.Generator().manual_seed(seed) for seed in range(self.config.seeds)]
+        fits = [ThresholdFit() for _ in generators]
+        for sample in bar(samples, "fit thresholds", len(samples)):
+            _, features = self.load([sample])
+            for generator, fit in zip(generators, fits, strict=True):
+                mask, clicks = self.pose(sample, generator)
+                fit.add(similarity_maps(features[0], clicks)[0], mask)
+        return [SimilarityHead(fit.best()) for fit in fits]
+
     def pose(self, sample: InteractiveSample, generator: torch.Generator) -> tuple[Tensor, list[Click]]:
         """The mask of an object at the size of the features, and a click well inside it."""
         mask = sample.mask
@@ -224,7 +249,7 @@ class Selection:
             its_clicks += [click] if click else []
 
     @torch.no_grad()
-    def judge(self, samples: Sequence[InteractiveSample], heads: list[ClickHead]) -> Result:
+    def judge(self, samples: Sequence[InteractiveSample], heads: Sequence[nn.Module]) -> Result:
         """IoU of every head after each click, over all samples."""
         names = list(METRICS)[: self.config.clicks]
         metrics: dict[str, list[list[float]]] = {name: [[] for _ in heads] for name in names}
@@ -243,7 +268,7 @@ class Selection:
         return Result(means, {"samples": details}, pictures)
 
     def use(
-        self, head: ClickHead, features: Tensor, sample: InteractiveSample
+        self, head: nn.Module, features: Tensor, sample: InteractiveSample
     ) -> tuple[list[float], Tensor, list[Click]]:
         """IoU in percent after each click, the last mask (H, W) bool and all clicks, in pixels of the picture."""
         size = (sample.mask.shape[0], sample.mask.shape[1])

@@ -18,7 +18,7 @@ from ...train.run.probe import Confusion
 from ..colour import label_picture, palette, picture
 from ..datasets.base import Dataset, SegmentationSample
 from ..datasets.prepare import fit
-from ..features import extract
+from ..features import recall
 from ..result import Result
 from ..text import Clip, OpenClip, embed, templates
 from ..upsamplers.registry import Upsampler
@@ -107,7 +107,7 @@ def open_vocabulary(
     for sample, show in walk(dataset.val, "segment", config.pictures):
         image, labels = fit(sample.image, sample.labels, size=(config.size[0], config.size[1]))
         image = image[None].to(config.device)
-        low = extract(backbone, image)
+        low = recall(backbone, image)
         size = (low.shape[2] * config.factor, low.shape[3] * config.factor)
         values = clip.dense(image).float()
         mean = proxy_attention(upsampler(low, image, size), low, values, config.beta, config.gamma)

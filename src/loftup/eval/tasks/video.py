@@ -17,7 +17,7 @@ from ...train.config.schema import Count, Positive, Section, Whole
 from ..colour import overlay, palette, picture
 from ..datasets.base import Dataset, VideoSequence
 from ..datasets.prepare import to_float
-from ..features import extract
+from ..features import recall
 from ..progress import bar
 from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
@@ -146,7 +146,7 @@ def _features(backbone: Backbone, upsampler: Upsampler, frame: Tensor, config: V
     ]
     if size != list(image.shape[-2:]):
         image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-    features = extract(backbone, image)
+    features = recall(backbone, image)
     if not getattr(upsampler, "native", False):
         height, width = (max(1, round(side * config.feature_size / config.size)) for side in size)
         features = upsampler(features, image, (height, width)).float()

@@ -1,4 +1,7 @@
-"""Upsamplers of other projects, through their own torch.hub entry points; nothing is loaded before it is asked for."""
+"""Upsamplers of other projects, through their own torch.hub entry points or from local files.
+
+Nothing is loaded before it is asked for.
+"""
 
 from typing import Any, Literal
 
@@ -9,22 +12,23 @@ from torch import Tensor, nn
 from ...backbones import Backbone
 from ...backbones.vit import IMAGENET
 from ...errors import LoftUpError
+from .local import ANYUP, JAFAR, Project, load_local
 from .registry import Upsampler, register
 from .simple import no_argument
 
 __all__ = ["HubUpsampler"]
 
-Order = Literal["anyup", "naf", "featup", "uplift", "loftup"]
+Order = Literal["anyup", "naf", "jafar", "featup", "uplift", "loftup"]
 
 
 class HubUpsampler(nn.Module):
     """Another project's upsampler behind our call.
 
     Args:
-        network: as torch.hub gave it.
+        network: as torch.hub or its own code gave it.
         order: how it is called:
             "anyup": ``network(image, features, output_size=size)``;
-            "naf": ``network(image, features, size)``;
+            "naf", "jafar": ``network(image, features, size)``;
             "featup": ``network.upsampler(network.model[1](features), image)``, its channel norm and its stack, 16 times
             the grid, then bilinearly to the size;
             "uplift": ``network(image, features, size)``, after ``network.enable_iterative(4)``;
@@ -45,7 +49,7 @@ class HubUpsampler(nn.Module):
         network: Any = self.network
         if self.order == "anyup":
             dense = network(image, features, output_size=size)
-        elif self.order in ("naf", "uplift"):
+        elif self.order in ("naf", "jafar", "uplift"):
             dense = network(image, features, size)
         elif self.order == "featup":
             dense = network.upsampler(network.model[1](features), image)
@@ -82,11 +86,19 @@ def _load(repository: str, entry: str, **options: Any) -> Any:
         ) from error
 
 
-def _register(name: str, repository: str, order: Order, example: str = "", **options: Any) -> None:
-    """Add an upsampler of torch.hub; with an example, the argument is the entry point, without, the name is."""
+def _register(
+    name: str, repository: str, order: Order, example: str = "", local: Project | None = None, **options: Any
+) -> None:
+    """Add an upsampler of torch.hub; with an example, the argument is the entry point, without, the name is.
 
-    @register(name, remote=f"github.com/{repository} at {COMMITS[repository][:10]}")
+    One that is also ``local`` takes WEIGHTS@FOLDER as its argument, and goes to torch.hub without.
+    """
+    pinned = f"github.com/{repository} at {COMMITS[repository][:10]}"
+
+    @register(name, remote=f"{pinned}, or of the folder that you name" if local else pinned)
     def factory(backbone: Backbone, argument: str) -> Upsampler:
+        if local and argument:
+            return HubUpsampler(load_local(name, argument, local, backbone.channels), order)
         if example and not argument:
             raise LoftUpError(
                 f"the upsampler {name!r} needs the name of an entry point of {repository}; write for example "
@@ -99,9 +111,14 @@ def _register(name: str, repository: str, order: Order, example: str = "", **opt
         return HubUpsampler(network, order)
 
 
-_register("anyup", "wimmerth/anyup", "anyup")
+_register("anyup", "wimmerth/anyup", "anyup", local=ANYUP)
 _register("anyup_multi_backbone", "wimmerth/anyup", "anyup")
 _register("naf", "valeoai/NAF", "naf")
 _register("featup", "mhamilton723/FeatUp", "featup", "dinov2")
 _register("uplift", "mwalmer-umd/UPLiFT", "uplift", "uplift_dinov2_s14", include_extractor=False)
 _register("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")
+
+
+@register("jafar", remote="the folder that you name (github.com/PaulCouairon/JAFAR)")
+def _jafar(backbone: Backbone, argument: str) -> Upsampler:
+    return HubUpsampler(load_local("jafar", argument, JAFAR, backbone.channels), "jafar")
