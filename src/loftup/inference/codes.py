@@ -155,8 +155,8 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
     pixel = _coarse_pixel(net, image.dtype)
     tall, wide = height, width
     while min(height, tall + 2 * halo) * min(width, wide + 2 * halo) * pixel > budget:
-        # Whole rows if not most of the work is then the halo's. Even, as the halo is, so that a tile begins where a pixel
-        # at a quarter of the resolution does.
+        # Whole rows if not most of the work is then the halo's. Even, as the halo is, so that a tile begins where a
+        # pixel at a quarter of the resolution does.
         if tall > 4 * halo or wide <= min(tall, 4 * halo):
             tall = -(-tall // 4) * 2
         else:

@@ -314,7 +314,8 @@ class UniversalNetwork(nn.Module):
             part = slice(head * depth, (head + 1) * depth)
             bell = sharpness[..., head, None, None, None, None]
             constant = constants[..., head] + (bell * near_down + fade_down) + (bell * near_across + fade_across)
-            return constant.reshape(*keys.shape[:2], p * q).baddbmm_(keys[..., part], pixels[:, part], alpha=2)
+            total: Tensor = constant.reshape(*keys.shape[:2], p * q)
+            return total.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
 
         first = scores(0).softmax(1)
         agreement = (directions @ directions.mT) @ first
