@@ -72,11 +72,12 @@ class Objective(nn.Module):
         self.config = config
         self.caches = open_caches(config, self.backbones)
         self.finer: list[Backbone] = []  # the same backbones, looking at shifted views
+        self.finer_caches: list[FeatureCache] = []
         if config.objective.shifted.weight:
             self.finer = [each.with_views(config.objective.shifted.views) for each in self.backbones]
             # In a list it stays out of the state dict: its weights never change.
             self._upsamplers: list[Teacher] = [make_teacher(config.objective.shifted, up.device)]
-        self.finer_caches = open_caches(config, self.finer)
+            self.finer_caches = open_caches(config, self.finer)
         self.up = up
         up.requires_grad_(True).channelnorm.requires_grad_(False)
         self.teacher: LoftUp | None = None
