@@ -36,11 +36,25 @@ def output_size(size: Size, image: Tensor) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def resize_guidance(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring the image to the output size as the paper does: bilinear, align_corners=False, no antialias, float32."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return F.interpolate(image.float(), size, mode="bilinear", align_corners=False)
+def resize_guidance(image: Tensor, size: tuple[int, int], oversampling: int = 1) -> Tensor:
+    """Bring the image to the output size as the paper does: bilinear, align_corners=False, no antialias, float32.
+
+    Args:
+        image: (B, 3, H, W).
+        size: (H', W') of the output.
+        oversampling: greatest k of a guidance with k x k pixels for one of the output, where the image has as many.
+
+    Returns:
+        (B, 3, H', W'), or (B, 3 k^2, H', W') with an output pixel's k x k in its channels, as ``F.pixel_unshuffle``
+        puts them.
+    """
+    factor = 1
+    if oversampling > 1:
+        factor = max(1, min(oversampling, image.shape[-2] // size[0], image.shape[-1] // size[1]))
+    finer = factor * size[0], factor * size[1]
+    if tuple(image.shape[-2:]) != finer:
+        image = F.interpolate(image.float(), finer, mode="bilinear", align_corners=False)
+    return F.pixel_unshuffle(image, factor) if factor > 1 else image
 
 
 def check_inputs(

@@ -135,7 +135,7 @@ class LoftUp(nn.Module):
         for name, value in (("out", out), ("memory", memory), ("backend", backend)):
             if value is not None:
                 raise ValueError(f"{name}= is for inference, but {reason}")
-        guidance, normalised = resize_guidance(image, size), self._normalise(features)
+        guidance, normalised = resize_guidance(image, size, self.config.oversampling), self._normalise(features)
         dense = self.upsampler(normalised, guidance, checkpointing=self.activation_checkpointing).to(features.dtype)
         return dense if head is None else apply_head(head, dense)
 

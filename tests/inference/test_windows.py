@@ -47,6 +47,26 @@ def test_the_streamed_result_equals_the_whole_one(grid, size, memory, fields):
     assert (made - whole(up, features, image)).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize(
+    ("shape", "factor"), [((66, 92), 2), ((70, 95), 2), ((99, 138), 3), ((400, 92), 2), ((60, 92), 1)]
+)
+def test_codes_of_a_larger_image_are_averaged(shape, factor, monkeypatch):
+    up = universal(oversampling=3, **FARSIGHTED)
+    features, image = torch.randn(1, 24, 5, 7), torch.rand(1, 3, *shape)
+    guidance = resize_guidance(image, (33, 46), 3)
+    assert guidance.shape == (1, 3 * factor**2, 33, 46)
+    points = torch.tensor([[[0.0, 0.0], [45.0, 32.0], [17.3, 20.6]]])
+    with torch.inference_mode():
+        expected = up.upsampler(features, guidance)
+        for cache in (2**24, 1):
+            monkeypatch.setattr(universal_streaming, "IN_CACHE", cache)
+            assert (up(features, image, size=(33, 46)) - expected).abs().max() <= 2e-5
+            made = up.at(features, image, points, size=(33, 46))
+            assert (made[0, :2] - expected[0, :, [0, 32], [0, 45]].T).abs().max() <= 2e-5
+    whole = up.train()(features, image, size=(33, 46))
+    assert (whole - expected).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize("radius", [1, 3])
 def test_other_settings(radius):
     up = universal(radius=radius, heads=3, code_width=5, encoder_width=12)

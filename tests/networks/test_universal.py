@@ -155,6 +155,19 @@ def test_gradients_reach_features_image_and_parameters(module, fields):
         assert {"upsampler.local.0.weight", "upsampler.encoder.quarter_blocks.4.0.weight"} <= set(used)
 
 
+def test_linear_codes_of_a_larger_image_are_those_of_its_mean():
+    up = universal(oversampling=2)
+    with torch.no_grad():
+        for layer in (up.upsampler.encoder.fine_out, up.upsampler.encoder.coarse_out):
+            layer.weight.zero_()
+    features, image = torch.randn(1, 24, 5, 7), torch.rand(1, 3, 66, 92)
+    image[..., :2, :2], image[..., -2:, -2:] = 0, 1  # the same extremes in both
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            up(features, image, size=(33, 46)), up(features, F.avg_pool2d(image, 2)), atol=1e-5, rtol=1e-5
+        )
+
+
 def test_the_parts_that_see_farther_begin_as_nothing():
     torch.manual_seed(3)
     plain, farsighted = LoftUp(UniversalConfig()).eval(), LoftUp(UniversalConfig(**FARSIGHTED)).eval()
@@ -259,7 +272,7 @@ def test_an_empty_batch_minds_its_target():
 
 def test_the_config_survives_its_dictionary():
     config = UniversalConfig(
-        heads=3, radius=1, code_width=4, encoder_width=16, quarter_width=8, local=True, backbone="mine"
+        heads=3, radius=1, code_width=4, encoder_width=16, quarter_width=8, local=True, oversampling=2, backbone="mine"
     )
     assert read_config(config.to_dict()) == config
     assert read_config({"values": "features"}) == UniversalConfig()

@@ -88,9 +88,15 @@ class Codes:
     net: UniversalNetwork  # makes them
     image: Tensor  # (1, 3, H, W) scaled
     coarse: Tensor  # (1, D, ceil(H / 2), ceil(W / 2))
+    factor: int = 1  # pixels of the image along a side whose codes an output pixel averages
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """The codes of a rectangle of pixels, (rows, columns, D)."""
+        """The codes of a rectangle of output pixels, (rows, columns, D)."""
+        k = self.factor
+        codes = self._read(k * top, k * bottom, k * left, k * right)
+        return codes if k == 1 else codes.unflatten(1, (-1, k)).unflatten(0, (-1, k)).mean((1, 3))
+
+    def _read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         north, south, west, east = max(0, top - 1), bottom + 1, max(0, left - 1), right + 1
         fine = self.net.encoder.fine_codes(channels_last(self.image[..., north:south, west:east]))
         fine = fine[..., top - north : bottom - north, left - west : right - west]
@@ -107,7 +113,12 @@ class Codes:
         return (fine + coarse)[0].permute(1, 2, 0)
 
     def at(self, y: Tensor, x: Tensor) -> Tensor:
-        """The codes of pixels, rows ``y`` and columns ``x``, (n,) int64: (n, D)."""
+        """The codes of output pixels, rows ``y`` and columns ``x``, (n,) int64: (n, D)."""
+        k = self.factor
+        parts = [self._at(k * y + down, k * x + right) for down in range(k) for right in range(k)]
+        return parts[0] if k == 1 else torch.stack(parts).mean(0)
+
+    def _at(self, y: Tensor, x: Tensor) -> Tensor:
         near = torch.arange(-1, 2, device=y.device)
 
         def patches(source: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -146,8 +157,11 @@ def least_tile(net: UniversalNetwork, size: tuple[int, int], dtype: torch.dtype)
     return height * width * _coarse_pixel(net, dtype)
 
 
-def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
-    """Make the coarse codes of a scaled image (1, 3, H, W) in tiles, within a budget of :func:`least_tile` or more."""
+def encode(net: UniversalNetwork, image: Tensor, budget: int, factor: int = 1) -> Codes:
+    """Make the coarse codes of a scaled image (1, 3, H, W) in tiles, within a budget of :func:`least_tile` or more.
+
+    ``factor`` pixels along a side belong to one of the output.
+    """
     height, width = (-(-n // 2) for n in image.shape[-2:])
     encoder = net.encoder
     assert encoder.halo is not None
@@ -174,4 +188,4 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
             codes = encoder.coarse(channels_last(image[..., 2 * north : 2 * south, 2 * west : 2 * east]))
             target = coarse[..., top : top + tall, left : left + wide]
             target.copy_(codes[..., top - north :, left - west :][..., : target.shape[2], : target.shape[3]])
-    return Codes(net, image, coarse)
+    return Codes(net, image, coarse, factor)

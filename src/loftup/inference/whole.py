@@ -1,5 +1,7 @@
 """A network called on whole images: for networks with parts that may see further than a stream can tell."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ class Whole:
     """One call of the network for each image, under the caller's autocast; memory grows with the image."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network
+        self.network: Any = network
 
     def upsample(self, features: Tensor, image: Tensor, canvas: Canvas, memory: int | None) -> None:
         """See :meth:`loftup.inference.bands.Bands.upsample`; a ``memory`` is refused, for it cannot be kept to."""
@@ -36,4 +38,5 @@ class Whole:
 
     def _dense(self, features: Tensor, image: Tensor, index: int, size: tuple[int, int]) -> Tensor:
         one = slice(index, index + 1)
-        return self.network(features[one], resize_guidance(image[one], size))[0]  # type: ignore[no-any-return]
+        guidance = resize_guidance(image[one], size, self.network.config.oversampling)
+        return self.network(features[one], guidance)[0]  # type: ignore[no-any-return]

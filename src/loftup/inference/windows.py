@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..inputs import resize_guidance
 from ..networks.layers import Box
-from ..networks.universal import Settings, UniversalNetwork, make_axis
+from ..networks.universal import Settings, UniversalNetwork, finer_image, make_axis
 from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
 from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
 
@@ -84,7 +84,7 @@ class Job:
     Args:
         net: the network, in the dtype to compute in.
         features: (1, C, h, w).
-        guidance: (1, 3, H, W) at output size.
+        guidance: (1, 3, H, W) at output size, or (1, 3 k^2, H, W), see :func:`loftup.inputs.resize_guidance`.
         values: (1, E, h, w), what is averaged: the features, or a linear head's values for them.
         memory: budget in bytes, or None.
         keep: whether codes may be kept for :meth:`pieces`.
@@ -108,27 +108,29 @@ class Job:
         self.limit = limit // 2
         if features.device.type == "cpu":
             self.limit = min(self.limit, IN_CACHE)
+        image, factor = finer_image(guidance)
         height, width = guidance.shape[-2:]
         (h, w), side = features.shape[-2:], 2 * net.radius + 1
         axes = make_axis(height, h, features.device), make_axis(width, w, features.device)
         self.axes = axes
         window, item = side**2, features.new_empty(0, dtype=dtype).element_size()
         depth, channels = (1 + net.heads) * net.depth, features.shape[1]
+        tile = least_tile(net, (factor * height, factor * width), dtype)
         longest = LONGEST
         while True:
             down, across = (cut_blocks(axis, longest, dtype) for axis in axes)
             pixels = down.pixels.shape[1] * across.pixels.shape[1]
             tables = window * (channels + values.shape[1] + depth + window)
             self.attention_bytes = item * (pixels * ((net.heads + 4) * window + depth + values.shape[1]) + tables)
-            self.code_bytes = item * pixels * (4 * depth + net.config.encoder_width)
-            needed = max(2 * self.attention_bytes, 2 * self.code_bytes, least_tile(net, (height, width), dtype))
+            self.code_bytes = item * pixels * factor**2 * (4 * depth + net.config.encoder_width)
+            needed = max(2 * self.attention_bytes, 2 * self.code_bytes, tile)
             if needed <= limit:
                 break
             if longest <= SHORTEST:
                 raise too_small(memory, limit, "piece of this network's work, a few pixels a side", needed)
             longest //= 2
         self.points_at_once = max(1, self.limit // (item * (tables + pixels)))
-        self.codes = encode(net, channels_last(net.scale(guidance).to(dtype)), limit)
+        self.codes = encode(net, channels_last(net.scale(image).to(dtype)), limit, factor)
         self.down, self.across = down.with_pixels(), across.with_pixels()
         no_empty = self.down is down and self.across is across
         total = item * depth * pixels * len(down) * len(across)
@@ -222,7 +224,13 @@ class Windows:
             cells = features[single]
             averaged = cells if values is canvas.features else values[single]
             with self.arithmetic():
-                job = Job(self.network, cells, resize_guidance(image[single], canvas.size), averaged, memory)
+                job = Job(
+                    self.network,
+                    cells,
+                    resize_guidance(image[single], canvas.size, self.network.config.oversampling),
+                    averaged,
+                    memory,
+                )
                 pieces = job.pieces()
             while True:
                 with self.arithmetic():
@@ -237,7 +245,8 @@ class Windows:
         with self.arithmetic():
             for index in range(len(image)):
                 single = slice(index, index + 1)
-                guidance, values = resize_guidance(image[single], size), features[single]
+                guidance = resize_guidance(image[single], size, self.network.config.oversampling)
+                values = features[single]
                 job = Job(self.network, values, guidance, values, None, keep=False)
                 at = job.at
                 out[index] = sample(points[index], size, job.points_at_once, lambda p, at=at: at(p // width, p % width))  # type: ignore[misc]

@@ -38,6 +38,8 @@ class LoftUpConfig:
     channel_norm: Literal["layer", "identity"] = "layer"
     backbone: str = ""
 
+    oversampling: ClassVar[int] = 1  # the image is looked at at output size
+
     def __post_init__(self) -> None:
         for name, choices in (("position_code", ("sine", "learnable")), ("channel_norm", ("layer", "identity"))):
             if getattr(self, name) not in choices:
@@ -85,6 +87,8 @@ class UniversalConfig:
         encoder_width: width of the network that makes these codes, at least 2.
         quarter_width: width of this network's part at a quarter of the resolution, which sees farther; 0 for none.
         local: whether a cell's likeness to the cells around it says how far and how surely its pixels look.
+        oversampling: greatest number of guidance pixels, along a side, whose codes an output pixel averages where the
+            image is larger than the output; 1 looks at the image at output size.
         backbone: name of a backbone that the weights were trained for alone, for messages; empty for all.
 
     Raises:
@@ -97,12 +101,13 @@ class UniversalConfig:
     encoder_width: int = 32
     quarter_width: int = 0
     local: bool = False
+    oversampling: int = 1
     backbone: str = ""
 
     channels: ClassVar[None] = None  # any number
 
     def __post_init__(self) -> None:
-        _check_counts(self, "heads", "radius", "code_width", "encoder_width")
+        _check_counts(self, "heads", "radius", "code_width", "encoder_width", "oversampling")
         _check_backbone(self)
         if self.radius > 64:
             raise ValueError(f"UniversalConfig.radius must be at most 64, got {self.radius}")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .config import UniversalConfig
 from .layers import Box, MinMaxScale, reach, run
 
-__all__ = ["CellAxis", "Prepared", "UniversalNetwork", "make_axis"]
+__all__ = ["CellAxis", "Prepared", "UniversalNetwork", "finer_image", "make_axis"]
 
 FAR = -1e9  # the score of a cell outside the grid
 SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
@@ -357,7 +357,8 @@ class UniversalNetwork(nn.Module):
 
         Args:
             features: (B, C, h, w), any float dtype.
-            guidance: (B, 3, H, W), the image at output size.
+            guidance: (B, 3, H, W), the image at output size; or (B, 3 k^2, H, W), with k x k of its pixels for each of
+                the output, as :func:`loftup.inputs.resize_guidance` gives it.
             box: (top, left, bottom, right) of the output pixels wanted; None means all.
             values: (B, E, h, w), what to average in place of the features, with the weights that these give.
             checkpointing: compute the activations again in the backward pass, to save memory before it.
@@ -391,7 +392,10 @@ class UniversalNetwork(nn.Module):
         h, w = features.shape[-2:]
         top, left, bottom, right = box or (0, 0, height, width)
         rows, columns = make_axis(height, h, features.device), make_axis(width, w, features.device)
-        codes = run(checkpointing, self.encoder, self.scale(guidance).to(self.dtype))
+        image, factor = finer_image(guidance)
+        codes = run(checkpointing, self.encoder, self.scale(image).to(self.dtype))
+        if factor > 1:
+            codes = F.avg_pool2d(codes, factor)
         prepared = self.assemble(features, *self.pool(codes, rows, columns))
         if values is not None:
             r = self.radius
@@ -449,6 +453,12 @@ def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     ]
     means = [x.mean(1) for x in pairs if x.shape[1]]
     return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))
+
+
+def finer_image(guidance: Tensor) -> tuple[Tensor, int]:
+    """Undo ``F.pixel_unshuffle``: (B, 3 k^2, H, W) to (B, 3, k H, k W), and k."""
+    factor = math.isqrt(guidance.shape[1] // 3)
+    return (F.pixel_shuffle(guidance, factor) if factor > 1 else guidance), factor
 
 
 def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:

@@ -370,3 +370,17 @@ class TestCollate:
         assert moved.features[0] is None
         assert (moved.step, moved.names, moved.window) == (batch.step, batch.names, batch.window)
         assert batch.image.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "oversampling", "factor"), [(1.0, 4, 1), (0.5, 1, 1), (0.5, 2, 2), (0.25, 2, 2), (0.25, 4, 4)]
+)
+def test_guidance_holds_the_pictures_own_pixels(ratio, oversampling, factor):
+    """As many of them for an output pixel as the network looks at."""
+    settings = {"model__oversampling": oversampling, "model__architecture": "any"}
+    made = configured(TrainConfig(batch=1), data__sizes=[32], data__ratios=[ratio], **settings)
+    sample = TrainingViews(Ramps(), made, 4)[0, 0]
+    side = round(32 * ratio)
+    assert sample.guidance.shape == (3 * factor**2, side, side)
+    if side * factor == 32:
+        assert torch.equal(torch.nn.functional.pixel_shuffle(sample.guidance, factor), sample.image)

@@ -161,6 +161,11 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"objective.shifted.views={shifted.views} is no finer than the views of {', '.join(coarser)}; give more "
             "views to the target, fewer to the backbone, or set objective.shifted.weight=0"
         )
+    if model.oversampling > 1 and not model.universal:
+        yield (
+            f"model.oversampling={model.oversampling} with {architecture}, which looks at images at output size; set "
+            "model.architecture=any, or model.oversampling=1"
+        )
     if model.channel_dropout and not model.universal:
         yield (
             f"model.channel_dropout={model.channel_dropout:g} with {architecture}, a network for one number of "

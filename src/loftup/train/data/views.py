@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -39,7 +40,8 @@ class Batch:
     step: int  # of the optimizer
     names: list[str]  # of the pictures
     image: Tensor  # (B, 3, S, S) float32 in [0, 1], the student's
-    guidance: Tensor  # (B, 3, O, O) float32 in [0, 1], the same view at the output's size
+    # (B, 3, O, O) float32 in [0, 1], the same view at the output's size; or (B, 3 k^2, O, O), see resize_guidance
+    guidance: Tensor
     masks: list[Tensor]  # B tensors (M, O, O) bool; M is 0 where the objective takes no masks
     backbone: int = 0  # number of the one that is to see them, of several
     window: Box | None = None  # output pixels that the loss sees; None means all
@@ -143,7 +145,10 @@ class TrainingViews(Dataset[Sample]):
 
         whole, size, output = (0, 0, plan.output, plan.output), plan.size, plan.output
         image = cut.image(whole, output, size)
-        guidance = image if output == size else cut.image(whole, output, output)
+        # As loftup.inputs.resize_guidance does, but cut out of the picture itself.
+        finer = max(1, min(self.config.model.oversampling, size // output))
+        guidance = image if output * finer == size else cut.image(whole, output, output * finer)
+        guidance = F.pixel_unshuffle(guidance, finer) if finer > 1 else guidance
         masks = torch.zeros(0, output, output, dtype=torch.bool)
         limits = [term.masks for term in (objective.mask_bicubic, objective.segments) if term.weight]
         if limits:

@@ -93,6 +93,7 @@ def _universal(model: ModelConfig) -> UniversalConfig:
         model.encoder_width,
         quarter_width=model.quarter_width,
         local=model.local,
+        oversampling=model.oversampling,
     )
 
 
