@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -93,15 +93,52 @@ def _size(text: str) -> tuple[int, int]:
 class Distillation(nn.Module):
     """The student and one linear layer for every layer of the teacher, which expects standardised features."""
 
-    def __init__(self, channels: list[int], start: str | None = None) -> None:
+    def __init__(self, channels: list[int], start: str | None = None, trunk: str | None = None) -> None:
         super().__init__()
         tiny = load_backbone("tiny", weights=start or False)
-        self.student: Any = tiny.model.train()
+        self.student: Any = tiny.model
         self.heads = nn.ModuleList(nn.Linear(tiny.channels, c) for c in channels)
+        if trunk is not None:
+            convolutions = self.student.patch_embed.backbone
+            missing, _ = convolutions.load_state_dict(load_file(trunk), strict=False)
+            if missing:
+                raise SystemExit(f"{trunk} lacks {', '.join(missing[:5])}; give weights of timm's mobilenetv2_100")
+
+    def train(self, mode: bool = True) -> "Distillation":
+        """Set the mode; batch norms keep their statistics, which the small batches of a CPU would spoil."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
         tokens = self.student.forward_features((image - 0.5) / 0.5)
         return [head(tokens) for head in self.heads]
+
+
+def groups(network: Distillation) -> list[dict[str, Any]]:
+    """The optimizer's parameters: the pretrained convolutions learn at a third of the rate."""
+    convolutions = list(network.student.patch_embed.backbone.parameters())
+    known = set(map(id, convolutions))
+    others = [parameter for parameter in network.parameters() if id(parameter) not in known]
+    return [{"params": others, "share": 1.0}, {"params": convolutions, "share": 0.3}]
+
+
+def at_stride(image: Tensor, patch: int) -> Tensor:
+    """The image at the size at which a teacher of another patch gives the student's grid."""
+    if patch == PATCH:
+        return image
+    size = [side // PATCH * patch for side in image.shape[-2:]]
+    return F.interpolate(image, size, mode="bilinear", antialias=True)
+
+
+def pictures(sources: Sequence[Path]) -> list[Path]:
+    """The .jpg files of folders, and those that text files list, one a line."""
+    files: list[Path] = []
+    for source in sources:
+        files += sorted(source.rglob("*.jpg")) if source.is_dir() else map(Path, source.read_text().split("\n"))
+    return [file for file in files if file.name]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,11 +156,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="crops of 224x224 a step; fewer of larger ones")
     parser.add_argument("--sizes", nargs="+", type=_size, default=[(224, 224)], metavar="N|HxW", help="of the crops")
     parser.add_argument("--start", metavar="FILE", help="weights of the student to begin with; default: random")
+    parser.add_argument("--teacher-bfloat16", action="store_true", help="faster where the processor has it")
+    parser.add_argument("--trunk", metavar="FILE", help="ImageNet weights of mobilenetv2_100 for the convolutions to begin with")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
 
-    files = sorted(file for folder in arguments.folders for file in folder.rglob("*.jpg"))
+    files = pictures(arguments.folders)
     if not files:
         raise SystemExit(f"no .jpg file in {', '.join(map(str, arguments.folders))}; give folders of pictures")
     torch.manual_seed(0)
@@ -138,11 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for n in arguments.layers
     ]
-    network = Distillation([teacher.channels for teacher in teachers], arguments.start)
+    network = Distillation([teacher.channels for teacher in teachers], arguments.start, arguments.trunk)
+    network.train()
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.rate, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups(network), lr=arguments.rate, weight_decay=0.05, betas=(0.9, 0.98))
     # They standardise by the means and variances of the step at hand.
     scales = [nn.BatchNorm1d(t.channels, affine=False, momentum=None) for t in teachers]
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -179,11 +219,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         rate = arguments.rate * min(1.0, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)) + 0.01)
         network.student.requires_grad_(arguments.start is None or step >= HEADS_ALONE)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         with torch.no_grad():
             targets = []
             for teacher, scale in zip(teachers, scales, strict=True):
-                features = teacher(teacher.normalise(image))
+                with torch.autocast("cpu", torch.bfloat16, enabled=arguments.teacher_bfloat16):
+                    features = teacher(teacher.normalise(at_stride(image, teacher.patch_size))).float()
                 size, grid, expected = (
                     "x".join(map(str, sides))
                     for sides in (image.shape[-2:], features.shape[-2:], (side // PATCH for side in image.shape[-2:]))

@@ -12,7 +12,7 @@ __all__ = [
     "IN_PACKAGE",
     "PUBLISHED",
     "TINY",
-    "TINY_BACKBONE",
+    "TINY_BACKBONES",
     "Checkpoint",
     "find_checkpoint",
     "fitting",
@@ -23,7 +23,7 @@ __all__ = [
 ANY = "any"  # the universal upsampler, for every backbone
 TINY = "tiny"  # the backbone in the package, and the LoftUp for it
 FOLDER = Path(__file__).parent.parent / "bundled"
-TINY_BACKBONE = FOLDER / "tiny_backbone"
+TINY_BACKBONES = {TINY: FOLDER / "tiny_backbone", "tiny_v1": FOLDER / "tiny_v1_backbone"}  # by loftup's names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
