@@ -30,6 +30,9 @@ def randomised(config: LoftUpConfig) -> LoftUp:
     return up
 
 
+FARSIGHTED = {"quarter_width": 12, "local": True}  # settings that make all parts of the universal network
+
+
 def universal(seed: int = 0, **fields: int) -> LoftUp:
     """A module with ``values="features"`` whose parameters are all away from their first values."""
     torch.manual_seed(seed)

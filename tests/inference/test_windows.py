@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from material import inputs, universal
+from material import FARSIGHTED, inputs, universal
 from torch import nn
 
 from loftup.inference import windows as universal_streaming
-from loftup.inference.codes import cut_blocks, encode, rectangles
+from loftup.inference.codes import cut_blocks, encode, least_tile, rectangles
 from loftup.inputs import resize_guidance
 from loftup.networks.universal import make_axis
 
@@ -36,13 +36,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
 @pytest.mark.parametrize("memory", [None, 2 * MIB])
 @pytest.mark.parametrize(("grid", "size"), CASES)
-def test_the_streamed_result_equals_the_whole_one(grid, size, memory):
-    up = universal()
+def test_the_streamed_result_equals_the_whole_one(grid, size, memory, fields):
+    up = universal(**fields)
     features, image = inputs(batch=2, grid=grid, size=size)
     with torch.inference_mode():
-        made = up(features, image, memory=memory)
+        made = up(features, image, memory=memory and memory * (4 if fields else 1))
     assert (made - whole(up, features, image)).abs().max() <= 2e-5
 
 
@@ -54,27 +55,29 @@ def test_other_settings(radius):
         assert (up(features, image) - whole(up, features, image)).abs().max() <= 2e-5
 
 
-def test_no_cut_shows(monkeypatch):
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
+def test_no_cut_shows(monkeypatch, fields):
     """With next to no cache, every step works on one block, and codes come in the smallest tiles."""
-    up = universal()
-    features, image = inputs(grid=(5, 7), size=(61, 83))
+    up = universal(**fields)
+    features, image = inputs(grid=(5, 7), size=(161, 183) if fields else (61, 83))
     expected = whole(up, features, image)
     monkeypatch.setattr(universal_streaming, "IN_CACHE", 1)
     for longest in (32, 5, 1):
         monkeypatch.setattr(universal_streaming, "LONGEST", longest)
-        for memory in (None, 2 * MIB):
+        for memory in (None, 8 * MIB if fields else 2 * MIB):
             with torch.inference_mode():
                 assert (up(features, image, memory=memory) - expected).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 46), (64, 30), (131, 97)])
-def test_codes_made_in_tiles_equal_the_encoders(size):
-    net = universal().upsampler
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 46), (64, 30), (131, 97), (257, 203)])
+def test_codes_made_in_tiles_equal_the_encoders(size, fields):
+    net = universal(**fields).upsampler
     image = net.scale(torch.rand(1, 3, *size))
     height, width = size
     with torch.no_grad():
         expected = net.encoder(image)
-        small = 2 * MIB if max(size) > 40 else 300 * 1024
+        small = least_tile(net, size, image.dtype)
         for budget in (small, 96 * MIB):
             codes = encode(net, image, budget)
             torch.testing.assert_close(codes.coarse, net.encoder.coarse(image), atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from material import inputs, universal
+from material import FARSIGHTED, inputs, universal
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, UniversalConfig, Upsampled, load_backbone
 from loftup.inference.choose import explain
@@ -25,9 +25,10 @@ def windows(grid: torch.Tensor, height: int, width: int, radius: int = 2) -> tup
     return low, high
 
 
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
 @pytest.mark.parametrize("radius", [1, 2, 3])
-def test_every_output_lies_between_the_extremes_of_its_window(radius):
-    up = universal(radius=radius)
+def test_every_output_lies_between_the_extremes_of_its_window(radius, fields):
+    up = universal(radius=radius, **fields)
     features, image = inputs(grid=(9, 11), size=(25, 30))
     with torch.inference_mode():
         made = up(features, image)[0]
@@ -52,9 +53,10 @@ def test_the_order_of_channels_does_not_matter():
         torch.testing.assert_close(up(features[:, order], image), up(features, image)[:, order], atol=1e-5, rtol=1e-5)
 
 
-def test_an_affine_scaling_of_each_channel_passes_through():
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
+def test_an_affine_scaling_of_each_channel_passes_through(fields):
     """The weights do not change, and they have sum 1."""
-    up = universal()
+    up = universal(**fields)
     features, image = inputs()
     scale, shift = torch.rand(24, 1, 1) * 10 + 0.1, torch.randn(24, 1, 1)
     with torch.inference_mode():
@@ -81,9 +83,10 @@ def test_any_number_of_channels(channels):
     assert ((made[0] >= low - 1e-5) & (made[0] <= high + 1e-5)).all()
 
 
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
 @pytest.mark.parametrize("training", [False, True], ids=["streamed", "whole"])
-def test_results_do_not_depend_on_batch_mates(training):
-    up = universal().train(training)
+def test_results_do_not_depend_on_batch_mates(training, fields):
+    up = universal(**fields).train(training)
     features, image = inputs(batch=3)
     image[1] *= 255
     features[2] *= 10
@@ -133,9 +136,10 @@ def test_memory_layout_of_the_inputs_does_not_matter(training):
         torch.testing.assert_close(up(strided, image.mT.contiguous().mT), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fields", [{}, FARSIGHTED], ids=["plain", "farsighted"])
 @pytest.mark.parametrize("module", [torch.float32, torch.bfloat16])
-def test_gradients_reach_features_image_and_parameters(module):
-    up = universal().to(module)
+def test_gradients_reach_features_image_and_parameters(module, fields):
+    up = universal(**fields).to(module)
     features, image = inputs(batch=2)
     features.requires_grad_()
     image.requires_grad_()
@@ -147,6 +151,35 @@ def test_gradients_reach_features_image_and_parameters(module):
     assert image.grad.abs().sum() > 0
     used = [name for name, parameter in up.named_parameters() if parameter.grad.abs().sum() > 0]
     assert {"upsampler.agreement", "upsampler.gate.weight", "upsampler.encoder.down.weight"} <= set(used)
+    if fields:
+        assert {"upsampler.local.0.weight", "upsampler.encoder.quarter_blocks.4.0.weight"} <= set(used)
+
+
+def test_the_parts_that_see_farther_begin_as_nothing():
+    torch.manual_seed(3)
+    plain, farsighted = LoftUp(UniversalConfig()).eval(), LoftUp(UniversalConfig(**FARSIGHTED)).eval()
+    missing, unexpected = farsighted.load_state_dict(plain.state_dict(), strict=False)
+    assert missing
+    assert not unexpected
+    features, image = inputs()
+    with torch.inference_mode():
+        torch.testing.assert_close(farsighted(features, image), plain(features, image), atol=1e-6, rtol=1e-6)
+    assert plain.upsampler.encoder.halo == 20
+    assert farsighted.upsampler.encoder.halo == 68
+
+
+def test_likeness_is_the_cosine_to_the_cells_around():
+    net = universal(radius=2, **FARSIGHTED).upsampler
+    directions = F.normalize(torch.randn(2, 4, 5, 6), dim=-1)
+    made = net.likeness(F.pad(directions, (0, 0, 2, 2, 2, 2)))
+    assert made.shape == (2, 4, 5, 28)
+    for (y, x), (down, right) in itertools.product([(0, 0), (2, 3), (3, 4)], [(-2, 1), (0, 0), (1, 1), (2, -2)]):
+        there = 0 <= y + down < 4 and 0 <= x + right < 5
+        cosine = directions[1, y, x] @ directions[1, y + down, x + right] if there else torch.tensor(0.0)
+        torch.testing.assert_close(made[1, y, x, 5 * (down + 2) + right + 2], cosine - 0.4)
+    near = made[0, 1:3, 1:3, :25].unflatten(-1, (5, 5))[..., 1:4, 1:4].flatten(-2) + 0.4
+    expected = torch.stack([near.mean(-1), near.amin(-1), near.std(-1)], -1)
+    torch.testing.assert_close(made[0, 1:3, 1:3, 25:], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "silent"), [((5, 7), 3), ((1, 1), 0), ((1, 2), 24)])
@@ -225,7 +258,9 @@ def test_an_empty_batch_minds_its_target():
 
 
 def test_the_config_survives_its_dictionary():
-    config = UniversalConfig(heads=3, radius=1, code_width=4, encoder_width=16, backbone="mine")
+    config = UniversalConfig(
+        heads=3, radius=1, code_width=4, encoder_width=16, quarter_width=8, local=True, backbone="mine"
+    )
     assert read_config(config.to_dict()) == config
     assert read_config({"values": "features"}) == UniversalConfig()
     projected = LoftUpConfig(24).to_dict()
@@ -243,6 +278,8 @@ def test_the_config_survives_its_dictionary():
         ({"values": "features", "code_width": 1.5}, "code_width must be a positive integer, got 1.5"),
         ({"values": "features", "encoder_width": True}, "encoder_width must be a positive integer, got True"),
         ({"values": "features", "encoder_width": 1}, "encoder_width must be at least 2, got 1"),
+        ({"values": "features", "quarter_width": -1}, "quarter_width must be 0 or a positive integer, got -1"),
+        ({"values": "features", "local": 1}, "local must be true or false, got 1"),
     ],
 )
 def test_bad_configs(fields, text):

@@ -136,7 +136,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _coarse_pixel(net: UniversalNetwork, dtype: torch.dtype) -> int:
     """Bytes of a coarse pixel's work: 4 fine ones, before and after their ReLU, a few arrays at half resolution."""
-    return dtype.itemsize * (4 * 3 + 8 * net.config.encoder_width)
+    return dtype.itemsize * (4 * 3 + 8 * net.config.encoder_width + net.config.quarter_width)
 
 
 def least_tile(net: UniversalNetwork, size: tuple[int, int], dtype: torch.dtype) -> int:
@@ -155,11 +155,12 @@ def encode(net: UniversalNetwork, image: Tensor, budget: int) -> Codes:
     pixel = _coarse_pixel(net, image.dtype)
     tall, wide = height, width
     while min(height, tall + 2 * halo) * min(width, wide + 2 * halo) * pixel > budget:
-        # Whole rows if not most of the work is then the halo's.
+        # Whole rows if not most of the work is then the halo's. Even, as the halo is, so that a tile begins where a
+        # pixel at a quarter of the resolution does.
         if tall > 4 * halo or wide <= min(tall, 4 * halo):
-            tall = -(-tall // 2)
+            tall = -(-tall // 4) * 2
         else:
-            wide = -(-wide // 2)
+            wide = -(-wide // 4) * 2
     coarse = torch.empty(
         (1, (1 + net.heads) * net.depth, height, width),
         dtype=image.dtype,

@@ -83,6 +83,8 @@ class UniversalConfig:
         radius: of the window of cells that a pixel looks at, (2 * radius + 1)**2 cells; at most 64.
         code_width: width of a head's guidance code.
         encoder_width: width of the network that makes these codes, at least 2.
+        quarter_width: width of this network's part at a quarter of the resolution, which sees farther; 0 for none.
+        local: whether a cell's likeness to the cells around it says how far and how surely its pixels look.
         backbone: name of a backbone that the weights were trained for alone, for messages; empty for all.
 
     Raises:
@@ -93,6 +95,8 @@ class UniversalConfig:
     radius: int = 2
     code_width: int = 8
     encoder_width: int = 32
+    quarter_width: int = 0
+    local: bool = False
     backbone: str = ""
 
     channels: ClassVar[None] = None  # any number
@@ -102,6 +106,12 @@ class UniversalConfig:
         _check_backbone(self)
         if self.radius > 64:
             raise ValueError(f"UniversalConfig.radius must be at most 64, got {self.radius}")
+        if isinstance(self.quarter_width, bool) or not isinstance(self.quarter_width, int) or self.quarter_width < 0:
+            raise ValueError(
+                f"UniversalConfig.quarter_width must be 0 or a positive integer, got {self.quarter_width!r}"
+            )
+        if not isinstance(self.local, bool):
+            raise ValueError(f"UniversalConfig.local must be true or false, got {self.local!r}")
         if self.encoder_width < 2:
             raise ValueError(f"UniversalConfig.encoder_width must be at least 2, got {self.encoder_width}")
 

@@ -34,6 +34,7 @@ __all__ = ["CellAxis", "Prepared", "UniversalNetwork", "make_axis"]
 FAR = -1e9  # the score of a cell outside the grid
 SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
 CONSTANT = 1e-6  # deviation over largest value of a channel that is constant but for rounding
+LOCAL_WIDTH, LOCAL_STATISTICS = 48, 3  # of the network that looks at a cell's likeness to its window
 SHORTEST_MEAN = 1e-2  # squared length of a mean direction below which agreement fades
 
 
@@ -68,17 +69,29 @@ def make_axis(length: int, cells: int, device: torch.device | None = None) -> Ce
     return CellAxis(pixels, weights, offsets, cell * most + pixel - first[cell])
 
 
+class QuarterBlock(nn.Sequential):
+    """A 3x3 and a 1x1 convolution that begin as nothing; their sum with the input is the block's output."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__(
+            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation), nn.ReLU(), nn.Conv2d(width, width, 1)
+        )
+        _silence(self[2])
+
+
 class GuidanceEncoder(nn.Module):
-    """A small convolutional network from scaled images to codes; most of it at half resolution.
+    """A small convolutional network from scaled images to codes; most of it at half resolution, or at a quarter.
 
     Args:
         width: channels inside.
         code: channels of the codes.
+        quarter: channels of the part at a quarter of the resolution; 0 for none. It begins as nothing.
     """
 
     dilations = (1, 2, 4)
+    quarter_dilations = (1, 2, 4, 1, 2)
 
-    def __init__(self, width: int, code: int) -> None:
+    def __init__(self, width: int, code: int, quarter: int = 0) -> None:
         super().__init__()
         self.colour = nn.Conv2d(3, code, 1)
         self.fine = nn.Conv2d(3, width // 2, 3, padding=1)
@@ -86,22 +99,46 @@ class GuidanceEncoder(nn.Module):
         self.down = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in self.dilations)
         self.coarse_out = nn.Conv2d(width, code, 1)
+        self.has_quarter = quarter > 0
+        if self.has_quarter:
+            self.quarter_down = nn.Conv2d(width, quarter, 3, stride=2, padding=1)
+            self.quarter_blocks = nn.ModuleList(QuarterBlock(quarter, d) for d in self.quarter_dilations)
+            self.quarter_out = nn.Conv2d(quarter, code, 1)
+            _silence(self.quarter_out)
 
     @property
     def halo(self) -> int | None:
-        """Pixels that a code at half resolution sees around it, at most; None where a replaced layer may see more."""
+        """Pixels that a code at half resolution sees around it, at most; None where a replaced layer may see more.
+
+        A multiple of 4, so that tiles with this halo begin where a pixel of every resolution does.
+        """
         blocks = [reach(block) for block in self.blocks]
-        pointwise = (self.colour, self.fine_out, self.coarse_out)
-        if None in blocks or reach(self.fine) != 1 or reach(self.down) != 1 or any(map(reach, pointwise)):
+        pointwise = [self.colour, self.fine_out, self.coarse_out]
+        strided = [self.fine, self.down]
+        quarter: list[int | None] = []
+        if self.has_quarter:
+            quarter = [reach(block) for block in self.quarter_blocks]
+            pointwise.append(self.quarter_out)
+            strided.append(self.quarter_down)
+        if None in (*blocks, *quarter) or any(map(reach, pointwise)) or any(reach(layer) != 1 for layer in strided):
             return None
-        return 2 * (1 + sum(filter(None, blocks))) + 2
+        halo = 2 * (1 + sum(filter(None, blocks))) + 2
+        if self.has_quarter:
+            halo += 4 * (2 + sum(filter(None, quarter)))  # of which one for the doubling
+        return -(-halo // 4) * 4
 
     def coarse(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-0.5, 0.5] to codes (B, D, ceil(H / 2), ceil(W / 2))."""
         x = F.relu(self.down(F.relu(self.fine(image))))
         for block in self.blocks:
             x = x + F.relu(block(x))
-        return self.coarse_out(x)  # type: ignore[no-any-return]
+        codes: Tensor = self.coarse_out(x)
+        if not self.has_quarter:
+            return codes
+        x = F.relu(self.quarter_down(x))
+        for block in self.quarter_blocks:
+            x = x + block(x)
+        return codes + _doubled(self.quarter_out(x), codes)
 
     def fine_codes(self, image: Tensor) -> Tensor:
         """The part of the codes at full resolution: (B, 3, H, W) to (B, D, H, W)."""
@@ -109,16 +146,25 @@ class GuidanceEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) to codes (B, D, H, W)."""
-        height, width = image.shape[-2:]
-        coarse = F.interpolate(self.coarse(image), scale_factor=2, mode="bilinear", align_corners=False)
-        return self.fine_codes(image) + coarse[..., :height, :width]
+        return self.fine_codes(image) + _doubled(self.coarse(image), image)
+
+
+def _doubled(x: Tensor, target: Tensor) -> Tensor:
+    """A map at twice its resolution, cut to the size of the target."""
+    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return x[..., : target.shape[-2], : target.shape[-1]]
+
+
+def _silence(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Keys and values of one batch for attention, per cell; padded by the radius at every side."""
 
-    keys: Tensor  # (B, h + 2r, w + 2r, D + heads), mean codes, then each head's constant
+    keys: Tensor  # (B, h + 2r, w + 2r, D + 1 + heads), mean codes, each head's constant; then the cell's own settings
     directions: Tensor  # (B, h + 2r, w + 2r, C), standardised features of length 1
     values: Tensor  # (B, h + 2r, w + 2r, C), the features
     settings: "Settings"  # of every picture, not padded
@@ -142,12 +188,19 @@ class UniversalNetwork(nn.Module):
         self.heads, self.radius, self.depth = config.heads, config.radius, config.code_width
         rounds = 1 + self.heads  # the first round has one head
         self.scale = MinMaxScale()
-        self.encoder = GuidanceEncoder(config.encoder_width, rounds * self.depth)
+        self.encoder = GuidanceEncoder(config.encoder_width, rounds * self.depth, config.quarter_width)
         self.log_width = nn.Parameter(torch.linspace(math.log(0.5), math.log(1.2), rounds))
         self.mixed = nn.Parameter(torch.zeros(rounds))
         self.agreement = nn.Parameter(torch.full((self.heads,), -0.5))
         self.gate = nn.Linear(rounds * self.depth, self.heads)
         self.adapt = nn.Linear(2, rounds + 2 * self.heads)
+        self.local: nn.Sequential | None = None
+        if config.local:
+            looks = (2 * self.radius + 1) ** 2 + LOCAL_STATISTICS
+            self.local = nn.Sequential(
+                nn.Linear(looks, LOCAL_WIDTH), nn.ReLU(), nn.Linear(LOCAL_WIDTH, 2 * rounds + self.heads)
+            )
+            _silence(self.local[2])
         with torch.no_grad():
             # At first the codes are colours, so that training starts from joint bilateral upsampling.
             nn.init.orthogonal_(self.encoder.colour.weight.view(rounds * self.depth, 3))
@@ -173,7 +226,6 @@ class UniversalNetwork(nn.Module):
         length = mean.unflatten(-1, (-1, self.depth)).square().sum(-1)
         spread = (square - length).clamp(min=0)
         constant = -length - F.softplus(self.mixed) * spread
-        keys = torch.cat([mean, constant], -1)
         # The result does not depend on the largest value, so that needs no gradient.
         largest = values.detach().abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
         centred = (values - values.mean((1, 2), keepdim=True)) / largest
@@ -182,12 +234,33 @@ class UniversalNetwork(nn.Module):
         # Not sqrt, whose gradient at 0 is infinite.
         scaled = centred * variance.where(varies, torch.ones_like(variance)).rsqrt()
         directions = F.normalize(scaled.where(varies, torch.zeros_like(scaled)), dim=-1)
+        settings = self.settings(directions)
         r = self.radius
         around = (0, 0, r, r, r, r)
-        keys = torch.cat(
-            [F.pad(keys[..., : mean.shape[-1]], around), F.pad(keys[..., mean.shape[-1] :], around, value=FAR)], -1
-        )
-        return Prepared(keys, F.pad(directions, around), F.pad(values, around), self.settings(directions))
+        directions = F.pad(directions, around)
+        own = mean.new_empty(*mean.shape[:-1], 0)
+        if self.local is not None:
+            extra, own = self.local(self.likeness(directions)).split([1 + self.heads, 1 + 2 * self.heads], -1)
+            constant = constant + extra
+        padded = (F.pad(mean, around), F.pad(constant, around, value=FAR), F.pad(own, around))
+        return Prepared(torch.cat(padded, -1), directions, F.pad(values, around), settings)
+
+    def likeness(self, directions: Tensor) -> Tensor:
+        """How alike each cell is to those of its window, of padded directions: (B, h, w, K + 3).
+
+        The cosines, 0 beyond the border, less 0.4, which brings them to about 0; then their mean, least and deviation
+        over the cell and the eight around it.
+        """
+        r, side = self.radius, 2 * self.radius + 1
+        h, w = (n - 2 * r for n in directions.shape[1:3])
+        own = directions[:, r : r + h, r : r + w]
+        steps = ((down, right) for down in range(side) for right in range(side))
+        # One after another, without all windows' directions in memory.
+        cosines = torch.stack([(own * directions[:, i : i + h, j : j + w]).sum(-1) for i, j in steps], -1)
+        near = cosines.unflatten(-1, (side, side))[..., r - 1 : r + 2, r - 1 : r + 2].flatten(-2)
+        deviation, average = torch.std_mean(near, -1, keepdim=True)
+        likeness: Tensor = torch.cat([cosines - 0.4, average, near.amin(-1, keepdim=True), deviation], -1)
+        return likeness
 
     def settings(self, directions: Tensor) -> Settings:
         """From standardised features of length 1, (B, h, w, C)."""
@@ -212,7 +285,7 @@ class UniversalNetwork(nn.Module):
 
         Args:
             queries: (B * n * m, P * Q, D), codes of the P by Q pixels of n by m cells.
-            keys: (B * n * m, K, D + heads), of the cells' windows.
+            keys: (B * n * m, K, E), of the cells' windows, as in :class:`Prepared`.
             directions: (B * n * m, K, C), of the cells' windows.
             down: (n, P), offsets of the pixels' rows from their cell's centre in cells.
             across: (1, m, Q), of the pixels' columns; or (n, m, Q), where every row of cells has its own.
@@ -223,16 +296,26 @@ class UniversalNetwork(nn.Module):
         """
         depth, side, batch = self.depth, 2 * self.radius + 1, settings.strength.shape[0]
         (n, p), (_, m, q) = down.shape, across.shape
-        rows = self._axis_scores(down, settings).view(batch, -1, n, 1, side, 1, p, 1)
-        columns = self._axis_scores(across, settings).view(batch, -1, across.shape[0], m, 1, side, 1, q)
-        constants = keys[..., queries.shape[-1] :].reshape(batch, n, m, side, side, 1, 1, -1)
+        near_down, fade_down = (x.view(n, 1, side, 1, p, 1) for x in self._axis_scores(down))
+        near_across, fade_across = (x.view(-1, m, 1, side, 1, q) for x in self._axis_scores(across))
+        _, constants, own = keys.split(
+            [queries.shape[-1], 1 + self.heads, keys.shape[-1] - queries.shape[-1] - 1 - self.heads], -1
+        )
+        constants = constants.reshape(batch, n, m, side, side, 1, 1, -1)
         pixels = queries.mT
+        sharpness = settings.sharpness[:, None, None]
         shares, strength = (x.repeat_interleave(n * m, 0) for x in (settings.shares, settings.strength))
+        if self.local is not None:
+            widths, strengths = own[:, side**2 // 2].exp().split([1 + self.heads, self.heads], -1)
+            sharpness = sharpness * widths.view(batch, n, m, -1)
+            strength = strength * strengths
 
         def scores(head: int) -> Tensor:
             part = slice(head * depth, (head + 1) * depth)
-            constant = constants[..., head] + rows[:, head] + columns[:, head]
-            return constant.reshape(*keys.shape[:2], p * q).baddbmm_(keys[..., part], pixels[:, part], alpha=2)
+            bell = sharpness[..., head, None, None, None, None]
+            constant = constants[..., head] + (bell * near_down + fade_down) + (bell * near_across + fade_across)
+            total: Tensor = constant.reshape(*keys.shape[:2], p * q)
+            return total.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
 
         first = scores(0).softmax(1)
         agreement = (directions @ directions.mT) @ first
@@ -244,17 +327,17 @@ class UniversalNetwork(nn.Module):
             total.addcmul_(attention, shares[:, head, None])
         return total
 
-    def _axis_scores(self, offsets: Tensor, settings: Settings) -> Tensor:
-        """The share of one axis in the scores: (..., n, P) offsets to (B, 1 + heads, ..., n, side, P).
+    def _axis_scores(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares of one axis in the scores: (..., P) offsets to twice (..., side, P).
 
-        A bell around the pixel, and the logarithm of one that reaches 0 where a cell leaves the window.
+        A bell around the pixel, to be multiplied by its sharpness, and the logarithm of one that reaches 0 where a cell
+        leaves the window.
         """
         steps = torch.arange(-self.radius, self.radius + 1, device=offsets.device, dtype=offsets.dtype)[:, None]
         offsets = offsets.unsqueeze(-2)
         near = 2 * offsets * steps - steps.square()
         share = (offsets - steps) / (self.radius + 0.5)
-        fade = 2 * (1 - share.square()).clamp(min=SHARPEST).log()
-        return settings.sharpness.view(*settings.sharpness.shape, *[1] * near.ndim) * near + fade
+        return near, 2 * (1 - share.square()).clamp(min=SHARPEST).log()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -154,6 +154,13 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"objective.segments.weight={objective.segments.weight:g} with {architecture}, whose attention does not "
             "average what it is given; set model.architecture=any, or objective.segments.weight=0"
         )
+    shifted = objective.shifted
+    coarser = [name for name, section in config.sections.items() if section.views >= shifted.views]
+    if shifted.weight and coarser:
+        yield (
+            f"objective.shifted.views={shifted.views} is no finer than the views of {', '.join(coarser)}; give more "
+            "views to the target, fewer to the backbone, or set objective.shifted.weight=0"
+        )
     if model.channel_dropout and not model.universal:
         yield (
             f"model.channel_dropout={model.channel_dropout:g} with {architecture}, a network for one number of "

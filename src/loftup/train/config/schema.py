@@ -22,6 +22,7 @@ __all__ = [
     "OptimizerConfig",
     "SegmentsConfig",
     "SelfDistillationConfig",
+    "ShiftedConfig",
     "TermConfig",
     "TotalVariationConfig",
     "TrainConfig",
@@ -116,6 +117,8 @@ class ModelConfig(Section):
     radius: Count = 2  # cells that a pixel sees on each side of its own
     code_width: Count = 8  # channels of each head's guidance code
     encoder_width: Annotated[Integer, Field(ge=2)] = 32  # channels inside the network that makes these codes
+    quarter_width: Whole = 0  # channels of its part at a quarter of the resolution, which sees farther; 0: none
+    local: bool = False  # a cell's likeness to the cells around it says how far and how surely its pixels look
     # Greatest share of the features' channels left out in a step, which makes backbones with fewer channels of one; at
     # least 8 stay.
     channel_dropout: ShareBelow1 = 0.0
@@ -191,6 +194,15 @@ class SegmentsConfig(TermConfig):
 
 
 @dataclass
+class ShiftedConfig(TermConfig):
+    """The backbone's features of shifted views of the image, upsampled, as target at every output pixel."""
+
+    distance: Distance = "l2"
+    views: Literal[4, 9, 16] = 9  # passes of the backbone for every picture; data.cache keeps them
+    upsampler: Text | None = "any"  # that brings them to the output's size; null: bilinear interpolation
+
+
+@dataclass
 class MultiViewConfig(TermConfig):
     """FeatUp's consistency: downsampled dense features of a moved view equal the backbone's features of that view."""
 
@@ -213,6 +225,7 @@ class ObjectiveConfig(Section):
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     high_resolution: HighResolutionConfig = field(default_factory=HighResolutionConfig)
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
+    shifted: ShiftedConfig = field(default_factory=ShiftedConfig)
     multi_view: MultiViewConfig = field(default_factory=MultiViewConfig)
     total_variation: TotalVariationConfig = field(default_factory=TotalVariationConfig)
 

@@ -12,7 +12,7 @@ from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...model import LoftUp
 from ..config import TrainConfig
-from ..data.cache import open_caches
+from ..data.cache import FeatureCache, open_caches
 from ..data.loader import backbone_list
 from ..data.views import Batch
 from .high_resolution import high_resolution
@@ -20,6 +20,7 @@ from .mask_bicubic import mask_bicubic
 from .multi_view import AttentionDownsampler, draw_motions
 from .segments import guesses, segments
 from .self_distillation import follow, self_distillation
+from .shifted import Teacher, make_teacher, shifted
 from .standardise import draw_channels, standardisation
 from .start import freeze_batch_norm
 from .student import Output
@@ -70,6 +71,13 @@ class Objective(nn.Module):
                 raise ValueError(f"the backbone gives {each.channels} channels, the student takes {up.config.channels}")
         self.config = config
         self.caches = open_caches(config, self.backbones)
+        self.finer: list[Backbone] = []  # the same backbones, looking at shifted views
+        self.finer_caches: list[FeatureCache] = []
+        if config.objective.shifted.weight:
+            self.finer = [each.with_views(config.objective.shifted.views) for each in self.backbones]
+            # In a list it stays out of the state dict: its weights never change.
+            self._upsamplers: list[Teacher] = [make_teacher(config.objective.shifted, up.device)]
+            self.finer_caches = open_caches(config, self.finer)
         self.up = up
         up.requires_grad_(True).channelnorm.requires_grad_(False)
         self.teacher: LoftUp | None = None
@@ -106,7 +114,7 @@ class Objective(nn.Module):
         scale = self._scale(features, batch.step)
 
         def see(image: Tensor) -> Tensor:
-            return scale(self._extract(image, batch.backbone))
+            return scale(self._extract(self.backbones[batch.backbone], image))
 
         normalised = self._normalise(scale(features))
         whole = model.architecture == "loftup" and model.batch_norm == "batch"
@@ -122,6 +130,9 @@ class Objective(nn.Module):
             target = self._normalise(see(batch.large))
             cells = int(batch.image.shape[-1] // self.backbones[batch.backbone].stride)
             terms["high_resolution"] = high_resolution(config.high_resolution, output.dense, target, batch, cells)
+        if config.shifted.weight:
+            views = self._normalise(scale(self._shifted(batch)))
+            terms["shifted"] = shifted(config.shifted, output.dense, views, batch, self._upsamplers[0])
         if config.segments.weight:
             terms["segments"] = segments(config.segments, output.beside, batch)
         if config.multi_view.weight:
@@ -141,19 +152,32 @@ class Objective(nn.Module):
 
     def _features(self, batch: Batch) -> Tensor:
         if not self.caches or not batch.keys:
-            return self._extract(batch.image, batch.backbone)
-        features = list(batch.features)
+            return self._extract(self.backbones[batch.backbone], batch.image)
+        return self._kept(batch, self.caches, self.backbones, batch.features)
+
+    def _shifted(self, batch: Batch) -> Tensor:
+        if not self.finer_caches or not batch.keys:
+            return self._extract(self.finer[batch.backbone], batch.image)
+        cache = self.finer_caches[batch.backbone]
+        found = [cache.read(key) for key in batch.keys]
+        found = [None if features is None else features.to(batch.image.device) for features in found]
+        return self._kept(batch, self.finer_caches, self.finer, found)
+
+    def _kept(
+        self, batch: Batch, caches: list[FeatureCache], backbones: list[Backbone], found: list[Tensor | None]
+    ) -> Tensor:
+        """Features of the batch's images: those found, and the others made and written to the cache."""
+        features = list(found)
         for index, key in enumerate(batch.keys):
             if features[index] is None:
                 # One at a time: what is kept must not depend on the batch-mates, not even in its last bit.
-                entry = self._extract(batch.image[index : index + 1], batch.backbone)[0]
-                self.caches[batch.backbone].write(key, entry)
+                entry = self._extract(backbones[batch.backbone], batch.image[index : index + 1])[0]
+                caches[batch.backbone].write(key, entry)
                 features[index] = entry
         return torch.stack(cast(list[Tensor], features))
 
     @torch.no_grad()
-    def _extract(self, image: Tensor, number: int) -> Tensor:
-        backbone = self.backbones[number]
+    def _extract(self, backbone: Backbone, image: Tensor) -> Tensor:
         return cast(Tensor, backbone(backbone.normalise(image))).to(self.up.dtype)
 
     def _scale(self, features: Tensor, step: int) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from ...networks.config import LoftUpConfig, UniversalConfig, read_config
 from ...upsampled import Upsampled
 from ...weights.hub import UnreachableError
 from ..baselines import LearnedConfig, build
-from ..config import ObjectiveConfig, TrainConfig
+from ..config import ModelConfig, ObjectiveConfig, TrainConfig
 from ..data.loader import loader
 from ..data.shards import is_pattern
 from ..objective.start import calibrate_batch_norm, start_as_interpolator
@@ -79,10 +79,21 @@ def build_upsampler(config: TrainConfig, backbone: Backbone) -> LoftUp:
     elif model.pretrained is not None:
         up = _pretrained(model.pretrained, config, backbone)
     elif model.universal:
-        up = LoftUp(UniversalConfig(model.heads, model.radius, model.code_width, model.encoder_width))
+        up = LoftUp(_universal(model))
     else:
         up = _published(config, backbone)
     return up
+
+
+def _universal(model: ModelConfig) -> UniversalConfig:
+    return UniversalConfig(
+        model.heads,
+        model.radius,
+        model.code_width,
+        model.encoder_width,
+        quarter_width=model.quarter_width,
+        local=model.local,
+    )
 
 
 def _published(config: TrainConfig, backbone: Backbone) -> LoftUp:

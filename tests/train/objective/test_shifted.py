@@ -1,0 +1,73 @@
+"""The term of shifted views: its target at every pixel, with both ways of upsampling it, and the cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_objective import PATCH, SIZE, batch, close, cut
+from small_objective import backbone as small_backbone
+from test_universal_terms import features_config, scale, seen, upsampler
+
+from loftup import LoftUp, LoftUpError
+from loftup.train.config import BackboneConfig, check
+from loftup.train.objective.objective import Objective
+
+
+def views_of(term, image, count=3):
+    """The grid of count * count views, one cell at a time: what the backbone says of a patch anywhere."""
+    offsets = [(2 * i - count + 1) * PATCH // (2 * count) for i in range(count)]
+    pad, rows = PATCH, []
+    padded = F.pad(image, (pad, pad, pad, pad), mode="reflect")
+    for down in offsets:
+        moved = [padded[..., pad + down :, pad + right :][..., :SIZE, :SIZE] for right in offsets]
+        rows.append(torch.stack([seen(term, each) for each in moved]))
+    grid = torch.stack(rows)  # (n, n, B, C, h, w)
+    return grid.permute(2, 3, 4, 0, 5, 1).reshape(*grid.shape[2:4], grid.shape[4] * count, grid.shape[5] * count)
+
+
+@pytest.mark.parametrize("window", [None, (8, 4, 20, 16)])
+@pytest.mark.parametrize("name", ["any", None])
+def test_the_target_is_the_upsampled_grid_of_views(name, window):
+    made = features_config("shifted", objective__shifted__upsampler=name)
+    term, data = Objective(made, upsampler(), small_backbone()), batch(window=window)
+    low = seen(term, data.image)
+    views = scale(views_of(term, data.image), low)
+    with torch.no_grad():
+        student = scale(term.up.upsampler(low, data.guidance), low)
+        if name:
+            target = LoftUp.from_pretrained("any").upsampler(views, data.guidance)
+        else:
+            target = F.interpolate(views, (SIZE, SIZE), mode="bilinear")
+    close(term(data)[0], (cut(student, window) - cut(target, window)).square().mean())
+
+
+def test_the_teacher_is_frozen_and_in_no_checkpoint():
+    term = Objective(features_config("shifted"), upsampler(), small_backbone())
+    assert len(term.state_dict()) == len(upsampler().state_dict())
+    term(batch())[0].backward()
+    assert all(parameter.grad is not None for parameter in term.up.upsampler.parameters())
+    assert not any(parameter.requires_grad for parameter in term._upsamplers[0].parameters())
+
+
+def test_cached_views_are_not_made_again(tmp_path):
+    made = features_config("shifted", data__cache=str(tmp_path), data__views=2)
+    model = small_backbone()
+    term, data = Objective(made, upsampler(), model), batch()
+    data.keys = [term.caches[0].key(image) for image in data.image]
+    data.features = [None, None]
+    first = term(data)[0]
+    calls = len(model.model.seen)
+    assert calls == 2 * (1 + 9)
+    data.features = [term.caches[0].read(key) for key in data.keys]
+    assert term(data)[0].equal(first)
+    assert len(model.model.seen) == calls
+    assert term.finer_caches[0].folder != term.caches[0].folder
+
+
+def test_a_target_that_is_no_finer_is_refused():
+    made = features_config("shifted")
+    made.backbones = [BackboneConfig(), BackboneConfig(views=9)]
+    made.data.path = ["pictures"]
+    with pytest.raises(LoftUpError, match=r"shifted.views=9 is no finer than the views of backbones\[1\]; give more"):
+        check(made)
+    made.objective.shifted.views = 16
+    check(made)
