@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 ANY = "any"  # the universal upsampler, for every backbone
-TINY = "tiny"  # the backbone in the package, and the LoftUp for it
+TINY = "tiny"  # the backbone in the package
 FOLDER = Path(__file__).parent.parent / "bundled"
 TINY_BACKBONES = {TINY: FOLDER / "tiny_backbone", "tiny_v1": FOLDER / "tiny_v1_backbone"}  # by loftup's names
 
@@ -65,7 +65,7 @@ class Checkpoint:
     def folder(self) -> Path:
         """Of weights in the package."""
         assert self.in_package
-        return FOLDER / {ANY: "any", TINY: "tiny_loftup"}[self.name]
+        return FOLDER / self.name
 
 
 # fmt: off
@@ -86,10 +86,9 @@ _PUBLISHED = (
     Checkpoint("siglip2_vitb16", "haiwen/loftup-siglip2", 768, 16, "vit_base_patch16_siglip_224.v2_webli",
                ("ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2/webli", "google/siglip2-base-patch16-224")),
 )
-# Their backbones go by the same names.
-_IN_PACKAGE = tuple(
-    Checkpoint(name, None, channels, patch_size, None, (name,), "model.safetensors", None, None, "MIT", None, True)
-    for name, channels, patch_size in ((ANY, None, None), (TINY, 192, 16))
+# It is also what the backbones in the package are used with.
+_IN_PACKAGE = (
+    Checkpoint(ANY, None, None, None, None, tuple(TINY_BACKBONES), "model.safetensors", None, None, "MIT", None, True),
 )
 # fmt: on
 
