@@ -57,8 +57,8 @@ def find(name: str) -> tuple[str, str, Checkpoint | None]:
     names = [known for known in dict.fromkeys((*known_names(), *TIMM_NAMES)) if known != ANY]  # an upsampler
     meant = suggest(name, [*names, *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
-        f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)}, the names in timm.list_models() "
-        "and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of open_clip"
+        f"unknown backbone {name!r}; {meant}Known are {', '.join((*TINY_BACKBONES, *PUBLISHED))}, the names in "
+        "timm.list_models() and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of open_clip"
     )
 
 
