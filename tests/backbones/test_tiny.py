@@ -79,10 +79,5 @@ def test_tiny_is_two_blocks_on_mobilenets_convolutions():
     trunk = timm.create_model("mobilenetv2_100", pretrained=False).state_dict()
     convolutions = model.patch_embed.backbone.state_dict()
     assert len(model.blocks) == 2
+    assert model.pos_embed is None  # positions come from the convolutions' borders
     assert all(trunk[key].shape == value.shape for key, value in convolutions.items())
-
-
-def test_tiny_is_cut_by_cells_alone():
-    """Nothing in it knows where a cell is: the middle of a wide picture is as the same pixels further left."""
-    backbone = load_backbone("tiny")
-    assert getattr(backbone.model, "pos_embed", None) is None
