@@ -20,6 +20,7 @@ from ..weights.catalogue import ANY, PUBLISHED, TINY_BACKBONES, Checkpoint, find
 from ..weights.hub import cache_alone_if_unreachable
 from .libraries import build_open_clip, build_transformers, is_transformers
 from .maps import FLEXIBLE, timm_config
+from .tiny import Stages
 
 __all__ = ["build_named", "find", "size_options"]
 
@@ -89,7 +90,7 @@ def build_tiny(name: str, weights: WeightsSource, options: dict[str, Any]) -> tu
         from timm.layers import HybridEmbed
 
         convolutions = build(trunk["timm"], False, trunk["options"])
-        settings["embed_layer"] = functools.partial(HybridEmbed, backbone=convolutions)
+        settings["embed_layer"] = functools.partial(HybridEmbed, backbone=Stages(convolutions))
     return build(config["timm"], file, settings), (config["mean"], config["std"])
 
 
