@@ -1,6 +1,6 @@
 r"""Distil a tiny backbone (2.8 M parameters, stride 16) from the dense features of a larger one.
 
-This makes the backbone "tiny" that comes with loftup, in an hour on two CPU cores. The student is two transformer
+This makes the backbone "tiny" that comes with loftup, in about an hour on two CPU cores. The student is two transformer
 blocks on MobileNetV2's convolutions. It learns to give, by one linear layer per layer of the teacher, the teacher's
 features of strongly augmented pictures; only the student is kept.
 
@@ -105,7 +105,7 @@ class Distillation(nn.Module):
     @property
     def convolutions(self) -> nn.Module:
         """The part of the student that looks at pixels."""
-        return cast(nn.Module, self.student.patch_embed.backbone)
+        return cast(nn.Module, self.student.patch_embed.backbone.network)
 
     def train(self, mode: bool = True) -> "Distillation":
         """Set the mode; batch norms keep their statistics, which the small batches of a CPU would spoil."""

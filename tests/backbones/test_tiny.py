@@ -77,7 +77,7 @@ def test_the_one_does_not_take_the_others_weights():
 def test_tiny_is_two_blocks_on_mobilenets_convolutions():
     model = load_backbone("tiny", weights=False).model
     trunk = timm.create_model("mobilenetv2_100", pretrained=False).state_dict()
-    convolutions = model.patch_embed.backbone.state_dict()
+    convolutions = model.patch_embed.backbone.network.state_dict()
     assert len(model.blocks) == 2
     assert model.pos_embed is None  # positions come from the convolutions' borders
     assert all(trunk[key].shape == value.shape for key, value in convolutions.items())

@@ -73,7 +73,7 @@ def interrupt_at(step):
 
 def test_what_it_makes_is_the_packaged_backbone_with_other_weights(command, tmp_path, capsys):
     recipe.main([*command, str(tmp_path / "run")])
-    assert "2.76 M parameters" in capsys.readouterr().out
+    assert "2.78 M parameters" in capsys.readouterr().out
     file = tmp_path / "run" / "model.safetensors"
     made, known = load_file(file), load_file(WEIGHTS)
     assert {key: value.shape for key, value in made.items()} == {key: value.shape for key, value in known.items()}
@@ -103,7 +103,7 @@ def test_convolutions_begin_with_the_trunk_and_keep_its_statistics(command, trun
     made, given = load_file(tmp_path / "run" / "model.safetensors"), load_file(trunk)
     moved = 0.0
     for key, value in made.items():
-        name = key.removeprefix("patch_embed.backbone.")
+        name = key.removeprefix("patch_embed.backbone.network.")
         if name == key:
             continue
         if "running" in name or "tracked" in name:
@@ -113,7 +113,7 @@ def test_convolutions_begin_with_the_trunk_and_keep_its_statistics(command, trun
             assert difference < 0.01, key
             moved = max(moved, float(difference))
     assert moved > 1e-5
-    assert made["patch_embed.backbone.bn1.num_batches_tracked"] == 400_000
+    assert made["patch_embed.backbone.network.bn1.num_batches_tracked"] == 400_000
 
 
 def test_batch_norms_stay_as_they_are_in_training(trunk):

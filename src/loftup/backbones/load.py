@@ -88,7 +88,7 @@ def build_tiny(name: str, weights: WeightsSource, options: dict[str, Any]) -> tu
     file = folder / "model.safetensors" if weights is None else weights
     settings = {**config["options"], **options}
     if trunk := config.get("trunk"):
-        from timm.layers import HybridEmbed
+        from timm.layers.hybrid_embed import HybridEmbed
 
         convolutions = build(trunk["timm"], False, trunk["options"])
         settings["embed_layer"] = functools.partial(HybridEmbed, backbone=Stages(convolutions))
