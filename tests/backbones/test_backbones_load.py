@@ -24,7 +24,8 @@ from loftup.backbones import load_backbone, wrap
 )
 def test_unknown_names_are_refused_with_the_near_misses(name, near):
     with pytest.raises(
-        LoftUpError, match=f"unknown backbone '{name}'; did you mean .*'{near}'.*Known are tiny, dinov2_vits14,"
+        LoftUpError,
+        match=f"unknown backbone '{name}'; did you mean .*'{near}'.*Known are tiny, tiny_v1, dinov2_vits14,",
     ):
         load_backbone(name, weights=False)
     with pytest.raises(LoftUpError, match="unknown backbone '%%%'; Known are"):

@@ -20,7 +20,8 @@ import loftup.viz
 from loftup import LoftUp, LoftUpConfig
 from loftup.cli import main
 from loftup.cli.demo import PHOTO
-from loftup.weights.catalogue import IN_PACKAGE
+from loftup.weights.catalogue import IN_PACKAGE, TINY_BACKBONES
+from loftup.weights.names import in_package
 
 MOBILENET = ["--layer", "1", "--option", "pad_type=same", "--mean", ".5", ".5", ".5", "--std", ".5", ".5", ".5"]
 
@@ -110,9 +111,10 @@ def test_the_demo_shows_what_the_library_gives(offline, shown, photos, tmp_path)
     [
         (["--weights", "any"], "28x38", "any", "Using what comes in the package: the backbone 'tiny'. For published"),
         (["--views", "1"], "14x19", "any", "Using what comes in the package: the backbone 'tiny' and the ups"),
-        (["--backbone", "tiny"], "14x19", "LoftUp tiny", ""),
+        (["--backbone", "tiny"], "14x19", "any", ""),
         (["--backbone", "tiny", "--weights", "any", "--views", "9"], "42x57", "any", ""),
-        (["--backbone", "tiny", "--strict"], "14x19", "LoftUp tiny", ""),
+        (["--backbone", "tiny", "--strict"], "14x19", "any", ""),
+        (["--backbone", "tiny", "--weights", "tiny_v1"], "14x19", "any", ""),
     ],
 )
 def test_a_demo_of_one_upsampler_in_the_package(offline, shown, photos, tmp_path, capsys, options, grid, caption, line):
@@ -164,27 +166,39 @@ def test_any_stands_in_with_one_line_unless_strict(offline, models, photos, tmp_
     assert (tmp_path / "warned.png").exists()
 
 
-def test_features_by_what_is_in_the_package(offline, photos, tmp_path, capsys):
-    command = ["features", str(photos / "scene0.png"), "--backbone", "tiny", "--size", "48", "64", "-o", str(tmp_path)]
-    assert main(command) == 0
-    assert main(command) == 0
-    assert "1 of 1 images are finished already" in capsys.readouterr().err
-    target = tmp_path / "scene0.png.safetensors"
-    backbone = loftup.load_backbone("tiny")
-    for name, options in (("tiny", []), ("any", ["--weights", "any", "--overwrite"])):
+@pytest.mark.parametrize("name", list(TINY_BACKBONES))
+def test_features_by_what_is_in_the_package(offline, photos, tmp_path, capsys, name):
+    command = ["features", str(photos / "scene0.png"), "--backbone", name, "--size", "48", "64", "-o", str(tmp_path)]
+    own = tmp_path / "own"
+    LoftUp(LoftUpConfig(192, image_frequencies=4)).save_pretrained(own)
+    backbone = loftup.load_backbone(name)
+    for weights, options in (("own", ["--weights", str(own)]), ("any", ["--overwrite"])):
         assert main([*command, *options]) == 0
-        with safe_open(target, framework="pt") as handle:
+        with safe_open(tmp_path / "scene0.png.safetensors", framework="pt") as handle:
             written, metadata = handle.get_tensor("features"), handle.metadata()
-        assert metadata["backbone"] == "tiny"
-        assert re.fullmatch("in the package, [0-9a-f]{12}", metadata["backbone_weights"])
-        assert re.fullmatch(f"{name} in the package, [0-9a-f]{{12}}", metadata["weights"])
+        assert metadata["backbone"] == name
+        assert metadata["backbone_weights"] == in_package(TINY_BACKBONES[name])
+        assert metadata["weights"].startswith(f"{weights} ")
         with torch.inference_mode():
             low = backbone(backbone.preprocess(photos / "scene0.png", size=(224, 299)))
             image = backbone.preprocess(photos / "scene0.png")
-            expected = LoftUp.from_pretrained(name)(low, image, size=(48, 64))
+            expected = LoftUp.from_pretrained(own if weights == "own" else "any")(low, image, size=(48, 64))
         torch.testing.assert_close(written, expected[0].half())
-    assert main(command) == 2
-    assert re.search("written with other settings \\(weights 'any in .*', now 'tiny in", capsys.readouterr().err)
+    assert metadata["weights"] == f"any {in_package(IN_PACKAGE['any'].folder)}"
+    assert "no LoftUp weights" not in capsys.readouterr().err
+    # By whichever name, "any" is what the features were made with.
+    for same in ([], ["--strict"], ["--weights", "any"], ["--weights", "tiny"]):
+        assert main([*command, *same]) == 0
+        assert "1 of 1 images are finished already" in capsys.readouterr().err
+    assert main([*command, "--weights", str(own)]) == 2
+    assert re.search("written with other settings \\(weights 'any in .*', now 'own ", capsys.readouterr().err)
+
+
+def test_features_of_one_tiny_are_not_the_others(offline, photos, tmp_path, capsys):
+    command = ["features", str(photos / "scene0.png"), "--size", "8", "12", "--input", "32", "-o", str(tmp_path)]
+    assert main([*command, "--backbone", "tiny"]) == 0
+    assert main([*command, "--backbone", "tiny_v1"]) == 2
+    assert "written with other settings (backbone 'tiny', now 'tiny_v1'" in capsys.readouterr().err
 
 
 def test_features_tell_a_stand_in_from_weights_of_its_own(models, photos, tmp_path, capsys):
@@ -202,16 +216,15 @@ def test_features_tell_a_stand_in_from_weights_of_its_own(models, photos, tmp_pa
     assert "written with other settings (weights 'any in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", list(IN_PACKAGE))
+@pytest.mark.parametrize("name", [*IN_PACKAGE, *TINY_BACKBONES])
 def test_names_in_the_package_win_over_folders(models, photos, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for folder in ("any", "tiny_loftup"):
-        shutil.copytree(tmp_path / "up", tmp_path / "bundled" / folder)
+    shutil.copytree(tmp_path / "up", tmp_path / "bundled" / "any")
     monkeypatch.setattr("loftup.weights.catalogue.FOLDER", tmp_path / "bundled")
     LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
     assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
     with safe_open(tmp_path / "out" / "scene0.png.safetensors", framework="pt") as handle:
-        assert handle.metadata()["weights"].startswith(f"{name} in the package, ")
+        assert handle.metadata()["weights"].startswith("any in the package, ")
     LoftUp(LoftUpConfig(8, image_frequencies=4)).save_pretrained(name)
     assert main(["features", str(photos / "scene0.png"), *models, "--weights", name, "-o", "out"]) == 0
 
@@ -521,11 +534,10 @@ def test_the_caption_names_timms_weights_only_where_they_are_used(models, shown,
 def test_list(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10
-    assert "haiwen/loftup-siglip2" in lines[-3]
-    assert [line.split() for line in lines[-2:]] == [
+    assert len(lines) == 9
+    assert "haiwen/loftup-siglip2" in lines[-2]
+    assert [line.split() for line in lines[-1:]] == [
         ["any", "any", "any", "in", "the", "package", "MIT", "any"],
-        ["tiny", "192", "16", "in", "the", "package", "MIT", "tiny"],
     ]
 
 
@@ -539,8 +551,7 @@ def test_list_as_json(capsys):
     assert all(entry.keys() == entries[0].keys() for entry in entries)
     for entry in entries[len(published) :]:
         assert entry["channels"] == LoftUp.from_pretrained(entry["name"]).config.channels
-    backbone = loftup.load_backbone("tiny")
-    assert (entries[-1]["channels"], entries[-1]["patch_size"]) == (backbone.channels, backbone.patch_size)
+    assert entries[-1]["backbones"] == ["tiny", "tiny_v1"]
 
 
 def test_the_command_is_installed():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from small import mean_colours
 
-from loftup import LoftUp, LoftUpConfig, LoftUpError
+from loftup import LoftUp, LoftUpConfig, LoftUpError, load_backbone
 from loftup.eval.upsamplers import create
 from loftup.train.baselines import ARCHITECTURES, LearnedConfig, build
 from loftup.train.baselines.jbu import FeatUpJBU, _Level, _NeighbourDot, _NeighbourSum
@@ -194,3 +194,12 @@ def test_loftup_itself_is_one_of_them(tmp_path):
     assert up(torch.randn(1, 6, 3, 3), torch.rand(1, 3, 12, 12), (12, 12)).shape == (1, 6, 12, 12)
     with pytest.raises(ValueError, match="channels"):
         create(f"loftup:{tmp_path}", mean_colours())
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_v1"])
+@pytest.mark.parametrize("spec", ["loftup", "views:4:loftup"])
+def test_any_is_not_judged_under_loftups_name(name, spec):
+    backbone = load_backbone(name, weights=False)
+    with pytest.raises(LoftUpError, match=f"there is no LoftUp of its own for {name}; write loftup:any for the"):
+        create(spec, backbone)
+    assert create(f"{spec}:any", backbone) is not None

@@ -531,7 +531,7 @@ def test_a_folder_that_hides_a_repository_is_taken_with_a_warning(up, tmp_path, 
             assert same(LoftUp.from_pretrained(plain), up)
 
 
-@pytest.mark.parametrize("name", ["timm/any", "hf-hub:any", "timm/dinov2_vits14", "hf_hub:timm/tiny"])
+@pytest.mark.parametrize("name", ["timm/any", "hf-hub:any", "timm/dinov2_vits14", "hf_hub:timm/tiny", "timm/tiny_v1"])
 def test_our_own_names_take_no_prefix(name):
     assert find_checkpoint(name) is None
 

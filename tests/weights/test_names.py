@@ -7,8 +7,9 @@ import timm
 import torch
 from material import universal
 
-from loftup import Backbone, LoftUp, LoftUpConfig, LoftUpError, list_pretrained, load_backbone, wrap
-from loftup.weights.catalogue import IN_PACKAGE, PUBLISHED
+from loftup import Backbone, LoftUp, LoftUpError, list_pretrained, load_backbone, wrap
+from loftup.weights.catalogue import IN_PACKAGE, PUBLISHED, TINY_BACKBONES
+from loftup.weights.names import resolve
 
 STAND_IN = (
     r"no LoftUp weights of its own for this backbone \({}\): using 'any', which takes features of any backbone. "
@@ -18,12 +19,11 @@ STAND_IN = (
 
 @pytest.fixture
 def bundled(tmp_path, monkeypatch, hub):
-    """Random weights as the bundled ones, and a Hub that nothing may ask."""
-    networks = {"any": universal(), "tiny": LoftUp(LoftUpConfig(192, backbone="tiny"))}
-    for name, up in networks.items():
-        up.save_pretrained(tmp_path / "bundled" / {"any": "any", "tiny": "tiny_loftup"}[name])
+    """Random weights as the bundled ``any``, and a Hub that nothing may ask."""
+    up = universal()
+    up.save_pretrained(tmp_path / "bundled" / "any")
     monkeypatch.setattr("loftup.weights.catalogue.FOLDER", tmp_path / "bundled")
-    yield networks
+    yield up
     assert not hub.requests
 
 
@@ -32,15 +32,16 @@ def same(first: LoftUp, second: LoftUp) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", ["any", "tiny"])
-def test_names_read_the_package(name, bundled, tmp_path, monkeypatch):
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["any", "tiny", "tiny_v1"])
+def test_names_read_the_package(name, strict, bundled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()  # names win over folders
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded = LoftUp.from_pretrained(name)
-    assert same(loaded, bundled[name])
-    assert loaded.config == bundled[name].config
+        loaded = LoftUp.from_pretrained(name, strict=strict)
+    assert same(loaded, bundled)
+    assert loaded.config == bundled.config
     assert not loaded.training
     assert LoftUp.from_pretrained(name, dtype=torch.bfloat16).dtype == torch.bfloat16
 
@@ -52,7 +53,7 @@ def test_names_read_the_package(name, bundled, tmp_path, monkeypatch):
 def test_a_backbone_name_without_weights_gets_any_with_a_warning(name, bundled):
     with pytest.warns(UserWarning, match=STAND_IN.format(f"named '{name}'")) as caught:
         loaded = LoftUp.from_pretrained(name)
-    assert same(loaded, bundled["any"])
+    assert same(loaded, bundled)
     assert [warning.filename for warning in caught] == [__file__]
     with pytest.raises(LoftUpError, match=rf"no published LoftUp weights for this backbone \(named '{name}'\); there"):
         LoftUp.from_pretrained(name, strict=True)
@@ -63,26 +64,30 @@ def test_backbone_objects_without_weights_get_any_with_a_warning(bundled):
     for backbone, found in (
         (timm.create_model("test_vit"), "named 'test_vit.r160_in1k'"),
         (wrap(timm.create_model("test_vit")), "named 'test_vit.r160_in1k'"),
-        (load_backbone("tiny", weights=False, layer=2), "a Backbone without a recognised name"),
+        (load_backbone("tiny", weights=False, layer=0), "a Backbone without a recognised name"),
         (own, "a Backbone without a recognised name"),
     ):
         with pytest.warns(UserWarning, match=STAND_IN.format(found)) as caught:
             loaded = LoftUp.from_pretrained(backbone)
-        assert same(loaded, bundled["any"])
+        assert same(loaded, bundled)
         assert [warning.filename for warning in caught] == [__file__]
         with pytest.raises(LoftUpError, match=rf"no published LoftUp weights for this backbone \({found}\)"):
             LoftUp.from_pretrained(backbone, strict=True)
 
 
-def test_tiny_gets_its_own_weights(bundled):
+@pytest.mark.parametrize("name", list(TINY_BACKBONES))
+def test_the_backbones_in_the_package_go_with_any(name, bundled):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert same(LoftUp.from_pretrained(load_backbone("tiny"), strict=True), bundled["tiny"])
+        for source in (name, load_backbone(name, weights=False)):
+            for strict in (False, True):
+                assert same(LoftUp.from_pretrained(source, strict=strict), bundled)
+    assert resolve(name, strict=True).identity() == resolve("any").identity()  # one name for the same weights
 
 
 def test_what_is_no_backbone_is_refused(bundled):
     with pytest.raises(
-        LoftUpError, match="unknown LoftUp weights 'tinny'; did you mean 'tiny'.*In the package: any, ti"
+        LoftUpError, match="unknown LoftUp weights 'tinny'; did you mean 'tiny'.*In the package: any \\("
     ):
         LoftUp.from_pretrained("tinny")
     with pytest.raises(LoftUpError, match="unknown LoftUp weights 'ayn'; did you mean 'any'"):
@@ -102,5 +107,5 @@ def test_a_folder_wins_over_a_backbones_name(bundled, tmp_path, monkeypatch):
 
 def test_the_published_ones_stay_the_list():
     assert [checkpoint.name for checkpoint in list_pretrained()] == list(PUBLISHED)
-    assert set(IN_PACKAGE) == {"any", "tiny"}
-    assert not set(IN_PACKAGE) & set(PUBLISHED)
+    assert set(IN_PACKAGE) == {"any"}
+    assert not {*IN_PACKAGE, *TINY_BACKBONES} & set(PUBLISHED)

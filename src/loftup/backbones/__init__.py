@@ -190,8 +190,10 @@ def load_backbone(
         name: loftup's name for a backbone with a published upsampler (``dinov2_vits14``, ``clip_vitb16``, ...), another
             package's name for the same, or any timm name; torch.hub's names of DINO, DINOv2 and DINOv3; ``org/name`` of
             a transformers model, or its folder; ``MODEL/TAG`` of open_clip. Images are normalised with the model's own
-            mean and std, but for the published upsamplers' names with ImageNet's, as in their training. "tiny" is a ViT
-            of 2.9 M parameters (C = 192, patch 16) that comes with the package and needs no network.
+            mean and std, but for the published upsamplers' names with ImageNet's, as in their training. Two come with
+            the package and need no network, both with C = 192 and patch 16: "tiny", two transformer blocks on
+            MobileNetV2's convolutions (2.8 M parameters), distilled from a DINOv2 ViT-S/14; and "tiny_v1", the ViT of
+            six blocks (2.9 M) that had this name before, for results that were made with it.
         weights: None downloads timm's weights from the Hub; a path reads a local file instead, in timm's layout or the
             official DINOv2 or OpenAI CLIP one (safetensors, or a pickle of tensors only); False leaves them random.
         layer: see :func:`wrap`.

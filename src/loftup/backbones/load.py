@@ -1,6 +1,7 @@
 """Building a timm model by name, with weights from the Hub, from the package, from a local file, or none."""
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -15,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LoftUpError, one_line, suggest
 from ..weights.aliases import TIMM_NAMES, is_open_clip
-from ..weights.catalogue import ANY, PUBLISHED, TINY, TINY_BACKBONE, Checkpoint, find_checkpoint, known_names
+from ..weights.catalogue import ANY, PUBLISHED, TINY_BACKBONES, Checkpoint, find_checkpoint, known_names
 from ..weights.hub import cache_alone_if_unreachable
 from .libraries import build_open_clip, build_transformers, is_transformers
 from .maps import FLEXIBLE, timm_config
+from .tiny import Stages
 
 __all__ = ["build_named", "find", "size_options"]
 
@@ -56,8 +58,9 @@ def find(name: str) -> tuple[str, str, Checkpoint | None]:
     names = [known for known in dict.fromkeys((*known_names(), *TIMM_NAMES)) if known != ANY]  # an upsampler
     meant = suggest(name, [*names, *pretrained, *timm.list_models()], cutoff=0.5)
     raise LoftUpError(
-        f"unknown backbone {name!r}; {meant}Known are tiny, {', '.join(PUBLISHED)}, the names in timm.list_models() "
-        "and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of open_clip"
+        f"unknown backbone {name!r}; {meant}Known are {', '.join((*TINY_BACKBONES, *PUBLISHED))}, the names in "
+        "timm.list_models() and timm.list_pretrained(), 'org/name' of a transformers model, and 'ViT-B-16/tag' of "
+        "open_clip"
     )
 
 
@@ -65,8 +68,8 @@ def build_named(
     name: str, weights: WeightsSource, options: dict[str, Any]
 ) -> tuple[nn.Module, tuple[Sequence[float] | None, Sequence[float] | None], str]:
     """The model of a name, mean and std of its images (None for the model's own), and its name ("" for its own)."""
-    if name == TINY:
-        return *build_tiny(weights, options), name
+    if name in TINY_BACKBONES:
+        return *build_tiny(name, weights, options), name
     library, known, checkpoint = find(name)
     if library == "open_clip":
         return build_open_clip(name, weights, options), (None, None), name
@@ -78,11 +81,18 @@ def build_named(
     return model, (checkpoint.mean, checkpoint.std), checkpoint.name
 
 
-def build_tiny(weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Any, Any]]:
-    """The backbone that comes with the package, and mean and std of its images; otherwise as :func:`build`."""
-    config = json.loads((TINY_BACKBONE / "config.json").read_text("utf-8"))
-    file = TINY_BACKBONE / "model.safetensors" if weights is None else weights
-    return build(config["timm"], file, {**config["options"], **options}), (config["mean"], config["std"])
+def build_tiny(name: str, weights: WeightsSource, options: dict[str, Any]) -> tuple[nn.Module, tuple[Any, Any]]:
+    """A backbone that comes with the package, and mean and std of its images; otherwise as :func:`build`."""
+    folder = TINY_BACKBONES[name]
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    file = folder / "model.safetensors" if weights is None else weights
+    settings = {**config["options"], **options}
+    if trunk := config.get("trunk"):
+        from timm.layers.hybrid_embed import HybridEmbed
+
+        convolutions = build(trunk["timm"], False, trunk["options"])
+        settings["embed_layer"] = functools.partial(HybridEmbed, backbone=Stages(convolutions))
+    return build(config["timm"], file, settings), (config["mean"], config["std"])
 
 
 def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:

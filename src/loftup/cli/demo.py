@@ -84,6 +84,4 @@ def _caption(weights: str) -> str:
     from ..weights.names import resolve
 
     checkpoint = resolve(weights).checkpoint
-    if checkpoint is None or not checkpoint.in_package:
-        return "LoftUp"
-    return ANY if checkpoint.name == ANY else f"LoftUp {checkpoint.name}"
+    return ANY if checkpoint is not None and checkpoint.name == ANY else "LoftUp"

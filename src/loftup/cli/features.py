@@ -12,7 +12,7 @@ from ..errors import FAILURES, one_line
 from ..files import alone_in, refuse_others, stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
 from ..version import __version__
-from ..weights.catalogue import TINY, TINY_BACKBONE
+from ..weights.catalogue import TINY_BACKBONES
 from ..weights.names import in_package, resolve
 from .options import add_model_options, place
 
@@ -111,7 +111,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
     if file is not None:
         backbone_weights = resolve(Path(file), strict=True).identity()
     else:
-        backbone_weights = in_package(TINY_BACKBONE) if arguments.backbone == TINY else "from the Hub"
+        folder = TINY_BACKBONES.get(arguments.backbone)
+        backbone_weights = in_package(folder) if folder else "from the Hub"
     return {
         "backbone": arguments.backbone,
         "backbone_weights": backbone_weights,

@@ -24,7 +24,8 @@ def _run(arguments: argparse.Namespace) -> int:
     rows = [("NAME", "C", "PATCH", "HUB REPOSITORY", "LICENCE", "BACKBONE (timm)")]
     for weights in CATALOGUE.values():
         channels, patch_size = (str(size or "any") for size in (weights.channels, weights.patch_size))
-        repo, backbone = weights.repo or "in the package", weights.timm or weights.backbones[0]
+        repo = weights.repo or "in the package"
+        backbone = (weights.timm or weights.backbones[0]) if weights.channels else "any"
         rows.append((weights.name, channels, patch_size, repo, weights.licence, backbone))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

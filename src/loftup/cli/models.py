@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backbones import Backbone, load_backbone
 from ..model import LoftUp
 from ..upsampled import Upsampled
-from ..weights.catalogue import ANY, TINY
+from ..weights.catalogue import ANY, TINY, TINY_BACKBONES
 from ..weights.hub import UnreachableError
 
 __all__ = ["backbone_of", "check_backbone", "choose_device", "load_models", "upsample_picture"]
@@ -27,7 +27,7 @@ def load_models(arguments: argparse.Namespace, weights: str = "") -> tuple[Backb
     try:
         up = _upsampler(arguments, weights or arguments.weights or arguments.backbone)
     except UnreachableError as error:
-        if arguments.backbone_weights or arguments.backbone == TINY:
+        if arguments.backbone_weights or arguments.backbone in TINY_BACKBONES:
             raise
         too = f"The backbone's weights are needed too{_repository(arguments.backbone)}"
         alone = f"without any network: --backbone {TINY} --weights {ANY}, or loftup demo"
@@ -68,7 +68,7 @@ def check_backbone(arguments: argparse.Namespace) -> None:
     """Raise ValueError for a name that is no backbone's, or an ``--option`` that is not for the backbone's library."""
     from ..backbones.load import find
 
-    if arguments.backbone != TINY:
+    if arguments.backbone not in TINY_BACKBONES:
         find(arguments.backbone)
     own = inspect.signature(load_backbone).parameters
     for name, value in arguments.option:

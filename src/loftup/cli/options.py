@@ -25,7 +25,7 @@ DEVICE = "torch device; default: cuda where there is one, else cpu"
 def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = "dinov2_vits14") -> None:
     """Options that name a backbone and a device; with no default, what comes in the package is meant."""
     add = parser.add_argument
-    said = "%(default)s" if default else "tiny and its upsamplers, all in the package"
+    said = "%(default)s" if default else "tiny, which comes with the package"
     add("--backbone", default=default, type=word, metavar="NAME", help=f"loftup's or timm's name (default: {said})")
     add(
         "--backbone-weights",

@@ -12,7 +12,7 @@ __all__ = [
     "IN_PACKAGE",
     "PUBLISHED",
     "TINY",
-    "TINY_BACKBONE",
+    "TINY_BACKBONES",
     "Checkpoint",
     "find_checkpoint",
     "fitting",
@@ -21,9 +21,9 @@ __all__ = [
 ]
 
 ANY = "any"  # the universal upsampler, for every backbone
-TINY = "tiny"  # the backbone in the package, and the LoftUp for it
+TINY = "tiny"  # the backbone in the package
 FOLDER = Path(__file__).parent.parent / "bundled"
-TINY_BACKBONE = FOLDER / "tiny_backbone"
+TINY_BACKBONES = {TINY: FOLDER / "tiny_backbone", "tiny_v1": FOLDER / "tiny_v1_backbone"}  # by loftup's names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -38,7 +38,8 @@ class Checkpoint:
         channels: C of the features it expects; None for any.
         patch_size: patch of the backbone in pixels; None for any.
         timm: full timm name of the backbone whose features it was trained on; None where timm does not have it.
-        backbones: the same backbone's other names in torch.hub, open_clip, transformers and timm.
+        backbones: the same backbone's other names in torch.hub, open_clip, transformers and timm; of "any", the names
+            of the backbones in the package, which have no upsampler of their own.
         file: file of the repository that holds the channel norm too.
         mean: per-channel mean that training subtracted from images in [0, 1]; None for the backbone's own. ImageNet's
             for all published ones, also where the backbone's own differs.
@@ -65,7 +66,7 @@ class Checkpoint:
     def folder(self) -> Path:
         """Of weights in the package."""
         assert self.in_package
-        return FOLDER / {ANY: "any", TINY: "tiny_loftup"}[self.name]
+        return FOLDER / self.name
 
 
 # fmt: off
@@ -86,10 +87,9 @@ _PUBLISHED = (
     Checkpoint("siglip2_vitb16", "haiwen/loftup-siglip2", 768, 16, "vit_base_patch16_siglip_224.v2_webli",
                ("ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2/webli", "google/siglip2-base-patch16-224")),
 )
-# Their backbones go by the same names.
-_IN_PACKAGE = tuple(
-    Checkpoint(name, None, channels, patch_size, None, (name,), "model.safetensors", None, None, "MIT", None, True)
-    for name, channels, patch_size in ((ANY, None, None), (TINY, 192, 16))
+# The backbones in the package go with it: no warning says that it stands in for them.
+_IN_PACKAGE = (
+    Checkpoint(ANY, None, None, None, None, tuple(TINY_BACKBONES), "model.safetensors", None, None, "MIT", None, True),
 )
 # fmt: on
 
@@ -97,6 +97,7 @@ PUBLISHED = {checkpoint.name: checkpoint for checkpoint in _PUBLISHED}
 IN_PACKAGE = {checkpoint.name: checkpoint for checkpoint in _IN_PACKAGE}
 CATALOGUE = PUBLISHED | IN_PACKAGE
 
+_OWN_NAMES = {*CATALOGUE, *TINY_BACKBONES}
 _BY_NAME = {
     alias: checkpoint
     for checkpoint in CATALOGUE.values()
@@ -112,7 +113,7 @@ def find_checkpoint(name: str) -> Checkpoint | None:
     bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     found = _BY_NAME.get(bare) or _BY_NAME.get(bare.removeprefix("timm/"))
     # loftup's own names take no prefix: "timm/any" is somebody's repository.
-    return None if found is not None and bare.removeprefix("timm/") == found.name else found
+    return None if bare.removeprefix("timm/") in _OWN_NAMES else found
 
 
 def known_names() -> list[str]:

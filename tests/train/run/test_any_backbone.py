@@ -146,7 +146,7 @@ class TestConfig:
     def test_the_ready_one_fits_its_backbones(self):
         made = load_config("any")
         assert [(each.name, each.layer) for each in made.backbones] == [
-            ("mobilenetv2_100", 3), ("mobilenetv2_100", 4), ("mobilenetv2_100", 4), ("tiny", None),
+            ("mobilenetv2_100", 3), ("mobilenetv2_100", 4), ("mobilenetv2_100", 4), ("tiny_v1", None),
         ]  # fmt: skip
         check_geometry(made, [16, 32, 16, 16])
 

@@ -3,6 +3,7 @@
 from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...model import LoftUp
+from ...networks.config import UniversalConfig
 from ...train.baselines import ARCHITECTURES
 from ...upsampled import Upsampled
 from .registry import Upsampler, register
@@ -31,7 +32,12 @@ for _name in ARCHITECTURES:
 
 @register("loftup")
 def _loftup(backbone: Backbone, argument: str) -> Upsampler:
-    # A stand-in must not be judged under another name: "loftup:any" says what it is.
     up = LoftUp.from_pretrained(argument or backbone, strict=not argument)
+    # What serves every backbone must not be judged under another name: "loftup:any" says what it is.
+    if not argument and isinstance(up.config, UniversalConfig):
+        raise LoftUpError(
+            f"there is no LoftUp of its own for {backbone.name}; write loftup:any for the upsampler of every backbone, "
+            "or loftup:FOLDER for weights of your own"
+        )
     Upsampled(backbone, up)  # refuses a pair that does not fit
     return up.requires_grad_(False)
