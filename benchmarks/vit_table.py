@@ -31,8 +31,8 @@ from loftup.files import MADE_BY, refuse_others, write_atomically
 
 GRID = {"size": [224, 224], "output": 0.5}
 PROBES = {**GRID, "training": "samples", "probes": ["upsampled", "lowres"]}
-# With the default of 1e-4 a head learns 60 pictures by heart. Of 1e-4 to 10 this gave bilinear the best depth, learned on
-# three quarters of NYU's training split and judged on the rest, and "any" the best of 1e-4 to 0.1.
+# With the default of 1e-4 a head learns 60 pictures by heart. Of 1e-4 to 10 this gave bilinear the best depth, learned
+# on three quarters of NYU's training split and judged on the rest, and "any" the best of 1e-4 to 0.1.
 LINEAR = {**GRID, "head": "linear", "ridge": 0.1}
 UPSAMPLERS = (
     "bilinear,large_input2=large_input:2,joint_bilateral,any=loftup:any,views4=views:4:bilinear,"

