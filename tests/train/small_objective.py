@@ -5,7 +5,7 @@ from material import randomised
 from small_config import configured
 from torch import nn
 
-from loftup import Backbone, LoftUpConfig
+from loftup import Backbone, LoftUp, LoftUpConfig, UniversalConfig
 from loftup.train.config import TrainConfig
 from loftup.train.data.views import Batch, Crop
 from loftup.train.objective.multi_view import draw_motions
@@ -91,3 +91,32 @@ ALL = {"factor": 2, "region": (0, 0, 12, 12)}
 
 def full_batch(count=2, **parts):
     return batch(count=count, crops=crops([(2, 3, 12, 13)], count), large=torch.rand(count, 3, 48, 48), **ALL, **parts)
+
+
+# Of the universal network
+
+
+def upsampler():
+    """A small universal network whose every weight matters."""
+    up = LoftUp(UniversalConfig(heads=2, radius=1, code_width=4, encoder_width=8))
+    with torch.no_grad():
+        for parameter in up.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return up
+
+
+def features_config(*on, **settings):
+    return configured(config(*on), model__architecture="any", **settings)
+
+
+def seen(term, image, number=0):
+    """The backbone's features of images in [0, 1]."""
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    with torch.no_grad():
+        return term.backbones[number].model.convolution((image - mean) / std)
+
+
+def scale(features, like):
+    """Features mapped by the means and deviations of ``like``, written out."""
+    cells = like.flatten(2)
+    return (features - cells.mean(2)[..., None, None]) / cells.std(2, correction=0)[..., None, None]

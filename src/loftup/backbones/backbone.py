@@ -263,10 +263,9 @@ class Backbone(nn.Module):
         Returns:
             (B, C, h, w), h the resized height / patch_size, w likewise (so round(H / patch_size) where ``multiple`` is
             the patch); the model's own grid where the size is fixed; with ``views`` n * n, n times as many each way.
-            In the dtype of the model's weights (under
-            autocast: as autocast has it). For several layers a list of such maps, or with ``join`` one with their
-            channels one behind the other. Ordinary tensors also inside ``torch.inference_mode``, so that a probe can
-            be trained on them.
+            In the dtype of the model's weights (under autocast: as autocast has it). For several layers a list of such
+            maps, or with ``join`` one with their channels one behind the other. Ordinary tensors also inside
+            ``torch.inference_mode``, so that a probe can be trained on them.
 
         Raises:
             TypeError: not a float tensor.

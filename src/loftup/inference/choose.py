@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import LoftUpError
+from ..networks.guidance import GuidanceEncoder
 from ..networks.loftup import LoftUpNetwork
-from ..networks.universal import GuidanceEncoder, UniversalNetwork
+from ..networks.universal import UniversalNetwork
 from .bands import Bands
 from .engine import FoldedEngine
 from .engine_cpu import CpuEngine

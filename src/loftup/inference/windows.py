@@ -3,8 +3,8 @@
 Every output pixel needs its own guidance code and the keys, directions and values of the cells around it. Codes come
 from a convolutional network and are made in tiles with a halo; keys are means of codes, so the codes are read twice:
 for the keys of all cells, then for the pixels. In between they are kept if they fit into the budget, and made again if
-not. Memory is the result, a copy of the guidance, its codes at half resolution, some six times the features and the
-budget.
+not. Memory is the result, a copy of the guidance (with oversampling, of the larger image), its codes at half
+resolution, some six times the features and the budget.
 
 Attention itself is :meth:`loftup.networks.universal.UniversalNetwork.attend`.
 """
@@ -20,8 +20,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..inputs import resize_guidance
+from ..networks.guidance import finer_image
 from ..networks.layers import Box
-from ..networks.universal import Settings, UniversalNetwork, finer_image, make_axis
+from ..networks.universal import Settings, UniversalNetwork, make_axis
 from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
 from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
 
@@ -198,7 +199,7 @@ class Windows:
     """The universal network, computed window by window in plain PyTorch on every device.
 
     Args:
-        network: whose :attr:`~loftup.networks.universal.GuidanceEncoder.halo` is known.
+        network: whose :attr:`~loftup.networks.guidance.GuidanceEncoder.halo` is known.
     """
 
     def __init__(self, network: UniversalNetwork) -> None:

@@ -27,9 +27,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import UniversalConfig
-from .layers import Box, MinMaxScale, reach, run
+from .guidance import GuidanceEncoder, finer_image, silence
+from .layers import Box, MinMaxScale, run
 
-__all__ = ["CellAxis", "Prepared", "UniversalNetwork", "finer_image", "make_axis"]
+__all__ = ["CellAxis", "Prepared", "UniversalNetwork", "make_axis"]
 
 FAR = -1e9  # the score of a cell outside the grid
 SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
@@ -67,97 +68,6 @@ def make_axis(length: int, cells: int, device: torch.device | None = None) -> Ce
     weights = (slot < count[:, None].clamp(min=1)).float() / count[:, None].clamp(min=1).float()
     offsets = ((2 * pixels + 1) * cells - (2 * index[:, None] + 1) * length).float() / (2 * length)
     return CellAxis(pixels, weights, offsets, cell * most + pixel - first[cell])
-
-
-class QuarterBlock(nn.Sequential):
-    """A 3x3 and a 1x1 convolution that begin as nothing; their sum with the input is the block's output."""
-
-    def __init__(self, width: int, dilation: int) -> None:
-        super().__init__(
-            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation), nn.ReLU(), nn.Conv2d(width, width, 1)
-        )
-        _silence(self[2])
-
-
-class GuidanceEncoder(nn.Module):
-    """A small convolutional network from scaled images to codes; most of it at half resolution, or at a quarter.
-
-    Args:
-        width: channels inside.
-        code: channels of the codes.
-        quarter: channels of the part at a quarter of the resolution; 0 for none. It begins as nothing.
-    """
-
-    dilations = (1, 2, 4)
-    quarter_dilations = (1, 2, 4, 1, 2)
-
-    def __init__(self, width: int, code: int, quarter: int = 0) -> None:
-        super().__init__()
-        self.colour = nn.Conv2d(3, code, 1)
-        self.fine = nn.Conv2d(3, width // 2, 3, padding=1)
-        self.fine_out = nn.Conv2d(width // 2, code, 1)
-        self.down = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in self.dilations)
-        self.coarse_out = nn.Conv2d(width, code, 1)
-        self.has_quarter = quarter > 0
-        if self.has_quarter:
-            self.quarter_down = nn.Conv2d(width, quarter, 3, stride=2, padding=1)
-            self.quarter_blocks = nn.ModuleList(QuarterBlock(quarter, d) for d in self.quarter_dilations)
-            self.quarter_out = nn.Conv2d(quarter, code, 1)
-            _silence(self.quarter_out)
-
-    @property
-    def halo(self) -> int | None:
-        """Pixels that a code at half resolution sees around it, at most; None where a replaced layer may see more.
-
-        A multiple of 4, so that tiles with this halo begin where a pixel of every resolution does.
-        """
-        blocks = [reach(block) for block in self.blocks]
-        pointwise = [self.colour, self.fine_out, self.coarse_out]
-        strided = [self.fine, self.down]
-        quarter: list[int | None] = []
-        if self.has_quarter:
-            quarter = [reach(block) for block in self.quarter_blocks]
-            pointwise.append(self.quarter_out)
-            strided.append(self.quarter_down)
-        if None in (*blocks, *quarter) or any(map(reach, pointwise)) or any(reach(layer) != 1 for layer in strided):
-            return None
-        halo = 2 * (1 + sum(filter(None, blocks))) + 2
-        if self.has_quarter:
-            halo += 4 * (2 + sum(filter(None, quarter)))  # of which one for the doubling
-        return -(-halo // 4) * 4
-
-    def coarse(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-0.5, 0.5] to codes (B, D, ceil(H / 2), ceil(W / 2))."""
-        x = F.relu(self.down(F.relu(self.fine(image))))
-        for block in self.blocks:
-            x = x + F.relu(block(x))
-        codes: Tensor = self.coarse_out(x)
-        if not self.has_quarter:
-            return codes
-        x = F.relu(self.quarter_down(x))
-        for block in self.quarter_blocks:
-            x = x + block(x)
-        return codes + _doubled(self.quarter_out(x), codes)
-
-    def fine_codes(self, image: Tensor) -> Tensor:
-        """The part of the codes at full resolution: (B, 3, H, W) to (B, D, H, W)."""
-        return self.colour(image) + self.fine_out(F.relu(self.fine(image)))  # type: ignore[no-any-return]
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) to codes (B, D, H, W)."""
-        return self.fine_codes(image) + _doubled(self.coarse(image), image)
-
-
-def _doubled(x: Tensor, target: Tensor) -> Tensor:
-    """A map at twice its resolution, cut to the size of the target."""
-    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    return x[..., : target.shape[-2], : target.shape[-1]]
-
-
-def _silence(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
 
 
 @dataclass(frozen=True)
@@ -200,7 +110,7 @@ class UniversalNetwork(nn.Module):
             self.local = nn.Sequential(
                 nn.Linear(looks, LOCAL_WIDTH), nn.ReLU(), nn.Linear(LOCAL_WIDTH, 2 * rounds + self.heads)
             )
-            _silence(self.local[2])
+            silence(self.local[2])
         with torch.no_grad():
             # At first the codes are colours, so that training starts from joint bilateral upsampling.
             nn.init.orthogonal_(self.encoder.colour.weight.view(rounds * self.depth, 3))
@@ -298,15 +208,14 @@ class UniversalNetwork(nn.Module):
         (n, p), (_, m, q) = down.shape, across.shape
         near_down, fade_down = (x.view(n, 1, side, 1, p, 1) for x in self._axis_scores(down))
         near_across, fade_across = (x.view(-1, m, 1, side, 1, q) for x in self._axis_scores(across))
-        _, constants, own = keys.split(
-            [queries.shape[-1], 1 + self.heads, keys.shape[-1] - queries.shape[-1] - 1 - self.heads], -1
-        )
-        constants = constants.reshape(batch, n, m, side, side, 1, 1, -1)
+        codes = queries.shape[-1]
+        constants = keys[..., codes : codes + 1 + self.heads].reshape(batch, n, m, side, side, 1, 1, -1)
         pixels = queries.mT
         sharpness = settings.sharpness[:, None, None]
         shares, strength = (x.repeat_interleave(n * m, 0) for x in (settings.shares, settings.strength))
         if self.local is not None:
-            widths, strengths = own[:, side**2 // 2].exp().split([1 + self.heads, self.heads], -1)
+            own = keys[:, side**2 // 2, codes + 1 + self.heads :]  # of the cell in the window's middle
+            widths, strengths = own.exp().split([1 + self.heads, self.heads], -1)
             sharpness = sharpness * widths.view(batch, n, m, -1)
             strength = strength * strengths
 
@@ -314,8 +223,8 @@ class UniversalNetwork(nn.Module):
             part = slice(head * depth, (head + 1) * depth)
             bell = sharpness[..., head, None, None, None, None]
             constant = constants[..., head] + (bell * near_down + fade_down) + (bell * near_across + fade_across)
-            total: Tensor = constant.reshape(*keys.shape[:2], p * q)
-            return total.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
+            summed: Tensor = constant.reshape(*keys.shape[:2], p * q)
+            return summed.baddbmm_(keys[..., part], pixels[:, part], alpha=2)
 
         first = scores(0).softmax(1)
         agreement = (directions @ directions.mT) @ first
@@ -453,12 +362,6 @@ def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     ]
     means = [x.mean(1) for x in pairs if x.shape[1]]
     return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))
-
-
-def finer_image(guidance: Tensor) -> tuple[Tensor, int]:
-    """Undo ``F.pixel_unshuffle``: (B, 3 k^2, H, W) to (B, 3, k H, k W), and k."""
-    factor = math.isqrt(guidance.shape[1] // 3)
-    return (F.pixel_shuffle(guidance, factor) if factor > 1 else guidance), factor
 
 
 def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:

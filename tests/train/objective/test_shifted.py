@@ -3,9 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_objective import PATCH, SIZE, batch, close, cut
-from small_objective import backbone as small_backbone
-from test_universal_terms import features_config, scale, seen, upsampler
+from small_objective import PATCH, SIZE, backbone, batch, close, cut, features_config, scale, seen, upsampler
 
 from loftup import LoftUp, LoftUpError
 from loftup.train.config import BackboneConfig, check
@@ -28,7 +26,7 @@ def views_of(term, image, count=3):
 @pytest.mark.parametrize("name", ["any", None])
 def test_the_target_is_the_upsampled_grid_of_views(name, window):
     made = features_config("shifted", objective__shifted__upsampler=name)
-    term, data = Objective(made, upsampler(), small_backbone()), batch(window=window)
+    term, data = Objective(made, upsampler(), backbone()), batch(window=window)
     low = seen(term, data.image)
     views = scale(views_of(term, data.image), low)
     with torch.no_grad():
@@ -41,7 +39,7 @@ def test_the_target_is_the_upsampled_grid_of_views(name, window):
 
 
 def test_the_teacher_is_frozen_and_in_no_checkpoint():
-    term = Objective(features_config("shifted"), upsampler(), small_backbone())
+    term = Objective(features_config("shifted"), upsampler(), backbone())
     assert len(term.state_dict()) == len(upsampler().state_dict())
     term(batch())[0].backward()
     assert all(parameter.grad is not None for parameter in term.up.upsampler.parameters())
@@ -50,7 +48,7 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint():
 
 def test_cached_views_are_not_made_again(tmp_path):
     made = features_config("shifted", data__cache=str(tmp_path), data__views=2)
-    model = small_backbone()
+    model = backbone()
     term, data = Objective(made, upsampler(), model), batch()
     data.keys = [term.caches[0].key(image) for image in data.image]
     data.features = [None, None]

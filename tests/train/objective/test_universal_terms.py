@@ -3,10 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_config import configured
-from small_objective import PATCH, SIZE, backbone, batch, close, config, crops, cut, full_batch, motions
+from small_objective import (
+    PATCH,
+    SIZE,
+    backbone,
+    batch,
+    close,
+    crops,
+    cut,
+    features_config,
+    full_batch,
+    motions,
+    scale,
+    seen,
+    upsampler,
+)
 
-from loftup import Backbone, LoftUp, LoftUpError, UniversalConfig
+from loftup import Backbone, LoftUpError
 from loftup.train.config import BackboneConfig
 from loftup.train.data.views import TrainingViews, collate
 from loftup.train.objective.mask_bicubic import mask_bicubic_target, mask_refine
@@ -15,32 +28,6 @@ from loftup.train.objective.standardise import draw_channels
 from loftup.train.objective.student import upsample_window
 
 TERMS = ("mask_bicubic", "self_distillation", "high_resolution", "multi_view", "total_variation")
-
-
-def upsampler():
-    """A small universal network whose every weight matters."""
-    up = LoftUp(UniversalConfig(heads=2, radius=1, code_width=4, encoder_width=8))
-    with torch.no_grad():
-        for parameter in up.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return up
-
-
-def features_config(*on, **settings):
-    return configured(config(*on), model__architecture="any", **settings)
-
-
-def seen(term, image, number=0):
-    """The backbone's features of images in [0, 1]."""
-    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    with torch.no_grad():
-        return term.backbones[number].model.convolution((image - mean) / std)
-
-
-def scale(features, like):
-    """Features mapped by the means and deviations of ``like``, written out."""
-    cells = like.flatten(2)
-    return (features - cells.mean(2)[..., None, None]) / cells.std(2, correction=0)[..., None, None]
 
 
 class TestTerms:

@@ -118,7 +118,9 @@ class ModelConfig(Section):
     code_width: Count = 8  # channels of each head's guidance code
     encoder_width: Annotated[Integer, Field(ge=2)] = 32  # channels inside the network that makes these codes
     quarter_width: Whole = 0  # channels of its part at a quarter of the resolution, which sees farther; 0: none
-    oversampling: Count = 1  # greatest number of image pixels along a side of an output pixel, whose codes it averages
+    # Greatest number of image pixels along a side of an output pixel, whose codes it averages; also with pretrained,
+    # whose own number is not looked at.
+    oversampling: Count = 1
     local: bool = False  # a cell's likeness to the cells around it says how far and how surely its pixels look
     # Greatest share of the features' channels left out in a step, which makes backbones with fewer channels of one; at
     # least 8 stay.

@@ -159,9 +159,9 @@ class Objective(nn.Module):
         if not self.finer_caches or not batch.keys:
             return self._extract(self.finer[batch.backbone], batch.image)
         cache = self.finer_caches[batch.backbone]
-        found = [cache.read(key) for key in batch.keys]
-        found = [None if features is None else features.to(batch.image.device) for features in found]
-        return self._kept(batch, self.finer_caches, self.finer, found)
+        found = map(cache.read, batch.keys)
+        on_device = [None if features is None else features.to(batch.image.device) for features in found]
+        return self._kept(batch, self.finer_caches, self.finer, on_device)
 
     def _kept(
         self, batch: Batch, caches: list[FeatureCache], backbones: list[Backbone], found: list[Tensor | None]

@@ -22,7 +22,7 @@ Teacher = Callable[[Tensor, Tensor], Tensor]  # features (B, C, h, w) and guidan
 
 
 def make_teacher(settings: ShiftedConfig, device: torch.device) -> Teacher:
-    """What brings the views' grid to the output's size: an upsampler, frozen, or bilinear interpolation."""
+    """Make what brings the views' grid to the output's size: an upsampler, frozen, or bilinear interpolation."""
     if settings.upsampler is None:
         return lambda features, guidance: F.interpolate(
             features, guidance.shape[-2:], mode="bilinear", align_corners=False
