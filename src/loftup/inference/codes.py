@@ -146,7 +146,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _coarse_pixel(net: UniversalNetwork, dtype: torch.dtype) -> int:
-    """Bytes of a coarse pixel's work: 4 fine ones, before and after their ReLU, a few arrays at half and at a quarter."""
+    """Bytes of a coarse pixel's work: 4 fine ones, before and after ReLU, a few arrays at a half and a quarter."""
     return dtype.itemsize * (4 * 3 + 8 * net.config.encoder_width + net.config.quarter_width)
 
 
