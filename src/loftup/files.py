@@ -15,7 +15,18 @@ from pathlib import Path
 from .errors import LoftUpError
 from .version import __version__
 
-__all__ = ["MADE_BY", "alone_in", "check_regular", "made_here", "refuse_others", "stamp", "sweep", "write_atomically"]
+__all__ = [
+    "MADE_BY",
+    "alone_in",
+    "check_regular",
+    "content_of",
+    "expect_file",
+    "made_here",
+    "refuse_others",
+    "stamp",
+    "sweep",
+    "write_atomically",
+]
 
 MADE_BY = f"Made by loftup {__version__}"  # in pictures, as EXIF's Software, and in texts
 # The first or last 4096 bytes of all that loftup writes under a name that a user chose hold one of these.
@@ -137,3 +148,21 @@ def stamp(file: Path) -> str:
     """Size and time of a file, which change with its content."""
     status = file.stat()
     return f"{status.st_size}@{status.st_mtime_ns}"
+
+
+def expect_file(file: Path, content: str) -> Path:
+    """The file, or LoftUpError if there is none."""
+    if not file.is_file():
+        raise LoftUpError(f"expected {content} at {file}, found {content_of(file)}")
+    return file
+
+
+def content_of(path: Path) -> str:
+    """Say what a path holds in place of what was expected there."""
+    if path.exists():
+        return "a file" if path.is_file() else "a folder"
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    inside = sorted(child.name for child in parent.iterdir())[:6]
+    return f"nothing; {parent} holds {', '.join(inside) or 'nothing'}"

@@ -7,7 +7,7 @@ import torch
 from small_config import configured
 
 from loftup import LoftUpError
-from loftup.train.config import TrainConfig
+from loftup.train.config import BackboneConfig, TrainConfig
 from loftup.train.data.generators import seeded
 from loftup.train.data.plan import Cells, View, check_geometry, draw_view, make_plan
 
@@ -38,6 +38,16 @@ class TestPlan:
         found = {(plan.size, plan.output) for plan in made}
         assert found == {(s, round(s * r)) for s, r in itertools.product((224, 336), (0.5, 1.0, 2.0))}
         assert all(plan.window is None and plan.crops == () and plan.region is None for plan in made)
+
+    def test_backbones_are_drawn_by_their_shares(self):
+        made = config(backbones=[BackboneConfig(share=share) for share in (3.0, 1.0, 0.5)])
+        drawn = [make_plan(made, [16, 16, 16], step).backbone for step in range(600)]
+        assert [round(drawn.count(number) / 600 * 4.5, 1) for number in range(3)] == pytest.approx([3, 1, 0.5], abs=0.3)
+        alike = config(backbones=[BackboneConfig(share=2.0)] * 3)
+        plain = config(backbones=[BackboneConfig()] * 3)
+        assert [make_plan(alike, [16] * 3, step) for step in range(9)] == [
+            make_plan(plain, [16] * 3, step) for step in range(9)
+        ]
 
     @pytest.mark.parametrize(("window", "side"), [(48, 48), (50, 48), (57, 64), (1, 16), (217, 224)])
     def test_windows_are_whole_cells_everywhere(self, window, side):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from loftup import LoftUpError
 from loftup.train.data.felzenszwalb import felzenszwalb_map
+from loftup.train.data.loader import open_data
 from loftup.train.data.sa1b import annotate, write_sa1b
 from loftup.train.data.sources import (
     ImageFolder,
@@ -195,6 +196,17 @@ def test_label_folders_pick_one_map_at_random(tmp_path):
     assert first.max() == 300
 
 
+def test_void_is_no_mask(tmp_path):
+    labels = np.array([[0, 0, 255], [7, 7, 255]], dtype=np.uint8)
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.jpg")
+    masks = LabelFolder(tmp_path, void=255).read(0, generator()).masks
+    assert len(masks) == 2
+    assert masks.crop((0, 0, 2, 3), (2, 3)).sum((1, 2)).tolist() == [2, 2]
+    assert len(LabelFolder(tmp_path).read(0, generator()).masks) == 3
+    assert len(open_data([str(tmp_path)], "auto", [1.0], 255).read(0, generator()).masks) == 2
+
+
 def test_palette_indices_are_labels(tmp_path):
     picture = LabelFolder(label_folder(tmp_path)).read(1, generator())
     assert picture.name == "b.webp"
@@ -334,7 +346,7 @@ def test_what_has_no_kind_is_refused(tmp_path):
         LoftUpError, match=r"is data of kind 'images', which has no option factor; it has scales, sigma"
     ):
         open_source(tmp_path, factor=2)
-    with pytest.raises(LoftUpError, match=r"of kind 'labels', which has no option scales, sigma; it has none"):
+    with pytest.raises(LoftUpError, match=r"of kind 'labels', which has no option scales, sigma; it has void"):
         open_source(tmp_path, "labels", sigma=1, scales=[1])
     for kind in ("auto", "sa1b", "labels", "images"):
         with pytest.raises(LoftUpError, match=r"no folder .*nowhere"):

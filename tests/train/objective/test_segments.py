@@ -66,6 +66,24 @@ def test_membership_loss_is_a_balanced_cross_entropy():
     assert membership_loss(read[:0], masks[:0]) == 0
 
 
+def test_membership_loss_weighs_areas_outlines_and_overlap():
+    masks = torch.zeros(2, 1, 9, dtype=torch.bool)
+    masks[0, 0, :6], masks[1, 0, 6:8] = True, True  # the last pixel lies in none
+    read = torch.rand(2, 1, 9)
+    logits = read[:, 0].log_softmax(0)
+    entropy = -torch.cat([logits[0, :6], logits[1, 6:8]])
+    by_area = torch.tensor([6**-0.7] * 6 + [2**-0.7] * 2)
+    near = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])  # an outline is between the fifth and the sixth, and before the last
+    weights = by_area * (1 + 3 * near)
+    plain = (entropy * weights).sum() / weights.sum()
+    close(membership_loss(read, masks, 1.0, area=0.7, edges=3.0), plain)
+    shares = logits.exp()[:, :8]
+    both = torch.stack([shares[0, :6].sum(), shares[1, 6:].sum()])
+    either = shares.sum(1) + torch.tensor([6.0, 2.0]) - both
+    overlap = 1 - ((both + 1) / (either + 1)).mean()
+    close(membership_loss(read, masks, 1.0, area=0.7, edges=3.0, overlap=0.5), plain + 0.5 * overlap)
+
+
 @pytest.mark.parametrize("window", [None, (8, 4, 20, 16)])
 def test_term(window):
     made = configured(config("segments"), model__architecture="any", objective__segments__masks=2)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from loftup.train.config import BackboneConfig, TrainConfig, check, load_config,
 from loftup.train.data.loader import loader
 from loftup.train.data.plan import check_geometry, make_plan
 from loftup.train.objective.standardise import standardisation
-from loftup.train.run.build import build_backbones, check_paths
+from loftup.train.run.build import build_backbones, build_upsampler, check_paths
 from loftup.train.run.checkpoint import differences
 from loftup.train.run.engine import train
 from loftup.train.run.validation import Validation, mean_losses
@@ -338,3 +339,55 @@ def test_losses_of_several_backbones():
     one, other = torch.tensor([2.0, 4.0, 2.0]), torch.tensor([3.0, 2.0, 1.0])
     assert mean_losses([one]) == {"loss": 1.0, "bicubic": 2.0, "ratio": 0.5}
     assert mean_losses([one, other]) == {"loss": 2.0, "bicubic": 2.0, "ratio": 1.0, "ratio_0": 0.5, "ratio_1": 1.5}
+
+
+class TestParts:
+    """Parts of the universal network that pretrained weights lack."""
+
+    @pytest.fixture
+    def weights(self, config, tmp_path):
+        up = build_upsampler(config, None)
+        up.save_pretrained(tmp_path / "weights")
+        return up
+
+    def test_they_begin_as_nothing(self, config, weights, tmp_path):
+        grown = configured(
+            config, model__pretrained=str(tmp_path / "weights"), model__quarter_width=6, model__local=True
+        )
+        features, image = torch.randn(1, 5, 4, 4), torch.rand(1, 3, 16, 16)
+        up = build_upsampler(grown, None)
+        assert up.config == dataclasses.replace(weights.config, quarter_width=6, local=True)
+        torch.testing.assert_close(up(features, image), weights(features, image))
+        grown.model.oversampling = 2
+        assert build_upsampler(grown, None).config.oversampling == 2
+
+    def test_what_is_there_stays(self, config, tmp_path):
+        larger = configured(config, model__quarter_width=6, model__local=True, model__oversampling=2)
+        up = build_upsampler(larger, None)
+        up.save_pretrained(tmp_path / "weights")
+        same = configured(config, model__pretrained=str(tmp_path / "weights"), model__quarter_width=0)
+        assert build_upsampler(same, None).config == up.config
+        with pytest.raises(LoftUpError, match=r"has quarter_width=6, the config says model.quarter_width=8"):
+            build_upsampler(configured(same, model__quarter_width=8), None)
+        with pytest.raises(LoftUpError, match=r"averages 2 pixels of the image .* set model.oversampling=2"):
+            build_upsampler(configured(same, model__oversampling=1), None)
+
+
+def test_the_log_takes_a_terms_mean_over_the_steps_that_have_it(config, monkeypatch):
+    import loftup.train.objective.imitation as imitation
+
+    class Teacher(nn.Module):
+        def forward(self, features, image, size):
+            return torch.nn.functional.interpolate(features, size)
+
+    monkeypatch.setattr(imitation, "load_foreign", lambda spec, channels: Teacher())
+    term = {"weight": 1.0, "upsampler": "anyup:w@c", "trust_code": True, "backbones": [1]}
+    for name, value in term.items():
+        configured(config, **{f"objective__imitation__{name}": value})
+    config.objective.segments.weight, config.log_every, config.steps = 1.0, 1, 6
+    train(config)
+    rows = list(csv.DictReader((Path(config.output) / "log.csv").open()))
+    with_it = [row["imitation"] != "" for row in rows]
+    assert with_it == [make_plan(config, [8, 16], step).backbone == 1 for step in range(6)]
+    assert any(with_it)
+    assert not all(with_it)

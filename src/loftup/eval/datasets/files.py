@@ -7,23 +7,17 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError, translate
+from ...files import content_of, expect_file
 from ...pictures import open_picture, require_pillow
 
-__all__ = ["check_size", "expect_file", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
+__all__ = ["check_size", "expect_folder", "list_files", "read_image", "read_lines", "read_map"]
 
 
 def expect_folder(folder: Path, content: str) -> Path:
     """The folder, or LoftUpError if there is none."""
     if not folder.is_dir():
-        raise LoftUpError(f"expected a folder with {content} at {folder}, found {_content_of(folder)}")
+        raise LoftUpError(f"expected a folder with {content} at {folder}, found {content_of(folder)}")
     return folder
-
-
-def expect_file(file: Path, content: str) -> Path:
-    """The file, or LoftUpError if there is none."""
-    if not file.is_file():
-        raise LoftUpError(f"expected {content} at {file}, found {_content_of(file)}")
-    return file
 
 
 def list_files(folder: Path, pattern: str, content: str) -> list[Path]:
@@ -65,13 +59,3 @@ def check_size(values: Tensor, file: Path, image: Tensor, picture: Path) -> None
             f"{file} is {tuple(values.shape)}, but its picture {picture} is {tuple(image.shape[1:])}; expected a map "
             "with one channel and the picture's size"
         )
-
-
-def _content_of(path: Path) -> str:
-    if path.exists():
-        return "a file" if path.is_file() else "a folder"
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    inside = sorted(child.name for child in parent.iterdir())[:6]
-    return f"nothing; {parent} holds {', '.join(inside) or 'nothing'}"

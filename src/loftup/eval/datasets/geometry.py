@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import LoftUpError
+from ...files import expect_file
 from .base import Dataset, GeometrySample, Samples
-from .files import check_size, expect_file, list_files, read_image, read_map
+from .files import check_size, list_files, read_image, read_map
 from .plane_fit import normals_by_plane_fit
 from .registry import register
 from .simple import has_simple_layout, named_files

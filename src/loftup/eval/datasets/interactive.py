@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ...errors import LoftUpError, translate
+from ...files import expect_file
 from .base import Dataset, InteractiveSample, Samples, SegmentationSample
-from .files import check_size, expect_file, list_files, read_image, read_lines, read_map
+from .files import check_size, list_files, read_image, read_lines, read_map
 from .registry import register
 from .segmentation import voc
 from .video import one_object_files

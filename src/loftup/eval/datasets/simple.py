@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from ...errors import LoftUpError
-from .files import expect_file, read_lines
+from ...files import expect_file
+from .files import read_lines
 
 __all__ = ["has_simple_layout", "named_classes", "named_files"]
 

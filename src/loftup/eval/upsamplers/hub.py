@@ -3,62 +3,15 @@
 Nothing is loaded before it is asked for.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ...backbones import Backbone
-from ...backbones.vit import IMAGENET
 from ...errors import LoftUpError
-from .local import ANYUP, JAFAR, Project, load_local
+from ...train.baselines.foreign import ForeignUpsampler, Order, load_foreign
 from .registry import Upsampler, register
 from .simple import no_argument
-
-__all__ = ["HubUpsampler"]
-
-Order = Literal["anyup", "naf", "jafar", "featup", "uplift", "loftup"]
-
-
-class HubUpsampler(nn.Module):
-    """Another project's upsampler behind our call.
-
-    Args:
-        network: as torch.hub or its own code gave it.
-        order: how it is called:
-            "anyup": ``network(image, features, output_size=size)``;
-            "naf", "jafar": ``network(image, features, size)``;
-            "featup": ``network.upsampler(network.model[1](features), image)``, its channel norm and its stack, 16 times
-            the grid, then bilinearly to the size;
-            "uplift": ``network(image, features, size)``, after ``network.enable_iterative(4)``;
-            "loftup": ``network(features, image)`` with the image at output size.
-    """
-
-    def __init__(self, network: nn.Module, order: Order) -> None:
-        super().__init__()
-        self.network = network
-        self.order = order
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, h, w) and the image (B, 3, H, W) in [0, 1], which these see with ImageNet's mean and deviation."""
-        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in IMAGENET)
-        image = (image - mean) / std
-        network: Any = self.network
-        if self.order == "anyup":
-            dense = network(image, features, output_size=size)
-        elif self.order in ("naf", "jafar", "uplift"):
-            dense = network(image, features, size)
-        elif self.order == "featup":
-            dense = network.upsampler(network.model[1](features), image)
-        else:
-            dense = network(features, F.interpolate(image, size, mode="bilinear", align_corners=False))
-        if dense.shape[-2:] != size:
-            dense = F.interpolate(dense, size, mode="bilinear", align_corners=False)
-        return dense.to(features.dtype)  # type: ignore[no-any-return]
-
 
 # What is run is what was there at these commits; later ones are taken by changing this table.
 COMMITS = {
@@ -86,9 +39,7 @@ def _load(repository: str, entry: str, **options: Any) -> Any:
         ) from error
 
 
-def _register(
-    name: str, repository: str, order: Order, example: str = "", local: Project | None = None, **options: Any
-) -> None:
+def _register(name: str, repository: str, order: Order, example: str = "", local: bool = False, **options: Any) -> None:
     """Add an upsampler of torch.hub; with an example, the argument is the entry point, without, the name is.
 
     One that is also ``local`` takes WEIGHTS@FOLDER as its argument, and goes to torch.hub without.
@@ -98,7 +49,7 @@ def _register(
     @register(name, remote=f"{pinned}, or of the folder that you name" if local else pinned)
     def factory(backbone: Backbone, argument: str) -> Upsampler:
         if local and argument:
-            return HubUpsampler(load_local(name, argument, local, backbone.channels), order)
+            return load_foreign(f"{name}:{argument}", backbone.channels)
         if example and not argument:
             raise LoftUpError(
                 f"the upsampler {name!r} needs the name of an entry point of {repository}; write for example "
@@ -108,10 +59,10 @@ def _register(
         network = _load(repository, entry, pretrained=True, **options)
         if order == "uplift":
             network.enable_iterative(4)
-        return HubUpsampler(network, order)
+        return ForeignUpsampler(network, order)
 
 
-_register("anyup", "wimmerth/anyup", "anyup", local=ANYUP)
+_register("anyup", "wimmerth/anyup", "anyup", local=True)
 _register("anyup_multi_backbone", "wimmerth/anyup", "anyup")
 _register("naf", "valeoai/NAF", "naf")
 _register("featup", "mhamilton723/FeatUp", "featup", "dinov2")
@@ -121,4 +72,4 @@ _register("loftup_published", "andrehuang/loftup", "loftup", "loftup_dinov2s")
 
 @register("jafar", remote="the folder that you name (github.com/PaulCouairon/JAFAR)")
 def _jafar(backbone: Backbone, argument: str) -> Upsampler:
-    return HubUpsampler(load_local("jafar", argument, JAFAR, backbone.channels), "jafar")
+    return load_foreign(f"jafar:{argument}", backbone.channels)

@@ -161,16 +161,44 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"objective.shifted.views={shifted.views} is no finer than the views of {', '.join(coarser)}; give more "
             "views to the target, fewer to the backbone, or set objective.shifted.weight=0"
         )
+    imitation = objective.imitation
+    if imitation.weight:
+        if not model.universal:
+            yield (
+                f"objective.imitation.weight={imitation.weight:g} with {architecture}, whose attention does not "
+                "average what it is given; set model.architecture=any, or objective.imitation.weight=0"
+            )
+        if imitation.upsampler is None:
+            yield (
+                "objective.imitation.upsampler is null, expected whom to imitate; set it as "
+                "objective.imitation.upsampler=anyup:WEIGHTS@FOLDER, or objective.imitation.weight=0"
+            )
+        if not imitation.trust_code:
+            yield (
+                f"objective.imitation.upsampler={imitation.upsampler} runs the code in that folder; read it, and set "
+                "objective.imitation.trust_code=true"
+            )
+        if imitation.backbones and not any(value for name, value in objective.weights.items() if name != "imitation"):
+            yield (
+                "objective.imitation is the only term and counts for some of the backbones alone, so that the others' "
+                "steps would teach nothing; set objective.imitation.backbones=[], or give another term"
+            )
+        if wrong := [number for number in imitation.backbones if number >= len(config.sections)]:
+            yield (
+                f"objective.imitation.backbones holds {wrong[0]}, expected numbers below {len(config.sections)}, that "
+                "of the backbones"
+            )
     if model.oversampling > 1 and not model.universal:
         yield (
             f"model.oversampling={model.oversampling} with {architecture}, which looks at images at output size; set "
             "model.architecture=any, or model.oversampling=1"
         )
-    if model.channel_dropout and not model.universal:
-        yield (
-            f"model.channel_dropout={model.channel_dropout:g} with {architecture}, a network for one number of "
-            "channels; set model.architecture=any, or model.channel_dropout=0"
-        )
+    for name, what in (("channel_dropout", "number"), ("channel_mixing", "order")):
+        if (value := getattr(model, name)) and not model.universal:
+            yield (
+                f"model.{name}={value:g} with {architecture}, a network for one {what} of channels; set "
+                f"model.architecture=any, or model.{name}=0"
+            )
     if model.pretrained is not None and model.baseline:
         yield (
             f"model.pretrained={model.pretrained} with {architecture}: only LoftUp goes on from weights; set "

@@ -15,6 +15,7 @@ __all__ = [
     "Distance",
     "FelzenszwalbConfig",
     "HighResolutionConfig",
+    "ImitationConfig",
     "MaskBicubicConfig",
     "ModelConfig",
     "MultiViewConfig",
@@ -91,6 +92,7 @@ class BackboneConfig(Section):
     mean: Triple | None = None  # of the images that it expects; None takes the model's own
     std: Triple | None = None
     views: Literal[1, 4, 9, 16] = 1  # shifted views of each picture, whose grids make a finer one
+    share: Positive = 1.0  # of the steps, in proportion to the other backbones'
     options: dict[str, Any] = field(default_factory=dict)  # for the library that the model is from
 
 
@@ -117,14 +119,15 @@ class ModelConfig(Section):
     radius: Count = 2  # cells that a pixel sees on each side of its own
     code_width: Count = 8  # channels of each head's guidance code
     encoder_width: Annotated[Integer, Field(ge=2)] = 32  # channels inside the network that makes these codes
+    # The next three are also for pretrained weights: a part that these lack is added and begins as nothing.
     quarter_width: Whole = 0  # channels of its part at a quarter of the resolution, which sees farther; 0: none
-    # Greatest number of image pixels along a side of an output pixel, whose codes it averages; also with pretrained,
-    # whose own number is not looked at.
-    oversampling: Count = 1
     local: bool = False  # a cell's likeness to the cells around it says how far and how surely its pixels look
+    # Greatest number of image pixels along a side of an output pixel, whose codes it averages.
+    oversampling: Count = 1
     # Greatest share of the features' channels left out in a step, which makes backbones with fewer channels of one; at
     # least 8 stay.
     channel_dropout: ShareBelow1 = 0.0
+    channel_mixing: Share = 0.0  # probability that a step sees the channels through a random rotation
 
     @property
     def universal(self) -> bool:
@@ -149,6 +152,8 @@ class DataConfig(Section):
     # Smallest and largest side of the random square crop, as a share of the picture's short side.
     scale: Annotated[list[PositiveShare], AfterValidator(_ascending)] = _values(0.6, 1.0)
     flip: Share = 0.5  # probability of mirroring
+    void: Whole | None = None  # label that is no mask, in label maps
+    guidance_jitter: Share = 0.0  # probability that the image changes its colours for the upsampler alone
     views: Whole = 0  # 0: a new crop every time; K > 0: K fixed crops of every picture, whose features can be cached
     # Folder for features on disk; needs views. It saves the backbone's pass over the student's images alone, not over
     # crops and enlarged images, and holds `views` entries of a picture for each of sizes.
@@ -194,6 +199,9 @@ class SegmentsConfig(TermConfig):
 
     ridge: Positive = 0.3  # of the probe, as a share of the mean squared length of a cell's features
     masks: Count = 32  # at most so many of a picture, drawn at random
+    area: Share = 0.5  # a mask's pixels weigh by its area to the power of minus this
+    edges: NotNegative = 0.0  # further weight of pixels within two of an outline
+    overlap: NotNegative = 0.0  # weight of the masks' soft intersection over union, beside their cross-entropy
 
 
 @dataclass
@@ -203,6 +211,21 @@ class ShiftedConfig(TermConfig):
     distance: Distance = "l2"
     views: Literal[4, 9, 16] = 9  # passes of the backbone for every picture; data.cache keeps them
     upsampler: Text | None = "any"  # that brings them to the output's size; null: bilinear interpolation
+
+
+@dataclass
+class ImitationConfig(TermConfig):
+    """Squared distance to the output of another project's upsampler; for "any" alone.
+
+    What is compared is the standardised features' projection to a few random directions, which keeps distances and
+    makes the teacher's outputs small enough for data.cache.
+    """
+
+    upsampler: Text | None = None  # "anyup:WEIGHTS@FOLDER" or "jafar:WEIGHTS@FOLDER", with the folder of its code
+    trust_code: bool = False  # run that code
+    ratio: Positive = 0.5  # of the teacher's output size to the backbone's input size
+    channels: Count = 64  # of the projection
+    backbones: list[Whole] = _values()  # numbers of those in whose steps it counts; empty for all
 
 
 @dataclass
@@ -229,6 +252,7 @@ class ObjectiveConfig(Section):
     high_resolution: HighResolutionConfig = field(default_factory=HighResolutionConfig)
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
     shifted: ShiftedConfig = field(default_factory=ShiftedConfig)
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
     multi_view: MultiViewConfig = field(default_factory=MultiViewConfig)
     total_variation: TotalVariationConfig = field(default_factory=TotalVariationConfig)
 

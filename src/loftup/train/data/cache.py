@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...errors import LoftUpError, translate
 from ...files import write_atomically
 from ..config import TrainConfig
 
-__all__ = ["FeatureCache", "fingerprint", "open_caches"]
+__all__ = ["FeatureCache", "digest_of", "fingerprint", "open_caches"]
 
 log = logging.getLogger("loftup")
 
@@ -88,8 +88,13 @@ def fingerprint(backbone: Backbone, *settings: object) -> str:
     identity = (backbone.name, backbone.layer, backbone.patch_size, backbone.mean, backbone.std, *settings)
     if backbone.views > 1:  # entries of one view keep the names that they have had
         identity = (*identity, f"views={backbone.views}")
+    return digest_of(backbone, *identity)
+
+
+def digest_of(module: nn.Module, *identity: object) -> str:
+    """A digest of a module's weights and of what else is given."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=10)
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -12,14 +12,16 @@ from ...errors import LoftUpError
 from ..config import TrainConfig
 from .cache import open_caches
 from .plan import Cells
-from .sources import ImageFolder, Several, Source, open_source
+from .sources import ImageFolder, LabelFolder, Several, Source, open_source
 from .views import Batch, Place, Sample, TrainingViews, collate
 
 __all__ = ["StepSampler", "backbone_list", "loader", "open_data"]
 
 
-def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source:
-    """Open folders or shards, one or several, as one source; ``scales`` are of Felzenszwalb's masks made on the fly.
+def open_data(path: Sequence[str], kind: str, scales: Sequence[float], void: int | None = None) -> Source:
+    """Open folders or shards, one or several, as one source.
+
+    ``scales`` are of Felzenszwalb's masks made on the fly, ``void`` is the label that is no mask in label maps.
 
     Raises:
         LoftUpError: no path is given, or see :func:`loftup.train.data.sources.open_source`.
@@ -30,6 +32,8 @@ def open_data(path: Sequence[str], kind: str, scales: Sequence[float]) -> Source
     for source in sources:
         if isinstance(source, ImageFolder):
             source.scales = list(scales)
+        if isinstance(source, LabelFolder):
+            source.void = void
     return sources[0] if len(sources) == 1 else Several(sources)
 
 
@@ -108,7 +112,7 @@ def loader(
         LoftUpError: the data cannot be opened, or the geometry does not fit the backbone; while iterating, ten
             pictures in a row cannot be read.
     """
-    source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb)
+    source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb, config.data.void)
     backbones = backbone_list(config, backbone)
     grids = [Cells(each.patch_size, shifts_a_side(each.views)) for each in backbones]
     views = TrainingViews(source, config, grids, world, open_caches(config, backbones))

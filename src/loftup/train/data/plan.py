@@ -66,7 +66,8 @@ def make_plan(config: TrainConfig, grids: Grids, step: int) -> Plan:
         step: of the optimizer.
     """
     several = grids_of(grids)
-    backbone = _choice(range(len(several)), seeded(config.seed, "backbone", step))
+    shares = [each.share for each in config.sections.values()]
+    backbone = _backbone(shares if len(shares) == len(several) else [1.0] * len(several), config.seed, step)
     size = _choice(config.data.sizes, seeded(config.seed, "size", step))
     output = round(size * _choice(config.data.ratios, seeded(config.seed, "ratio", step)))
     cells = several[backbone].along(size)
@@ -169,6 +170,8 @@ def _check_cells(config: TrainConfig, grid: Cells) -> None:
                 f"cell of {grid.stride}; whole ones are needed for {' and '.join(whole)}: take whole multiples of "
                 f"{1 / grid.stride}"
             )
+    if objective.imitation.weight:
+        _check_imitation(config, grid)
     if objective.high_resolution.weight:
         finest = min(data.ratios) * grid.stride
         if (factor := max(objective.high_resolution.factors)) > finest:
@@ -183,6 +186,19 @@ def _check_cells(config: TrainConfig, grid: Cells) -> None:
                 f"part of {min(data.sizes)} pixels that is seen enlarged may hold none of the {cells} x {cells} "
                 f"feature cells whole; take factors of at most {(cells + 1) // 2}, data.sizes of at least "
                 f"{-(-(2 * factor - 1) // grid.finer) * grid.patch_size}, or crop=false"
+            )
+
+
+def _check_imitation(config: TrainConfig, grid: Cells) -> None:
+    """Raise LoftUpError unless the student's and the teacher's outputs are whole multiples of the cells."""
+    data, ratio = config.data, config.objective.imitation.ratio
+    for size, students in itertools.product(data.sizes, data.ratios):
+        output, theirs, cells = round(size * students), round(size * ratio), grid.along(size)
+        if theirs % cells or output % cells or max(output, theirs) % min(output, theirs):
+            raise LoftUpError(
+                f"objective.imitation.ratio={ratio:g} makes the teacher's output {theirs} pixels wide for an input of "
+                f"{size}, the student's is {output}, and the features have {cells} cells; one of the outputs must be a "
+                "whole multiple of the other, and both of the cells"
             )
 
 
@@ -205,6 +221,13 @@ def grids_of(grids: Grids) -> list[Cells]:
     """The grid of each backbone."""
     several = [grids] if isinstance(grids, int | Cells) else grids
     return [each if isinstance(each, Cells) else Cells(each) for each in several]
+
+
+def _backbone(shares: Sequence[float], seed: int, step: int) -> int:
+    generator = seeded(seed, "backbone", step)
+    if len(set(shares)) == 1:
+        return _choice(range(len(shares)), generator)
+    return int(torch.multinomial(torch.tensor(shares, dtype=torch.float64), 1, generator=generator))
 
 
 def _choice(values: Sequence[T], generator: torch.Generator) -> T:

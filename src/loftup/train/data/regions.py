@@ -58,19 +58,22 @@ class LabelMap:
 
     Args:
         labels: (H, W), any integer dtype.
+        void: label that is no mask; None where every label is one.
 
     Raises:
         ValueError: the map is not two-dimensional or empty.
         TypeError: it holds no integers.
     """
 
-    def __init__(self, labels: ArrayLike) -> None:
+    def __init__(self, labels: ArrayLike, void: int | None = None) -> None:
         self.labels = np.asarray(labels)
         if self.labels.ndim != 2 or self.labels.size == 0:
             raise ValueError(f"a label map must be (H, W) and not empty, got {self.labels.shape}")
         if self.labels.dtype.kind not in "iu":
             raise TypeError(f"a label map must hold integers, got {self.labels.dtype}")
         self._values = np.unique(self.labels)
+        if void is not None:
+            self._values = self._values[self._values != void]
 
     def __len__(self) -> int:
         return len(self._values)

@@ -125,12 +125,14 @@ class LabelFolder(_Folder):
 
     Args:
         path: of the folder.
+        void: label that is no mask, such as VOC's 255; None where every label is one.
 
     Raises:
         LoftUpError: there is no such folder, no picture has a label map, or it cannot be told what belongs together.
     """
 
-    def __init__(self, path: "str | os.PathLike[str]") -> None:
+    def __init__(self, path: "str | os.PathLike[str]", void: int | None = None) -> None:
+        self.void = void
         folder = Path(path).expanduser()
         maps, singles = label_maps(find_files(folder, IMAGE_SUFFIXES), folder)
         if not maps:
@@ -151,7 +153,7 @@ class LabelFolder(_Folder):
                 f"{path} has {labels.shape[0]}x{labels.shape[1]} labels, {name} has "
                 f"{image.shape[1]}x{image.shape[2]} pixels; expected the same size"
             )
-        return Picture(name, image, LabelMap(labels))
+        return Picture(name, image, LabelMap(labels, self.void))
 
 
 class ImageFolder(_Folder):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,15 +14,17 @@ from ...errors import LoftUpError
 from ...model import LoftUp
 from ..config import TrainConfig
 from ..data.cache import FeatureCache, open_caches
+from ..data.jitter import jitter
 from ..data.loader import backbone_list
 from ..data.views import Batch
 from .high_resolution import high_resolution
+from .imitation import Imitation
 from .mask_bicubic import mask_bicubic
 from .multi_view import AttentionDownsampler, draw_motions
 from .segments import guesses, segments
 from .self_distillation import follow, self_distillation
 from .shifted import Teacher, make_teacher, shifted
-from .standardise import draw_channels, standardisation
+from .standardise import draw_channels, draw_rotation, standardisation
 from .start import freeze_batch_norm
 from .student import Output
 from .total_variation import total_variation
@@ -39,7 +42,8 @@ class Objective(nn.Module):
     the backbone's own space, and moves with every shift and scaling of a channel: there each picture's
     features are standardised per channel over its cells (:mod:`loftup.train.objective.standardise`), and what the
     backbone says of the enlarged picture, of the teacher's crops and of moved views is mapped by the same means and
-    deviations, so that it stays comparable. ``model.channel_dropout`` leaves channels out of all of these alike.
+    deviations, so that it stays comparable. ``model.channel_dropout`` leaves channels out of all of these alike, and
+    ``model.channel_mixing`` rotates them.
 
     Args:
         config: of the run, whose values :func:`loftup.train.config.check` has accepted; terms of weight 0 cost nothing.
@@ -78,6 +82,9 @@ class Objective(nn.Module):
             # In a list it stays out of the state dict: its weights never change.
             self._upsamplers: list[Teacher] = [make_teacher(config.objective.shifted, up.device)]
             self.finer_caches = open_caches(config, self.finer)
+        self.imitation: Imitation | None = None
+        if config.objective.imitation.weight:
+            self.imitation = Imitation(config, self.backbones, self.caches, up.device)
         self.up = up
         up.requires_grad_(True).channelnorm.requires_grad_(False)
         self.teacher: LoftUp | None = None
@@ -112,14 +119,23 @@ class Objective(nn.Module):
         config, model = self.config.objective, self.config.model
         features = self._features(batch)
         scale = self._scale(features, batch.step)
+        if self.config.data.guidance_jitter:
+            guidance = jitter(batch.guidance, self.config.data.guidance_jitter, self.config.seed, batch.step)
+            batch = replace(batch, guidance=guidance)
 
         def see(image: Tensor) -> Tensor:
             return scale(self._extract(self.backbones[batch.backbone], image))
 
         normalised = self._normalise(scale(features))
         whole = model.architecture == "loftup" and model.batch_norm == "batch"
-        beside = guesses(config.segments, normalised, batch) if config.segments.weight else None
-        output = Output(self.up, normalised, batch, whole=whole, beside=beside)
+        beside: dict[str, Tensor] = {}
+        if config.segments.weight:
+            beside["segments"] = guesses(config.segments, normalised, batch)
+        imitation = self.imitation if self.imitation is not None and self.imitation.applies(batch) else None
+        if imitation is not None:
+            beside["imitation"] = imitation.values(features, batch)
+        dense = any(weight for name, weight in config.weights.items() if name not in ("segments", "imitation"))
+        output = Output(self.up, normalised, batch, whole=whole, beside=beside, dense=dense)
         terms: dict[str, Tensor] = {}
         compared: dict[str, Tensor] = {}
         if config.mask_bicubic.weight:
@@ -134,7 +150,9 @@ class Objective(nn.Module):
             views = self._normalise(scale(self._shifted(batch)))
             terms["shifted"] = shifted(config.shifted, output.dense, views, batch, self._upsamplers[0])
         if config.segments.weight:
-            terms["segments"] = segments(config.segments, output.beside, batch)
+            terms["segments"] = segments(config.segments, output.beside["segments"], batch)
+        if imitation is not None:
+            terms["imitation"] = imitation.loss(output.beside["imitation"], features, batch)
         if config.multi_view.weight:
             terms["multi_view"] = self._multi_view(output.dense, batch, lambda image: self._normalise(see(image)))
         if config.total_variation.weight:
@@ -186,11 +204,13 @@ class Objective(nn.Module):
         if not model.universal:
             return lambda x: x  # the channel norm does it
         channels = draw_channels(features.shape[1], model.channel_dropout, self.config.seed, step)
-        if channels is None:
-            return standardisation(features)
-        channels = channels.to(features.device)
-        standardise = standardisation(features[:, channels])
-        return lambda x: standardise(x[:, channels])
+        kept = slice(None) if channels is None else channels.to(features.device)
+        standardise = standardisation(features[:, kept])
+        rotation = draw_rotation(standardise.mean.shape[1], model.channel_mixing, self.config.seed, step)
+        if rotation is None:
+            return lambda x: standardise(x[:, kept])
+        turn = rotation.to(features)
+        return lambda x: torch.einsum("bchw,ck->bkhw", standardise(x[:, kept]), turn)
 
     @torch.no_grad()
     def _normalise(self, features: Tensor) -> Tensor:

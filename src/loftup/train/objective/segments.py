@@ -32,7 +32,15 @@ def segments(settings: SegmentsConfig, upsampled: Tensor, batch: Batch) -> Tenso
     losses = []
     for read, of_picture in zip(upsampled, batch.masks, strict=True):
         masks = some(of_picture, settings.masks)
-        losses.append(membership_loss(read[: len(masks)], cut(masks, batch.window)))
+        losses.append(
+            membership_loss(
+                read[: len(masks)],
+                cut(masks, batch.window),
+                area=settings.area,
+                edges=settings.edges,
+                overlap=settings.overlap,
+            )
+        )
     return torch.stack(losses).mean()
 
 
@@ -64,25 +72,45 @@ def read_membership(features: Tensor, masks: Tensor, ridge: float = 0.3) -> Tens
         return rearrange(guess, "(h w) m -> m h w", h=h)
 
 
-def membership_loss(read: Tensor, masks: Tensor, sharpness: float = 6.0) -> Tensor:
+def membership_loss(
+    read: Tensor, masks: Tensor, sharpness: float = 6.0, area: float = 0.5, edges: float = 0.0, overlap: float = 0.0
+) -> Tensor:
     """Cross-entropy of the masks that a pixel lies in, against those that the features place it in.
 
     The masks' memberships are the logits of a pixel's mask, as a classifier's would be; a pixel in several masks wants
-    all of them alike, one in none is left out. Masks weigh by the root of their area, so that a pole or a bird is not
+    all of them alike, one in none is left out. Small masks weigh more for their size, so that a pole or a bird is not
     lost beside the sky.
 
     Args:
         read: (M, H, W), :func:`read_membership` after upsampling.
         masks: (M, H, W) bool.
         sharpness: factor on the memberships.
+        area: a mask's pixels weigh by its area to the power of minus this.
+        edges: further weight of the pixels within two of an outline, as a share of their own.
+        overlap: weight of the soft intersection over union, 1 minus its mean over the masks; each of the two areas is
+            one pixel larger than it is, for masks that are hardly in sight.
 
     Returns:
         A scalar; 0 where no pixel lies in a mask.
     """
-    inside = masks.to(read.dtype).flatten(1)
-    targets = inside / inside.sum(0).clamp(min=1)
-    weights = targets * inside.sum(1, keepdim=True).clamp(min=1).rsqrt()
     if not len(read):
         return read.sum()
-    loss = -(weights * (sharpness * read.flatten(1)).log_softmax(0)).sum()
-    return loss / weights.sum().clamp(min=1e-12)
+    inside = masks.to(read.dtype).flatten(1)
+    targets = inside / inside.sum(0).clamp(min=1)
+    weights = targets * inside.sum(1, keepdim=True).clamp(min=1) ** -area
+    if edges:
+        weights = weights * (1 + edges * _near_outlines(masks).flatten())
+    logarithms = (sharpness * read.flatten(1)).log_softmax(0)
+    loss = -(weights * logarithms).sum() / weights.sum().clamp(min=1e-12)
+    if overlap:
+        shares = logarithms.exp() * masks.any(0).flatten()
+        both = (shares * targets).sum(1)
+        either = (shares + targets).sum(1) - both
+        loss = loss + overlap * (1 - (both + 1) / (either + 1)).mean()
+    return loss
+
+
+def _near_outlines(masks: Tensor) -> Tensor:
+    """Tell of each pixel whether a mask has its outline within two pixels: (H, W), in float32."""
+    each = masks.float()[None]
+    return (F.max_pool2d(each, 5, 1, 2) + F.max_pool2d(-each, 5, 1, 2)).amax(1)[0]

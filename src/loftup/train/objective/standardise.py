@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..data.generators import seeded
 
-__all__ = ["Standardisation", "draw_channels", "standardisation"]
+__all__ = ["Standardisation", "draw_channels", "draw_rotation", "standardisation"]
 
 FLOOR = 0.1  # of a channel's deviation, as a share of the mean deviation of the picture's channels
 FEWEST = 8  # channels that dropout leaves
@@ -60,3 +60,22 @@ def draw_channels(channels: int, share: float, seed: int, step: int) -> Tensor |
     left_out = share * float(torch.rand((), generator=generator, dtype=torch.float64))
     count = max(min(FEWEST, channels), round(channels * (1 - left_out)))
     return torch.randperm(channels, generator=generator)[:count].sort().values
+
+
+def draw_rotation(channels: int, probability: float, seed: int, step: int) -> Tensor | None:
+    """Draw the rotation through which a step sees the channels.
+
+    Args:
+        channels: K, those that the step keeps.
+        probability: that there is one.
+        seed: of the run.
+        step: of the optimizer.
+
+    Returns:
+        (K, K) float32, orthogonal; None for none.
+    """
+    generator = seeded(seed, "rotation", step)
+    if not probability or float(torch.rand((), generator=generator)) >= probability:
+        return None
+    rotation: Tensor = torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0]
+    return rotation

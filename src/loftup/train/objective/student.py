@@ -1,7 +1,7 @@
 """The student's output for a batch, whole or on windows of its pixels, with gradients."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -53,32 +53,41 @@ class Output:
     """The student's output for a batch, computed where it is asked for.
 
     With ``whole`` everything is cut out of the whole map: batch statistics of a part would be others. ``beside``, with
-    the universal network, is averaged in the same pass.
+    the universal network, holds further values by name, (B, E, h, w) each, that are averaged in the same pass; alone,
+    unless ``dense`` says that the features' own average is asked for too.
     """
 
     def __init__(
-        self, up: LoftUp, normalised: Tensor, batch: Batch, *, whole: bool, beside: Tensor | None = None
+        self,
+        up: LoftUp,
+        normalised: Tensor,
+        batch: Batch,
+        *,
+        whole: bool,
+        beside: Mapping[str, Tensor] | None = None,
+        dense: bool = True,
     ) -> None:
-        self.up, self.normalised, self.batch, self.whole, self._extra = up, normalised, batch, whole, beside
+        self.up, self.normalised, self.batch, self.whole = up, normalised, batch, whole
+        self._values = dict(beside or {})
+        if dense or not self._values:
+            self._values = {"dense": normalised} | self._values
 
     @functools.cached_property
-    def _both(self) -> Tensor:
-        values = None if self._extra is None else torch.cat([self.normalised, self._extra], 1)
-        return self._window(self.batch.window, values)
+    def beside(self) -> dict[str, Tensor]:
+        """The batch's window of all values by their names, in the dtype of the targets."""
+        values = list(self._values.values())
+        features_alone = list(self._values) == ["dense"]
+        window = self._window(self.batch.window, None if features_alone else torch.cat(values, 1))
+        return dict(zip(self._values, window.split([x.shape[1] for x in values], 1), strict=True))
 
-    @functools.cached_property
+    @property
     def dense(self) -> Tensor:
-        """The batch's window, in the dtype of the targets."""
-        return self._both[:, : self.normalised.shape[1]]
-
-    @functools.cached_property
-    def beside(self) -> Tensor:
-        """The same window of ``beside``."""
-        return self._both[:, self.normalised.shape[1] :]
+        """That of the features."""
+        return self.beside["dense"]
 
     def at(self, box: Box) -> Tensor:
         """Any box, given in pixels of the whole output."""
-        if self.batch.window is None and (self.whole or "dense" in self.__dict__):
+        if self.batch.window is None and (self.whole or "beside" in self.__dict__):
             return cut(self.dense, box)
         return self._window(box)
 

@@ -135,10 +135,39 @@ def _pretrained(name: str, config: TrainConfig, backbone: Backbone) -> LoftUp:
             f"model.pretrained={name} holds architecture={architecture}, the config says "
             f"model.architecture={config.model.architecture}; set model.architecture={architecture}, or other weights"
         )
+    if isinstance(up.config, UniversalConfig):
+        return _grown(up, config.model)
     if isinstance(up.config, LoftUpConfig):
         Upsampled(backbone, up)  # refuses a pair that does not fit
         up.config = dataclasses.replace(up.config, backbone=backbone.name)
     return up
+
+
+def _grown(up: LoftUp, model: ModelConfig) -> LoftUp:
+    """The universal network with the parts that the config asks for and its weights lack; they begin as nothing."""
+    have = up.config
+    assert isinstance(have, UniversalConfig)
+    if have.oversampling > model.oversampling:
+        raise LoftUpError(
+            f"model.pretrained={model.pretrained} averages {have.oversampling} pixels of the image along a side, the "
+            f"config says model.oversampling={model.oversampling}; set model.oversampling={have.oversampling}"
+        )
+    if have.quarter_width not in (0, model.quarter_width) and model.quarter_width:
+        raise LoftUpError(
+            f"model.pretrained={model.pretrained} has quarter_width={have.quarter_width}, the config says "
+            f"model.quarter_width={model.quarter_width}; set model.quarter_width={have.quarter_width}"
+        )
+    wanted = dataclasses.replace(
+        have,
+        quarter_width=have.quarter_width or model.quarter_width,
+        local=have.local or model.local,
+        oversampling=model.oversampling,
+    )
+    if wanted == have:
+        return up
+    larger = LoftUp(wanted)
+    larger.load_state_dict(up.state_dict(), strict=False)
+    return larger
 
 
 def rebuild(config: dict[str, Any]) -> LoftUp:

@@ -51,8 +51,7 @@ class Progress:
     empty: int = 0
     nonfinite: int = 0
     streak: int = 0  # steps without a finite loss since the last finite one
-    sums: dict[str, float] = field(default_factory=dict)  # since the last line of the log
-    summed: int = 0
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)  # and their number, since the last line of the log
     measured: dict[str, float] = field(default_factory=dict)
 
 

@@ -239,8 +239,10 @@ class _Run:
         progress.empty += int(total[len(names) + 1])
         if math.isfinite(mean["loss"]) and math.isfinite(mean["gradient"]):
             self.optimizer.step()
-            progress.streak, progress.summed = 0, progress.summed + 1
-            progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in mean.items()}
+            progress.streak = 0
+            for name, value in mean.items():  # not every step has every term
+                so_far, count = progress.sums.get(name, (0.0, 0))
+                progress.sums[name] = so_far + value, count + 1
         else:
             for buffer, value in before:
                 buffer.copy_(value)
@@ -276,8 +278,8 @@ class _Run:
     def _log(self, rate: float) -> dict[str, str]:
         """Write a line of the log, given the steps a second; returns what the progress bar shows."""
         progress = self.progress
-        means = {name: value / progress.summed for name, value in progress.sums.items()}
-        progress.sums, progress.summed = {}, 0
+        means = {name: total / count for name, (total, count) in progress.sums.items()}
+        progress.sums = {}
         self.processes.from_main(lambda: self._write_log(means, rate))
         return {"loss": f"{means['loss']:.4g}"} if means else {}
 

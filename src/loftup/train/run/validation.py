@@ -119,7 +119,7 @@ class Validation:
     """
 
     def __init__(self, config: TrainConfig, backbone: Backbone, rank: int = 0, world: int = 1) -> None:
-        source = open_data(config.validation.path, config.validation.kind, config.data.felzenszwalb)
+        source = open_data(config.validation.path, config.validation.kind, config.data.felzenszwalb, config.data.void)
         self._cases = _Cases(source, config, backbone, _packed_masks, slice(rank, None, world))
         self._refine = (config.objective.mask_bicubic.alpha, config.objective.mask_bicubic.masks)
         self._pictures = config.validation.pictures

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LoftUpError, one_line
-from ..datasets.files import expect_file
+from ...files import expect_file
 
 __all__ = ["ANYUP", "JAFAR", "Project", "load_local"]
 
