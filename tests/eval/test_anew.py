@@ -9,7 +9,7 @@ from layouts import pairs
 from small import mean_colours
 from torch import nn
 
-from loftup import LoftUp, LoftUpError
+from loftup import LoftUp, LoftUpError, wrap
 from loftup.cli import main
 from loftup.eval.tasks.efficiency import EfficiencyConfig, efficiency
 from loftup.eval.tasks.segmentation import METRICS
@@ -210,3 +210,28 @@ def test_featups_network_is_fitted_to_shifted_views_too():
         up = create("featup_implicit:2", several)
         assert up(several(image), image, (24, 24)).shape == (1, 3, 24, 24)
         assert len(up.losses) == 2
+
+
+def test_overlapping_patches_are_those_of_shifted_views_for_a_patch_embedding_alone():
+    # Without position embeddings and blocks a cell says what its patch shows, wherever that lies.
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1, dynamic_img_size=True)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    model.blocks[0] = nn.Identity()
+    backbone = wrap(model.eval(), check=False)
+    image = torch.rand(1, 3, 64, 96)
+    nothing = torch.full((1, 192, 4, 6), torch.nan)
+    made = create("overlapping", backbone).look(image)
+    expected = backbone.with_views(4)(backbone.normalise(image))
+    assert made.shape == (1, 192, 8, 12)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert model.patch_embed.proj.stride == (16, 16)
+    upsampled = create("overlapping:loftup:any", backbone)(nothing, image, (64, 96))
+    torch.testing.assert_close(upsampled, LoftUp.from_pretrained("any")(made, image, size=(64, 96)))
+
+
+def test_overlapping_patches_want_a_plain_transformer():
+    with pytest.raises(LoftUpError, match="'overlapping' halves the stride of a plain vision transformer's patches"):
+        create("overlapping", mean_colours(cell=4))

@@ -1,4 +1,4 @@
-"""Upsamplers that take the features anew from the picture: of shifted views of it, or of a larger one.
+"""Upsamplers that take the features anew from the picture: of shifted views, a larger one, or overlapping patches.
 
 What they are given of the backbone is left aside, so that one table holds them beside upsamplers of its features, and
 a probe on its features stays what it is. The features they take go to another upsampler, "bilinear" if none is named.
@@ -8,16 +8,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...backbones.views import VIEWS, offsets, shifted
+from ...backbones.vit import PlainViT
 from ...errors import LoftUpError
 from ..features import extract
 from .registry import Make, Upsampler, register
 
-__all__ = ["Anew", "between", "diagonal", "enlarged"]
+__all__ = ["Anew", "between", "diagonal", "enlarged", "overlapping"]
 
 Look = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to features (B, C, h, w) in float32
 
@@ -69,6 +71,35 @@ def enlarged(backbone: Backbone, factor: float) -> Look:
     def look(image: Tensor) -> Tensor:
         size = tuple(round(factor * side) for side in image.shape[-2:])
         return extract(backbone, F.interpolate(image, size, mode="bicubic", align_corners=False).clamp(0, 1))
+
+    return look
+
+
+def overlapping(backbone: Backbone) -> Look:
+    """Look once with the stride of the patch embedding halved: twice the cells each way, four times the tokens."""
+    vit, patch = backbone.features, backbone.patch_size
+    if not isinstance(vit, PlainViT) or isinstance(patch, tuple) or patch % 2:
+        raise LoftUpError(
+            "'overlapping' halves the stride of a plain vision transformer's patches, of one map and an even number of "
+            f"pixels; got {backbone.name or type(backbone.model).__name__} with {patch}"
+        )
+    half = patch // 2
+    first = -(-half // 2)  # so that a cell is centred where an upsampler expects it, to half a pixel
+
+    def look(image: Tensor) -> Tensor:
+        size = backbone.input_size(image.shape[2], image.shape[3])
+        if size != tuple(image.shape[2:]):
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        image = F.pad(backbone.normalise(image), (first, half - first) * 2, mode="reflect")
+        convolution = vit.convolution
+        usual = convolution.stride
+        convolution.stride = (half, half)
+        try:
+            with torch.no_grad():
+                (features,) = vit(image)
+        finally:
+            convolution.stride = usual
+        return features.float()
 
     return look
 
@@ -140,3 +171,9 @@ def _large_input(backbone: Backbone, argument: str, make: Make) -> Upsampler:
             "upsampler of theirs large_input:1.5:loftup:any"
         )
     return _around(enlarged(backbone, factor), backbone, inner, make)
+
+
+@register("overlapping", around=True)
+def _overlapping(backbone: Backbone, argument: str, make: Make) -> Upsampler:
+    backbone = backbone.with_views(1)
+    return _around(overlapping(backbone), backbone, argument, make)
