@@ -233,5 +233,12 @@ def test_overlapping_patches_are_those_of_shifted_views_for_a_patch_embedding_al
 
 
 def test_overlapping_patches_want_a_plain_transformer():
-    with pytest.raises(LoftUpError, match="'overlapping' halves the stride of a plain vision transformer's patches"):
+    message = "'overlapping' halves the stride of a plain vision transformer's patches"
+    with pytest.raises(LoftUpError, match=message):
         create("overlapping", mean_colours(cell=4))
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    if not hasattr(transformers, "DINOv3ViTModel"):
+        pytest.skip("this transformers has no DINOv3")
+    with pytest.raises(LoftUpError, match="without rotary embeddings; got"):
+        create("overlapping", wrap(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**small)).eval()))

@@ -30,6 +30,16 @@ def test_pixels_in_the_channels_change_as_pixels_do(step, monkeypatch):
     torch.testing.assert_close(F.pixel_shuffle(folded, 2), jitter(image, 1.0, 0, step))
 
 
+def test_pictures_of_a_step_change_alike():
+    image = torch.rand(1, 3, 4, 6)
+    for step in range(10):
+        both = jitter(image.expand(2, -1, -1, -1), 1.0, 0, step)
+        torch.testing.assert_close(both[0], both[1])
+        torch.testing.assert_close(both[:1], jitter(image, 1.0, 0, step))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert jitter(image, 1.0, 0, 3).dtype == torch.float32
+
+
 def test_grey_is_grey(monkeypatch):
     for name, probability in {"GREY": 1.0, "GAMMA": 1.0, "MIX": 0.0, "NOISE": 0.0}.items():
         monkeypatch.setattr(module, name, probability)

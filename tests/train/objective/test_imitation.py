@@ -8,7 +8,7 @@ from small_objective import CHANNELS, SIZE, backbone, batch, close, cut, feature
 
 from loftup import LoftUpError
 from loftup.train.config import BackboneConfig, check
-from loftup.train.data.plan import check_geometry
+from loftup.train.data.plan import Cells, check_geometry
 from loftup.train.objective import imitation as module
 from loftup.train.objective.imitation import projection
 from loftup.train.objective.objective import Objective
@@ -19,7 +19,7 @@ class Nearest(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.calls = torch.nn.Parameter(torch.ones(2), requires_grad=False), 0
+        self.weight, self.calls, self.code = torch.nn.Parameter(torch.ones(2), requires_grad=False), 0, "first"
 
     def forward(self, features, image, size):
         self.calls += 1
@@ -97,9 +97,13 @@ def test_cached_targets_are_not_made_again(teacher, tmp_path):
     assert term(data)[0].equal(first)
     assert teacher.calls == 2
     assert len({term.imitation.caches[0].folder, term.caches[0].folder}) == 2
-    # Another teacher has another folder.
+    # Other weights and other code have other folders.
+    folders = {term.imitation.caches[0].folder}
     teacher.weight += 1
-    assert Objective(made, upsampler(), backbone()).imitation.caches[0].folder != term.imitation.caches[0].folder
+    folders.add(Objective(made, upsampler(), backbone()).imitation.caches[0].folder)
+    teacher.code = "second"
+    folders.add(Objective(made, upsampler(), backbone()).imitation.caches[0].folder)
+    assert len(folders) == 3
 
 
 def test_it_counts_for_the_named_backbones_alone(teacher):
@@ -122,7 +126,10 @@ def test_channels_and_rotation_leave_the_target_as_it_is(teacher):
         ({"objective__imitation__trust_code": False}, r"upsampler=anyup:w@c runs the code in that folder; read it"),
         ({"objective__imitation__upsampler": None}, r"imitation.upsampler is null, expected whom to imitate"),
         ({"model__architecture": "loftup"}, r"imitation.weight=1 with model.architecture=loftup"),
-        ({"objective__imitation__backbones": [0]}, r"imitation is the only term and counts for some of the backbones"),
+        (
+            {"objective__imitation__backbones": [0], "backbones": [BackboneConfig(), BackboneConfig()]},
+            r"imitation is the only term and counts for some of the backbones",
+        ),
         (
             {"objective__imitation__backbones": [1], "objective__segments__weight": 1.0},
             r"imitation.backbones holds 1, expected numbers below 1",
@@ -136,12 +143,36 @@ def test_what_does_not_go_together_is_refused(settings, message):
         check(made)
 
 
-@pytest.mark.parametrize(("ratio", "ratios"), [(0.7, [1.0]), (1.0, [0.75]), (1.5, [1.0])])
+def test_every_backbone_may_be_named():
+    made = imitating(objective__imitation__backbones=[0])
+    made.data.path = ["pictures"]
+    check(made)
+
+
+def test_autocast_leaves_values_and_targets_as_wide_as_they_are(teacher, tmp_path):
+    made = imitating(model__channel_mixing=1.0, data__guidance_jitter=1.0, data__cache=str(tmp_path), data__views=1)
+    term, data = Objective(made, upsampler(), backbone()), batch()
+    data.keys = [term.caches[0].key(image) for image in data.image]
+    data.features = list(seen(term, data.image))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = term(data)[0]
+    again = Objective(made, term.up, backbone())
+    close(loss, again(data)[0], atol=1e-5)
+    assert teacher.calls == 2
+
+
+@pytest.mark.parametrize(("ratio", "ratios"), [(0.7, [1.0]), (1.0, [0.75]), (1.5, [1.0]), (0.001, [1.0])])
 def test_outputs_that_do_not_divide_are_refused(ratio, ratios):
     made = imitating(objective__imitation__ratio=ratio, data__sizes=[96], data__ratios=ratios)
     with pytest.raises(LoftUpError, match=r"makes the teacher's output \d+ pixels wide for an input of 96"):
         check_geometry(made, 4)
     check_geometry(imitating(data__sizes=[96], data__ratios=[0.5, 2.0]), 4)
+    # Of the backbones that it counts for alone.
+    made = imitating(data__sizes=[96], objective__imitation__backbones=[0])
+    check_geometry(made, [4, Cells(16, 3)])
+    made.objective.imitation.backbones = [1]
+    with pytest.raises(LoftUpError, match="and the features have 18 cells"):
+        check_geometry(made, [4, Cells(16, 3)])
 
 
 def test_only_some_projects_can_be_loaded_from_files():

@@ -191,6 +191,8 @@ class TestSeveral:
             LoftUpError, match="learns a downsampler for all channels of one backbone, there are 2 back"
         ):
             Objective(made, upsampler(), backbones)
+        with pytest.raises(LoftUpError, match=r"of one backbone, channel_mixing is on; set objective.multi_view"):
+            Objective(features_config("multi_view", model__channel_mixing=0.5), upsampler(), backbone())
         made = features_config("multi_view", model__channel_dropout=0.5)
         with pytest.raises(
             LoftUpError, match=r"of one backbone, channel_dropout=0.5; set objective.multi_view.weight=0"

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, hold no code, and tell what differs; tables go on where they were left."""
 
+import dataclasses
 import errno
 import math
 import random
@@ -13,11 +14,13 @@ from loftup import LoftUpError
 from loftup.train.run import checkpoint, logs
 from loftup.train.run.checkpoint import (
     ENTRIES,
+    Progress,
     differences,
     latest_checkpoint,
     load_checkpoint,
     prune,
     random_states,
+    read_progress,
     restore_random_states,
     save_checkpoint,
     step_file,
@@ -191,3 +194,9 @@ def test_missing_tensorboard_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(LoftUpError, match=r'need tensorboard: pip install "loftup\[train\]"'):
         logs.Board(tmp_path)
+
+
+def test_progress_of_before_is_read():
+    values = {"step": 7, "sums": {"loss": 3.0}, "summed": 2}
+    assert read_progress(values) == Progress(step=7, sums={"loss": (3.0, 2)})
+    assert read_progress(dataclasses.asdict(Progress(step=7, sums={"loss": (3.0, 2)}))).sums == {"loss": (3.0, 2)}

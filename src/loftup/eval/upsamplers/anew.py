@@ -78,10 +78,11 @@ def enlarged(backbone: Backbone, factor: float) -> Look:
 def overlapping(backbone: Backbone) -> Look:
     """Look once with the stride of the patch embedding halved: twice the cells each way, four times the tokens."""
     vit, patch = backbone.features, backbone.patch_size
-    if not isinstance(vit, PlainViT) or isinstance(patch, tuple) or patch % 2:
+    # Rotary embeddings count patches that do not overlap.
+    if not isinstance(vit, PlainViT) or vit.layout.rope or isinstance(patch, tuple) or patch % 2:
         raise LoftUpError(
-            "'overlapping' halves the stride of a plain vision transformer's patches, of one map and an even number of "
-            f"pixels; got {backbone.name or type(backbone.model).__name__} with {patch}"
+            "'overlapping' halves the stride of a plain vision transformer's patches, of an even number of pixels, of "
+            f"one map and without rotary embeddings; got {backbone.name or type(backbone.model).__name__} with {patch}"
         )
     half = patch // 2
     first = -(-half // 2)  # so that a cell is centred where an upsampler expects it, to half a pixel

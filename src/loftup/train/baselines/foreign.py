@@ -1,5 +1,7 @@
 """Networks of other projects behind our call, as upsamplers to compare with and as teachers."""
 
+import inspect
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,6 +37,11 @@ class ForeignUpsampler(nn.Module):
         self.network = network
         self.order = order
         self.eval().requires_grad_(False)
+
+    @property
+    def code(self) -> str:
+        """The source of the network's module."""
+        return Path(inspect.getfile(type(self.network))).read_text()
 
     @torch.no_grad()
     def forward(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:

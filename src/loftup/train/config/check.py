@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from ...errors import LoftUpError
-from .schema import BackboneConfig, TrainConfig
+from .schema import AVERAGING, BackboneConfig, TrainConfig
 
 __all__ = ["check", "checked"]
 
@@ -149,11 +149,12 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
             f"{len(names)} backbones with {architecture}, a network for one number of channels; set "
             "model.architecture=any, or give a single backbone"
         )
-    if objective.segments.weight and not model.universal:
-        yield (
-            f"objective.segments.weight={objective.segments.weight:g} with {architecture}, whose attention does not "
-            "average what it is given; set model.architecture=any, or objective.segments.weight=0"
-        )
+    for name in AVERAGING:
+        if (weight := objective.weights[name]) and not model.universal:
+            yield (
+                f"objective.{name}.weight={weight:g} with {architecture}, whose attention does not average what it is "
+                f"given; set model.architecture=any, or objective.{name}.weight=0"
+            )
     shifted = objective.shifted
     coarser = [name for name, section in config.sections.items() if section.views >= shifted.views]
     if shifted.weight and coarser:
@@ -163,11 +164,6 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
         )
     imitation = objective.imitation
     if imitation.weight:
-        if not model.universal:
-            yield (
-                f"objective.imitation.weight={imitation.weight:g} with {architecture}, whose attention does not "
-                "average what it is given; set model.architecture=any, or objective.imitation.weight=0"
-            )
         if imitation.upsampler is None:
             yield (
                 "objective.imitation.upsampler is null, expected whom to imitate; set it as "
@@ -178,7 +174,8 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
                 f"objective.imitation.upsampler={imitation.upsampler} runs the code in that folder; read it, and set "
                 "objective.imitation.trust_code=true"
             )
-        if imitation.backbones and not any(value for name, value in objective.weights.items() if name != "imitation"):
+        others = set(range(len(config.sections))).difference(imitation.backbones or range(len(config.sections)))
+        if others and not any(value for name, value in objective.weights.items() if name != "imitation"):
             yield (
                 "objective.imitation is the only term and counts for some of the backbones alone, so that the others' "
                 "steps would teach nothing; set objective.imitation.backbones=[], or give another term"

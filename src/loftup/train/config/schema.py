@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 __all__ = [
+    "AVERAGING",
     "BackboneConfig",
     "DataConfig",
     "Distance",
@@ -69,6 +70,10 @@ Kind = Literal["auto", "sa1b", "shards", "labels", "images"]
 Distance = Literal["affinity", "l2", "cosine"]
 
 
+# Terms on what the attention averages in place of the features, which the universal network alone can do.
+AVERAGING = ("segments", "imitation")
+
+
 class Section:
     """Settings of pydantic for every section."""
 
@@ -119,15 +124,17 @@ class ModelConfig(Section):
     radius: Count = 2  # cells that a pixel sees on each side of its own
     code_width: Count = 8  # channels of each head's guidance code
     encoder_width: Annotated[Integer, Field(ge=2)] = 32  # channels inside the network that makes these codes
-    # The next three are also for pretrained weights: a part that these lack is added and begins as nothing.
+    # The next two are also for pretrained weights: a part that these lack is added, and begins as nothing; one that
+    # they have stays.
     quarter_width: Whole = 0  # channels of its part at a quarter of the resolution, which sees farther; 0: none
     local: bool = False  # a cell's likeness to the cells around it says how far and how surely its pixels look
-    # Greatest number of image pixels along a side of an output pixel, whose codes it averages.
+    # Greatest number of image pixels along a side of an output pixel, whose codes it averages; with pretrained at least
+    # theirs.
     oversampling: Count = 1
     # Greatest share of the features' channels left out in a step, which makes backbones with fewer channels of one; at
     # least 8 stay.
     channel_dropout: ShareBelow1 = 0.0
-    channel_mixing: Share = 0.0  # probability that a step sees the channels through a random rotation
+    channel_mixing: Share = 0.0  # probability that a step sees the channels through a random orthogonal map
 
     @property
     def universal(self) -> bool:
@@ -155,8 +162,9 @@ class DataConfig(Section):
     void: Whole | None = None  # label that is no mask, in label maps
     guidance_jitter: Share = 0.0  # probability that the image changes its colours for the upsampler alone
     views: Whole = 0  # 0: a new crop every time; K > 0: K fixed crops of every picture, whose features can be cached
-    # Folder for features on disk; needs views. It saves the backbone's pass over the student's images alone, not over
-    # crops and enlarged images, and holds `views` entries of a picture for each of sizes.
+    # Folder for features on disk; needs views. It saves the backbone's passes over the student's images and their
+    # shifted views, and whom objective.imitation imitates, but no pass over crops and enlarged images; it holds `views`
+    # entries of a picture for each of sizes.
     cache: Text | None = None
     workers: Whole = 2  # loader processes
 

@@ -11,7 +11,7 @@ GREY, GAMMA, MIX, NOISE = 0.15, 0.5, 0.3, 0.2  # probabilities of each change
 
 
 def jitter(guidance: Tensor, probability: float, seed: int, step: int) -> Tensor:
-    """Change grey, gamma, the mixture of colours and noise, the same for all pictures of a step.
+    """Change grey, gamma, the mixture of colours and noise; the same for all pictures of a step, noise included.
 
     Args:
         guidance: (B, 3, H, W), or (B, 3 k^2, H, W) as :func:`loftup.inputs.resize_guidance` gives it, in [0, 1].
@@ -36,8 +36,9 @@ def jitter(guidance: Tensor, probability: float, seed: int, step: int) -> Tensor
         x = x.clamp(min=1e-3) ** float(torch.empty(()).uniform_(-0.5, 0.5, generator=generator).exp())
     if chance(MIX):
         mixture = torch.eye(3) + 0.2 * torch.randn(3, 3, generator=generator)
-        x = torch.einsum("ij,bjkhw->bikhw", mixture.to(x), x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = torch.einsum("ij,bjkhw->bikhw", mixture.to(x), x)
     if chance(NOISE):
         level = 0.06 * float(torch.rand((), generator=generator))
-        x = x + level * torch.randn(x.shape, generator=generator).to(x)
+        x = x + level * torch.randn(x.shape[1:], generator=generator).to(x)
     return x.flatten(1, 2)

@@ -149,6 +149,10 @@ def check_geometry(config: TrainConfig, grids: Grids) -> None:
             )
     for each in several:
         _check_cells(config, each)
+    if config.objective.imitation.weight:
+        grids = grids_of(grids)
+        for number in config.objective.imitation.backbones or range(len(grids)):
+            _check_imitation(config, grids[number])
     _check_crops(config)
 
 
@@ -170,8 +174,6 @@ def _check_cells(config: TrainConfig, grid: Cells) -> None:
                 f"cell of {grid.stride}; whole ones are needed for {' and '.join(whole)}: take whole multiples of "
                 f"{1 / grid.stride}"
             )
-    if objective.imitation.weight:
-        _check_imitation(config, grid)
     if objective.high_resolution.weight:
         finest = min(data.ratios) * grid.stride
         if (factor := max(objective.high_resolution.factors)) > finest:
@@ -194,7 +196,7 @@ def _check_imitation(config: TrainConfig, grid: Cells) -> None:
     data, ratio = config.data, config.objective.imitation.ratio
     for size, students in itertools.product(data.sizes, data.ratios):
         output, theirs, cells = round(size * students), round(size * ratio), grid.along(size)
-        if theirs % cells or output % cells or max(output, theirs) % min(output, theirs):
+        if not theirs or theirs % cells or output % cells or max(output, theirs) % min(output, theirs):
             raise LoftUpError(
                 f"objective.imitation.ratio={ratio:g} makes the teacher's output {theirs} pixels wide for an input of "
                 f"{size}, the student's is {output}, and the features have {cells} cells; one of the outputs must be a "

@@ -5,20 +5,19 @@ so that for fixed crops its outputs can be kept on disk.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...backbones import Backbone
-from ..baselines.foreign import load_foreign
+from ..baselines.foreign import ForeignUpsampler, load_foreign
 from ..config import TrainConfig
 from ..data.cache import FeatureCache, digest_of
 from ..data.generators import seeded
 from ..data.views import Batch
-from .maps import cut, pool_to
-from .standardise import standardisation
+from .maps import cut, pool_to, project
+from .standardise import Standardisation
 
 __all__ = ["Imitation"]
 
@@ -45,36 +44,36 @@ class Imitation:
     ) -> None:
         self.settings = config.objective.imitation
         assert self.settings.upsampler is not None
-        wanted = self.settings.backbones or range(len(backbones))
-        self.teachers: dict[int, nn.Module] = {}
+        self.teachers: dict[int, ForeignUpsampler] = {}
         self.caches: dict[int, FeatureCache] = {}
         self.projections: dict[int, Tensor] = {}
-        for number in wanted:
+        for number in self.settings.backbones or range(len(backbones)):
             channels = backbones[number].channels
             teacher = load_foreign(self.settings.upsampler, channels).to(device)
             self.teachers[number] = teacher
             self.projections[number] = projection(channels, self.settings.channels).to(device)
             if caches:
-                identity = digest_of(teacher, self.settings.ratio, self.settings.channels)
-                self.caches[number] = FeatureCache(caches[number].folder / Path(f"imitation-{identity}"))
+                identity = digest_of(teacher, self.settings.ratio, self.settings.channels, teacher.code)
+                self.caches[number] = FeatureCache(caches[number].folder / f"imitation-{identity}")
 
     def applies(self, batch: Batch) -> bool:
         """Tell whether the term counts for a batch."""
         return batch.backbone in self.teachers
 
-    def values(self, features: Tensor, batch: Batch) -> Tensor:
+    def values(self, features: Tensor, standardise: Standardisation, batch: Batch) -> Tensor:
         """What the student is to average: projected standardised features (B, K, h, w)."""
-        return self._project(standardisation(features)(features), batch.backbone)
+        return project(standardise(features), self.projections[batch.backbone])
 
-    def loss(self, output: Tensor, features: Tensor, batch: Batch) -> Tensor:
+    def loss(self, output: Tensor, features: Tensor, standardise: Standardisation, batch: Batch) -> Tensor:
         """The distance in the batch's window.
 
         Args:
             output: (B, K, ...), the window of the student's average of :meth:`values`.
             features: (B, C, h, w), as the backbone gave them.
+            standardise: of all their channels.
             batch: whose image the teacher sees.
         """
-        target = self._target(features, batch).to(output.dtype)
+        target = self._target(features, standardise, batch).to(output.dtype)
         whole, theirs = batch.guidance.shape[-1], target.shape[-1]
         window = batch.window or (0, 0, whole, whole)
         if theirs >= whole:
@@ -86,29 +85,26 @@ class Imitation:
         return F.mse_loss(output, target)
 
     @torch.no_grad()
-    def _target(self, features: Tensor, batch: Batch) -> Tensor:
-        cache = self.caches.get(batch.backbone)
+    def _target(self, features: Tensor, standardise: Standardisation, batch: Batch) -> Tensor:
+        """What the teacher gives, on the terms' scale and projected: (B, K, T, T), made where it is not kept."""
+        directions, cache = self.projections[batch.backbone], self.caches.get(batch.backbone)
         if cache is None or not batch.keys:
-            return self._teach(features, batch.image, batch.backbone)
+            return project(standardise(self._teach(features, batch.image, batch.backbone)), directions)
         targets = []
         for index, key in enumerate(batch.keys):
             target = cache.read(key)
             if target is None:
                 one = slice(index, index + 1)
-                target = self._teach(features[one], batch.image[one], batch.backbone)[0].half()
+                dense = self._teach(features[one], batch.image[one], batch.backbone)
+                target = project(standardise.of(one)(dense), directions)[0].half()
                 cache.write(key, target)
-            targets.append(target.to(features.device))
+            targets.append(target.to(features))  # autocast on a CPU cannot stack float16
         return torch.stack(targets)
 
     def _teach(self, features: Tensor, image: Tensor, number: int) -> Tensor:
-        """The teacher's output, standardised as the features are, and projected."""
         side = round(image.shape[-1] * self.settings.ratio)
         with torch.autocast(features.device.type, enabled=False):
-            dense: Tensor = self.teachers[number](features, image, (side, side))
-        return self._project(standardisation(features)(dense), number)
-
-    def _project(self, features: Tensor, number: int) -> Tensor:
-        return torch.einsum("bchw,ck->bkhw", features, self.projections[number].to(features.dtype))
+            return self.teachers[number](features, image, (side, side))  # type: ignore[no-any-return]
 
 
 def projection(channels: int, most: int) -> Tensor:

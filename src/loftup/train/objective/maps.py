@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...networks.layers import Box
 
-__all__ = ["crop_border", "cut", "pool_to", "some", "widened"]
+__all__ = ["crop_border", "cut", "pool_to", "project", "some", "widened"]
 
 
 def cut(x: Tensor, box: Box | None) -> Tensor:
@@ -33,6 +33,12 @@ def pool_to(x: Tensor, grid: tuple[int, int]) -> Tensor:
     if x.shape[-2] < grid[0] or x.shape[-1] < grid[1]:
         raise ValueError(f"cannot pool {tuple(x.shape[-2:])} to {grid}: the grid must not be finer than the map")
     return F.adaptive_avg_pool2d(x, grid)
+
+
+def project(x: Tensor, directions: Tensor) -> Tensor:
+    """Features (B, C, H, W) along directions (C, K): (B, K, H, W), in the dtype of the features also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("bchw,ck->bkhw", x, directions.to(x))
 
 
 def some(masks: Tensor, most: int) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...model import LoftUp
-from ..config import TrainConfig
+from ..config import AVERAGING, TrainConfig
 from ..data.cache import FeatureCache, open_caches
 from ..data.jitter import jitter
 from ..data.loader import backbone_list
 from ..data.views import Batch
 from .high_resolution import high_resolution
 from .imitation import Imitation
+from .maps import project
 from .mask_bicubic import mask_bicubic
 from .multi_view import AttentionDownsampler, draw_motions
 from .segments import guesses, segments
@@ -119,9 +120,10 @@ class Objective(nn.Module):
         config, model = self.config.objective, self.config.model
         features = self._features(batch)
         scale = self._scale(features, batch.step)
+        shown = batch  # to the student
         if self.config.data.guidance_jitter:
             guidance = jitter(batch.guidance, self.config.data.guidance_jitter, self.config.seed, batch.step)
-            batch = replace(batch, guidance=guidance)
+            shown = replace(batch, guidance=guidance)
 
         def see(image: Tensor) -> Tensor:
             return scale(self._extract(self.backbones[batch.backbone], image))
@@ -132,10 +134,11 @@ class Objective(nn.Module):
         if config.segments.weight:
             beside["segments"] = guesses(config.segments, normalised, batch)
         imitation = self.imitation if self.imitation is not None and self.imitation.applies(batch) else None
+        every = standardisation(features)
         if imitation is not None:
-            beside["imitation"] = imitation.values(features, batch)
-        dense = any(weight for name, weight in config.weights.items() if name not in ("segments", "imitation"))
-        output = Output(self.up, normalised, batch, whole=whole, beside=beside, dense=dense)
+            beside["imitation"] = imitation.values(features, every, batch)
+        dense = any(weight for name, weight in config.weights.items() if name not in AVERAGING)
+        output = Output(self.up, normalised, shown, whole=whole, beside=beside, dense=dense)
         terms: dict[str, Tensor] = {}
         compared: dict[str, Tensor] = {}
         if config.mask_bicubic.weight:
@@ -150,9 +153,9 @@ class Objective(nn.Module):
             views = self._normalise(scale(self._shifted(batch)))
             terms["shifted"] = shifted(config.shifted, output.dense, views, batch, self._upsamplers[0])
         if config.segments.weight:
-            terms["segments"] = segments(config.segments, output.beside["segments"], batch)
+            terms["segments"] = segments(config.segments, output.windows["segments"], batch)
         if imitation is not None:
-            terms["imitation"] = imitation.loss(output.beside["imitation"], features, batch)
+            terms["imitation"] = imitation.loss(output.windows["imitation"], features, every, batch)
         if config.multi_view.weight:
             terms["multi_view"] = self._multi_view(output.dense, batch, lambda image: self._normalise(see(image)))
         if config.total_variation.weight:
@@ -209,8 +212,7 @@ class Objective(nn.Module):
         rotation = draw_rotation(standardise.mean.shape[1], model.channel_mixing, self.config.seed, step)
         if rotation is None:
             return lambda x: standardise(x[:, kept])
-        turn = rotation.to(features)
-        return lambda x: torch.einsum("bchw,ck->bkhw", standardise(x[:, kept]), turn)
+        return lambda x: project(standardise(x[:, kept]), rotation)
 
     @torch.no_grad()
     def _normalise(self, features: Tensor) -> Tensor:
@@ -239,9 +241,11 @@ def _check_multi_view(config: TrainConfig) -> None:
             f"objective.multi_view learns a downsampler for one ratio of output to input, data.ratios holds "
             f"{', '.join(f'{ratio:g}' for ratio in config.data.ratios)}; give one"
         )
-    if (count := len(config.backbones)) > 1 or config.model.channel_dropout:
-        what = f"there are {count} backbones" if count > 1 else f"channel_dropout={config.model.channel_dropout:g}"
+    model = config.model
+    if (count := len(config.backbones)) > 1 or model.channel_dropout or model.channel_mixing:
+        what = f"channel_dropout={model.channel_dropout:g}" if model.channel_dropout else "channel_mixing is on"
+        what = f"there are {count} backbones" if count > 1 else what
         raise LoftUpError(
             f"objective.multi_view learns a downsampler for all channels of one backbone, {what}; set "
-            "objective.multi_view.weight=0, or give one backbone and model.channel_dropout=0"
+            "objective.multi_view.weight=0, or give one backbone, model.channel_dropout=0 and model.channel_mixing=0"
         )

@@ -24,6 +24,10 @@ class Standardisation:
         """Map features (B, C, h, w) of the same pictures, on any grid."""
         return ((features - self.mean) / self.deviation).to(features.dtype)
 
+    def of(self, pictures: slice) -> "Standardisation":
+        """The map of some of the pictures."""
+        return Standardisation(self.mean[pictures], self.deviation[pictures])
+
 
 @torch.no_grad()
 def standardisation(features: Tensor) -> Standardisation:
@@ -63,7 +67,7 @@ def draw_channels(channels: int, share: float, seed: int, step: int) -> Tensor |
 
 
 def draw_rotation(channels: int, probability: float, seed: int, step: int) -> Tensor | None:
-    """Draw the rotation through which a step sees the channels.
+    """Draw the orthogonal map through which a step sees the channels.
 
     Args:
         channels: K, those that the step keeps.

@@ -73,21 +73,21 @@ class Output:
             self._values = {"dense": normalised} | self._values
 
     @functools.cached_property
-    def beside(self) -> dict[str, Tensor]:
-        """The batch's window of all values by their names, in the dtype of the targets."""
+    def windows(self) -> dict[str, Tensor]:
+        """The batch's window of what is averaged, by names, in the dtype of the targets."""
         values = list(self._values.values())
-        features_alone = list(self._values) == ["dense"]
+        features_alone = self._values.keys() == {"dense"}
         window = self._window(self.batch.window, None if features_alone else torch.cat(values, 1))
         return dict(zip(self._values, window.split([x.shape[1] for x in values], 1), strict=True))
 
     @property
     def dense(self) -> Tensor:
-        """That of the features."""
-        return self.beside["dense"]
+        """The window of the features."""
+        return self.windows["dense"]
 
     def at(self, box: Box) -> Tensor:
         """Any box, given in pixels of the whole output."""
-        if self.batch.window is None and (self.whole or "beside" in self.__dict__):
+        if self.batch.window is None and (self.whole or "windows" in self.__dict__):
             return cut(self.dense, box)
         return self._window(box)
 

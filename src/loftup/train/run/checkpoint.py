@@ -23,13 +23,17 @@ __all__ = [
     "load_checkpoint",
     "prune",
     "random_states",
+    "read_progress",
     "restore_random_states",
     "save_checkpoint",
     "step_file",
 ]
 
 # A run goes on with these changed: files may have moved. The numbers of pictures, a step and in all, are checked apart.
-PLACES = ("output", "hub", "data.path", "data.cache", "backbone.weights", "backbones.weights")
+PLACES = (
+    "output", "hub", "data.path", "data.cache", "backbone.weights", "backbones.weights",
+    "objective.imitation.upsampler",
+)  # fmt: skip
 PACE = ("steps", "save_every", "log_every", "keep", "data.workers", "compile", "checkpointing", "validation")
 ENTRIES = (
     "step", "state_dict", "objective", "optimizer", "progress", "random", "config", "pictures", "training_pictures",
@@ -53,6 +57,14 @@ class Progress:
     streak: int = 0  # steps without a finite loss since the last finite one
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)  # and their number, since the last line of the log
     measured: dict[str, float] = field(default_factory=dict)
+
+
+def read_progress(values: dict[str, Any]) -> Progress:
+    """The progress in a checkpoint; in those of before all terms had one number of steps, ``summed``."""
+    values = dict(values)
+    if (summed := values.pop("summed", None)) is not None:
+        values["sums"] = {name: (total, summed) for name, total in values["sums"].items()}
+    return Progress(**values)
 
 
 def step_file(folder: Path, step: int) -> Path:

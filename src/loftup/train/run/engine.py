@@ -25,7 +25,7 @@ from ..data.views import Batch
 from ..objective.objective import Objective
 from .build import build_backbones, build_upsampler, calibrate, check_paths, rebuild
 from .card import how_to_load, machine, portable, push, training_card, versions
-from .checkpoint import Progress, prune, random_states, restore_random_states, save_checkpoint, step_file
+from .checkpoint import Progress, prune, random_states, read_progress, restore_random_states, save_checkpoint, step_file
 from .distributed import Processes, synchronise_batch_norm
 from .folder import AT_THE_END, CARD, check_data, hold_folder, open_folder, write_config
 from .logs import Board, Table
@@ -94,7 +94,7 @@ class _Run:
         # A resumed run gets its weights from the checkpoint; what it started from need not be there any more.
         up = rebuild(state["loftup_config"]) if state else build_upsampler(config, first)
         up.to(processes.device).activation_checkpointing = config.checkpointing
-        self.progress = Progress(**state["progress"]) if state else Progress()
+        self.progress = read_progress(state["progress"]) if state else Progress()
         published = config.model.architecture == "loftup"
         random = published and config.model.pretrained is None and config.model.start == "random"
         if random and not state and config.model.batch_norm == "frozen":
