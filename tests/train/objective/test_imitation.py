@@ -151,12 +151,13 @@ def test_every_backbone_may_be_named():
 
 def test_autocast_leaves_values_and_targets_as_wide_as_they_are(teacher, tmp_path):
     made = imitating(model__channel_mixing=1.0, data__guidance_jitter=1.0, data__cache=str(tmp_path), data__views=1)
-    term, data = Objective(made, upsampler(), backbone()), batch()
+    model = backbone()
+    term, data = Objective(made, upsampler(), model), batch()
     data.keys = [term.caches[0].key(image) for image in data.image]
     data.features = list(seen(term, data.image))
     with torch.autocast("cpu", torch.bfloat16):
         loss = term(data)[0]
-    again = Objective(made, term.up, backbone())
+    again = Objective(made, term.up, model)
     close(loss, again(data)[0], atol=1e-5)
     assert teacher.calls == 2
 
