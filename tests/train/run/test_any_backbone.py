@@ -15,7 +15,7 @@ from torch import nn
 from loftup import LoftUp, LoftUpError, UniversalConfig
 from loftup.train.config import BackboneConfig, TrainConfig, check, load_config, to_yaml
 from loftup.train.data.loader import loader
-from loftup.train.data.plan import check_geometry, make_plan
+from loftup.train.data.plan import Cells, check_geometry, make_plan
 from loftup.train.objective.standardise import standardisation
 from loftup.train.run.build import build_backbones, build_upsampler, check_paths
 from loftup.train.run.checkpoint import differences
@@ -146,10 +146,15 @@ class TestConfig:
 
     def test_the_ready_one_fits_its_backbones(self):
         made = load_config("any")
-        assert [(each.name, each.layer) for each in made.backbones] == [
-            ("mobilenetv2_100", 3), ("mobilenetv2_100", 4), ("mobilenetv2_100", 4), ("tiny_v1", None),
+        vit, mobilenet = "dinov2_vits14", "mobilenetv2_100"
+        assert [(each.name, each.layer, each.views) for each in made.backbones] == [
+            (vit, 10, 1), (vit, 8, 1), (vit, 5, 1), (vit, 9, 1), (mobilenet, 3, 1), (mobilenet, 4, 1),
+            ("tiny", None, 1), ("tiny", None, 4),
         ]  # fmt: skip
-        check_geometry(made, [16, 32, 16, 16])
+        grids = [14, 14, 14, 14, 16, 16, 16, Cells(16, 2)]
+        check_geometry(made, grids)
+        made.objective.imitation.weight = 1.0
+        check_geometry(made, grids)
 
     def test_weights_may_move_and_nothing_else(self, config):
         before = dataclasses.asdict(config)
