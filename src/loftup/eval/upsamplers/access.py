@@ -10,6 +10,8 @@ from .registry import Upsampler
 
 __all__ = ["at_pixels", "with_head"]
 
+DEARER = 16  # times what a pixel of a whole map costs, a point costs at most
+
 
 def with_head(
     upsampler: Upsampler, features: Tensor, image: Tensor, size: tuple[int, int], head: Callable[[Tensor], Tensor]
@@ -37,7 +39,7 @@ def at_pixels(upsampler: Upsampler, features: Tensor, image: Tensor, size: tuple
     """Upsampled features at pixels alone.
 
     Args:
-        upsampler: any; one with ``at`` makes nothing else.
+        upsampler: any; one with ``at`` makes nothing else where these are few.
         features: (B, C, h, w).
         image: (B, 3, H, W) in [0, 1].
         size: (H', W') in pixels.
@@ -46,7 +48,7 @@ def at_pixels(upsampler: Upsampler, features: Tensor, image: Tensor, size: tuple
     Returns:
         (B, N, C).
     """
-    if hasattr(upsampler, "at"):
+    if hasattr(upsampler, "at") and DEARER * pixels.shape[1] < size[0] * size[1]:
         return upsampler.at(features, image, pixels.flip(-1), size)  # type: ignore[no-any-return]
     dense = upsampler(features, image, size)
     rows, columns = pixels.unbind(-1)
