@@ -1,10 +1,12 @@
-r"""Gather labelled pictures of several sets in one folder to train "any" on: pictures as they are, and mosaics of four.
+r"""Gather labelled pictures of several sets to train "any" on, a folder for each: as they are, and mosaics of four.
 
     python benchmarks/recipes/any_pictures.py --bsds bsds500/train --voc voc2012 --nyu nyuv2 --camvid camvid/train \
         -o data/any
 
 Pictures of the training splits alone are taken. In the label maps, NAME.png beside NAME.jpg, 255 is no mask: train with
-``data.void=255``. A mosaic shows crops of four pictures of one set at half the size, so that masks are small there.
+data.void=255 and, in this order, data.path=[data/any/bsds,data/any/camvid,data/any/nyu,data/any/voc] and
+data.classes=[0,11,39,21]. A mosaic shows crops of four pictures of one set at half the size, so that masks are small
+there.
 """
 
 import argparse
@@ -106,11 +108,12 @@ def main(words: Sequence[str] | None = None) -> None:
     folders = {kind: folder for kind in ("bsds", "voc", "nyu", "camvid") if (folder := getattr(given, kind))}
     if not folders:
         parser.error("no set is given, expected one or several of --bsds, --voc, --nyu, --camvid")
-    given.output.mkdir(parents=True, exist_ok=True)
     count = 0
     for name, picture, labels in tqdm(labelled(folders, given.mosaics, given.seed), unit="picture"):
-        picture.save(given.output / f"{name}.jpg", quality=95)
-        labels.save(given.output / f"{name}.png")
+        folder = given.output / name.partition("_")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{name}.jpg", quality=95)
+        labels.save(folder / f"{name}.png")
         count += 1
     print(f"{count} pictures in {given.output}")
 

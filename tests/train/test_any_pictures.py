@@ -47,7 +47,7 @@ def test_all_sets_become_one_folder(sets):
     recipe.main([*folders, "--mosaics", "2", "-o", str(sets / "out")])
     source = LabelFolder(sets / "out", void=255)
     assert len(source) == 4 + 4 + 2 + 4 + 2 * 2
-    files = {path.name: np.array(pil.open(path)) for path in (sets / "out").glob("*.png")}
+    files = {path.name: np.array(pil.open(path)) for path in (sets / "out").glob("*/*.png")}
     assert set(np.unique(files["camvid_f2.png"])) == {3, 255}
     assert files["nyu_p1.png"].shape == (24, 40)
     assert set(np.unique(files["voc_p1.png"])) == {1, 5, 255}
@@ -64,7 +64,7 @@ def test_segments_of_different_pictures_stay_apart(sets):
         segments = np.full((48, 64), 3, np.uint8)
         pil.fromarray(segments).save(sets / "bsds" / f"f{number}.seg0.png")
     recipe.main(["--bsds", str(sets / "bsds"), "--mosaics", "1", "-o", str(sets / "out")])
-    assert len(np.unique(np.array(pil.open(sets / "out" / "bsds_mosaic_000.png")))) == 4
+    assert len(np.unique(np.array(pil.open(sets / "out" / "bsds" / "bsds_mosaic_000.png")))) == 4
 
 
 def test_no_set_is_refused(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Networks of other projects behind our call, as upsamplers to compare with and as teachers."""
 
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +40,8 @@ class ForeignUpsampler(nn.Module):
     @property
     def code(self) -> str:
         """The source of the network's module."""
-        return Path(inspect.getfile(type(self.network))).read_text()
+        # Not inspect.getfile, which asks for the module: load_local has it forgotten.
+        return Path(type(self.network).forward.__code__.co_filename).read_text()
 
     @torch.no_grad()
     def forward(self, features: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:

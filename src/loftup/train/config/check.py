@@ -155,6 +155,13 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
                 f"objective.{name}.weight={weight:g} with {architecture}, whose attention does not average what it is "
                 f"given; set model.architecture=any, or objective.{name}.weight=0"
             )
+    if objective.classes.weight:
+        paths, classes = config.data.path, config.data.classes
+        if len(classes) != len(paths) or max(classes, default=0) < 2:
+            yield (
+                f"data.classes={classes} for {len(paths)} of data.path; objective.classes needs the number of classes "
+                "in each of them, 0 where there are none: data.classes=[21, 0], or objective.classes.weight=0"
+            )
     shifted = objective.shifted
     coarser = [name for name, section in config.sections.items() if section.views >= shifted.views]
     if shifted.weight and coarser:

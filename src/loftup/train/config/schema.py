@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 __all__ = [
     "AVERAGING",
     "BackboneConfig",
+    "ClassesConfig",
     "DataConfig",
     "Distance",
     "FelzenszwalbConfig",
@@ -71,7 +72,7 @@ Distance = Literal["affinity", "l2", "cosine"]
 
 
 # Terms on what the attention averages in place of the features, which the universal network alone can do.
-AVERAGING = ("segments", "imitation")
+AVERAGING = ("segments", "classes", "imitation")
 
 
 class Section:
@@ -160,6 +161,8 @@ class DataConfig(Section):
     scale: Annotated[list[PositiveShare], AfterValidator(_ascending)] = _values(0.6, 1.0)
     flip: Share = 0.5  # probability of mirroring
     void: Whole | None = None  # label that is no mask, in label maps
+    # For objective.classes: how many classes the label maps of each of path have, labels 0 to n-1; 0 for masks without.
+    classes: list[Whole] = _values()
     guidance_jitter: Share = 0.0  # probability that the image changes its colours for the upsampler alone
     views: Whole = 0  # 0: a new crop every time; K > 0: K fixed crops of every picture, whose features can be cached
     # Folder for features on disk; needs views. It saves the backbone's passes over the student's images and their
@@ -213,6 +216,18 @@ class SegmentsConfig(TermConfig):
 
 
 @dataclass
+class ClassesConfig(TermConfig):
+    """Two linear probes of the label maps' classes, judged on the output's pixels; for "any" alone.
+
+    One learns from the cells and asks for the features' own space, one learns from the output.
+    """
+
+    rarity: Share = 0.6  # a class weighs by its share of the pixels to the power of minus this
+    edges: NotNegative = 4.0  # further weight of pixels within two of an outline
+    overlap: NotNegative = 0.5  # weight of the classes' soft intersection over union, beside the cross-entropy
+
+
+@dataclass
 class ShiftedConfig(TermConfig):
     """The backbone's features of shifted views of the image, upsampled, as target at every output pixel."""
 
@@ -259,6 +274,7 @@ class ObjectiveConfig(Section):
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     high_resolution: HighResolutionConfig = field(default_factory=HighResolutionConfig)
     segments: SegmentsConfig = field(default_factory=SegmentsConfig)
+    classes: ClassesConfig = field(default_factory=ClassesConfig)
     shifted: ShiftedConfig = field(default_factory=ShiftedConfig)
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
     multi_view: MultiViewConfig = field(default_factory=MultiViewConfig)

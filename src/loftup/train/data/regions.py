@@ -51,6 +51,7 @@ class Picture:
     name: str  # unique within its source, for messages and caches
     image: Tensor  # (3, H, W) uint8 RGB, upright
     masks: Masks  # of the same height and width
+    source: int = 0  # number of its source, of several
 
 
 class LabelMap:
@@ -71,6 +72,7 @@ class LabelMap:
             raise ValueError(f"a label map must be (H, W) and not empty, got {self.labels.shape}")
         if self.labels.dtype.kind not in "iu":
             raise TypeError(f"a label map must hold integers, got {self.labels.dtype}")
+        self.void = void
         self._values = np.unique(self.labels)
         if void is not None:
             self._values = self._values[self._values != void]
@@ -86,6 +88,13 @@ class LabelMap:
         values = self._values[_indices(keep, len(self))]
         values = values[np.isin(values, small)]
         return torch.from_numpy(small[None] == values[:, None, None])
+
+    def classes(self, box: Region, size: tuple[int, int], count: int) -> Tensor:
+        """As :meth:`crop`, the labels themselves: (h, w) int64, -1 for the void and what is not below ``count``."""
+        rows, columns = centres(box, size, *self.labels.shape)
+        small = torch.from_numpy(self.labels[np.ix_(rows, columns)].astype(np.int64))
+        known = (small >= 0) & (small < count) & (small != (-1 if self.void is None else self.void))
+        return small.where(known, torch.full_like(small, -1))
 
 
 class RleMasks:

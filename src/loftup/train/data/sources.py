@@ -239,7 +239,7 @@ class Several:
         number = bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
         picture = self.sources[number].read(index - start, generator)
-        return dataclasses.replace(picture, name=f"{number}/{picture.name}")
+        return dataclasses.replace(picture, name=f"{number}/{picture.name}", source=number)
 
 
 KINDS: dict[str, Callable[..., Source]] = {

@@ -16,7 +16,7 @@ from .cache import FeatureCache
 from .generators import seeded
 from .plan import Grids, Plan, View, check_geometry, draw_view, grids_of, make_plan
 from .regions import Region
-from .sources import Masks, Picture, Source, UnreadableError
+from .sources import LabelMap, Masks, Picture, Source, UnreadableError
 
 __all__ = ["Batch", "Crop", "Place", "Sample", "TrainingViews", "collate"]
 
@@ -52,6 +52,9 @@ class Batch:
     # The backbone's of image, (C, h, w) each, where the cache has them; empty without a cache.
     features: list[Tensor | None] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)  # of the pictures in the cache; empty without one
+    sources: list[int] = field(default_factory=list)  # numbers of the pictures' sources, of several
+    # Classes (O, O) int64 of the pictures, -1 where unknown; None for a picture of a source without any.
+    labels: list[Tensor | None] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)  # why pictures had to be replaced by others
     empty: int = 0  # pictures of which no view shows a mask, although the objective takes masks
 
@@ -75,6 +78,7 @@ class Batch:
             crops=[replace(c, image=move(c.image), masks=list(map(move, c.masks))) for c in self.crops],
             large=None if self.large is None else move(self.large),
             features=[None if f is None else move(f) for f in self.features],
+            labels=[None if labels is None else move(labels) for labels in self.labels],
         )
 
 
@@ -94,6 +98,8 @@ class Sample:
     key: str | None
     unreadable: list[str]
     empty: bool
+    source: int
+    labels: Tensor | None
 
 
 class TrainingViews(Dataset[Sample]):
@@ -171,7 +177,13 @@ class TrainingViews(Dataset[Sample]):
         features = cache.read(key) if cache and key else None
         empty = bool(takes_masks) and not visible
         name = picture.name
-        return Sample(step, plan, name, image, guidance, masks, crops, large, features, key, unreadable, empty)
+        labels = None
+        if objective.classes.weight and (count := self.config.data.classes[picture.source]):
+            labels = cut.classes(whole, output, output, count)
+        source = picture.source
+        return Sample(
+            step, plan, name, image, guidance, masks, crops, large, features, key, unreadable, empty, source, labels
+        )
 
     def __getitems__(self, places: Sequence[Place]) -> list[Sample] | LoftUpError:
         """Make the samples of a batch for a loader, or say why there are none, as a value.
@@ -231,6 +243,13 @@ class _Cropper:
             masks = masks[torch.randperm(len(masks), generator=generator)[:limit].sort().values]
         return masks.flip(-1) if self.view.mirrored else masks
 
+    def classes(self, box: Region, whole: int, size: int, count: int) -> Tensor | None:
+        """The classes in that box as (size, size) int64, -1 where unknown; None where masks have none."""
+        if not isinstance(self.all_masks, LabelMap):
+            return None
+        labels = self.all_masks.classes(self._region(box, whole), (size, size), count)
+        return labels.flip(-1) if self.view.mirrored else labels
+
     def _region(self, box: Region, whole: int) -> Region:
         top, left, bottom, right = self.view.region(box, whole)
         # Rounding may lead a hair's breadth out of the picture.
@@ -262,6 +281,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         region=first.plan.region,
         features=[sample.features for sample in samples] if keys else [],
         keys=keys,
+        sources=[sample.source for sample in samples],
+        labels=[sample.labels for sample in samples],
         unreadable=[reason for sample in samples for reason in sample.unreadable],
         empty=sum(sample.empty for sample in samples),
     )

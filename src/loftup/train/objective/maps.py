@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...networks.layers import Box
 
-__all__ = ["crop_border", "cut", "pool_to", "project", "some", "widened"]
+__all__ = ["crop_border", "cut", "near_outlines", "pool_to", "project", "soft_overlap", "some", "widened"]
 
 
 def cut(x: Tensor, box: Box | None) -> Tensor:
@@ -25,6 +25,12 @@ def crop_border(x: Tensor, fraction: float = 0.1) -> Tensor:
     return x[..., rows : x.shape[-2] - rows, columns : x.shape[-1] - columns]
 
 
+def near_outlines(masks: Tensor) -> Tensor:
+    """Tell of each pixel whether one of the masks (M, H, W) has its outline within two pixels: (H, W), in float32."""
+    each = masks.float()[None]
+    return (F.max_pool2d(each, 5, 1, 2) + F.max_pool2d(-each, 5, 1, 2)).amax(1)[0]
+
+
 def pool_to(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average (B, C, H, W) over the cells of a coarser grid: (B, C, *grid).
 
@@ -39,6 +45,16 @@ def project(x: Tensor, directions: Tensor) -> Tensor:
     """Features (B, C, H, W) along directions (C, K): (B, K, H, W), in the dtype of the features also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.einsum("bchw,ck->bkhw", x, directions.to(x))
+
+
+def soft_overlap(shares: Tensor, targets: Tensor) -> Tensor:
+    """The mean over M masks of the soft intersection over union, of (M, N) and (M, N) in [0, 1].
+
+    Each of the two areas is one pixel larger than it is, for masks that are hardly in sight.
+    """
+    both = (shares * targets).sum(1)
+    either = (shares + targets).sum(1) - both
+    return ((both + 1) / (either + 1)).mean()
 
 
 def some(masks: Tensor, most: int) -> Tensor:

@@ -17,6 +17,7 @@ from ..data.cache import FeatureCache, open_caches
 from ..data.jitter import jitter
 from ..data.loader import backbone_list
 from ..data.views import Batch
+from .classes import Classes
 from .high_resolution import high_resolution
 from .imitation import Imitation
 from .maps import project
@@ -34,7 +35,7 @@ __all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """From a batch to the loss. The state dict holds student, teacher and downsampler, not the backbone.
+    """From a batch to the loss. The state dict holds student, teacher, downsampler and probes, not the backbone.
 
     The teacher is a copy of the student as it is handed over, whose weights and statistics must therefore be set
     before; :meth:`after_step` alone changes it.
@@ -56,6 +57,7 @@ class Objective(nn.Module):
         up: the student.
         teacher: its moving average, frozen and in evaluation mode; None without self-distillation.
         downsampler: of the multi-view consistency; None without it.
+        classes: the probes of the classes; None without that term.
 
     Raises:
         LoftUpError: the multi-view consistency is to work on a window, on outputs of several ratios, for several
@@ -86,6 +88,7 @@ class Objective(nn.Module):
         self.imitation: Imitation | None = None
         if config.objective.imitation.weight:
             self.imitation = Imitation(config, self.backbones, self.caches, up.device)
+        self.classes = Classes(config, self.backbones).to(up.device) if config.objective.classes.weight else None
         self.up = up
         up.requires_grad_(True).channelnorm.requires_grad_(False)
         self.teacher: LoftUp | None = None
@@ -135,6 +138,8 @@ class Objective(nn.Module):
             beside["segments"] = guesses(config.segments, normalised, batch)
         imitation = self.imitation if self.imitation is not None and self.imitation.applies(batch) else None
         every = standardisation(features)
+        if self.classes is not None:
+            beside["classes"] = self.classes.values(features, every, batch)
         if imitation is not None:
             beside["imitation"] = imitation.values(features, every, batch)
         dense = any(weight for name, weight in config.weights.items() if name not in AVERAGING)
@@ -154,6 +159,8 @@ class Objective(nn.Module):
             terms["shifted"] = shifted(config.shifted, output.dense, views, batch, self._upsamplers[0])
         if config.segments.weight:
             terms["segments"] = segments(config.segments, output.windows["segments"], batch)
+        if self.classes is not None:
+            terms["classes"] = self.classes.loss(output.windows["classes"], features, every, batch)
         if imitation is not None:
             terms["imitation"] = imitation.loss(output.windows["imitation"], features, every, batch)
         if config.multi_view.weight:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import SegmentsConfig
 from ..data.views import Batch
-from .maps import cut, some, widened
+from .maps import cut, near_outlines, some, widened
 
 __all__ = ["guesses", "membership_loss", "read_membership", "segments"]
 
@@ -87,8 +87,7 @@ def membership_loss(
         sharpness: factor on the memberships.
         area: a mask's pixels weigh by its area to the power of minus this.
         edges: further weight of the pixels within two of an outline, as a share of their own.
-        overlap: weight of the soft intersection over union, 1 minus its mean over the masks; each of the two areas is
-            one pixel larger than it is, for masks that are hardly in sight.
+        overlap: weight of 1 minus the masks' mean :func:`loftup.train.objective.maps.soft_overlap`.
 
     Returns:
         A scalar; 0 where no pixel lies in a mask.
@@ -99,7 +98,7 @@ def membership_loss(
     targets = inside / inside.sum(0).clamp(min=1)
     weights = targets * inside.sum(1, keepdim=True).clamp(min=1) ** -area
     if edges:
-        weights = weights * (1 + edges * _near_outlines(masks).flatten())
+        weights = weights * (1 + edges * near_outlines(masks).flatten())
     logarithms = (sharpness * read.flatten(1)).log_softmax(0)
     loss = -(weights * logarithms).sum() / weights.sum().clamp(min=1e-12)
     if overlap:
@@ -108,9 +107,3 @@ def membership_loss(
         either = (shares + targets).sum(1) - both
         loss = loss + overlap * (1 - (both + 1) / (either + 1)).mean()
     return loss
-
-
-def _near_outlines(masks: Tensor) -> Tensor:
-    """Tell of each pixel whether a mask has its outline within two pixels: (H, W), in float32."""
-    each = masks.float()[None]
-    return (F.max_pool2d(each, 5, 1, 2) + F.max_pool2d(-each, 5, 1, 2)).amax(1)[0]
