@@ -104,6 +104,7 @@ def test_anyup_is_called_as_its_authors_do(anyup):
     assert torch.equal(up.network.scale.weight, ANYUP_STATE["scale.weight"])
     assert not up.network.scale.weight.requires_grad
     assert not up.network.training
+    assert up.code == ANYUP
 
 
 def test_jafar_takes_its_widths_from_the_weights_and_its_coordinates_from_the_device(jafar):
