@@ -76,12 +76,15 @@ def test_any_takes_few_and_many_channels(any_up, channels):
 
 @pytest.mark.parametrize("channels", [1, 2, 384])
 @pytest.mark.parametrize("grid", [(1, 2), (1, 3), (14, 14)])
-def test_any_streams_to_what_it_gives_as_a_whole(any_up, grid, channels):
+# Noise has outlines everywhere, at which the last bits of float32 come out as the fourth digit, streamed or not.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
+def test_any_streams_to_what_it_gives_as_a_whole(grid, channels, dtype, bound):
+    up = LoftUp.from_pretrained("any", dtype=dtype)
     torch.manual_seed(7)
-    features, image = torch.randn(1, channels, *grid), torch.rand(1, 3, 8 * grid[0], 8 * grid[1])
+    features, image = torch.randn(1, channels, *grid).to(dtype), torch.rand(1, 3, 8 * grid[0], 8 * grid[1]).to(dtype)
     with torch.no_grad():
-        whole = any_up.upsampler(features, image)
-        assert (any_up(features, image) - whole).abs().max() <= 2e-5
+        whole = up.upsampler(features, image)
+        assert (up(features, image) - whole).abs().max() <= bound
 
 
 @torch.inference_mode()

@@ -89,7 +89,8 @@ _PUBLISHED = (
 )
 # The backbones in the package go with it: no warning says that it stands in for them.
 _IN_PACKAGE = (
-    Checkpoint(ANY, None, None, None, None, tuple(TINY_BACKBONES), "model.safetensors", None, None, "MIT", None, True),
+    Checkpoint(ANY, None, None, None, None, tuple(TINY_BACKBONES), "model.safetensors", None, None, "CC-BY-4.0", None,
+               True),
 )
 # fmt: on
 
