@@ -537,7 +537,7 @@ def test_list(capsys):
     assert len(lines) == 9
     assert "haiwen/loftup-siglip2" in lines[-2]
     assert [line.split() for line in lines[-1:]] == [
-        ["any", "any", "any", "in", "the", "package", "MIT", "any"],
+        ["any", "any", "any", "in", "the", "package", "CC-BY-4.0", "any"],
     ]
 
 
