@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from loftup.train.config import BackboneConfig, TrainConfig, check, load_config,
 from loftup.train.data.loader import loader
 from loftup.train.data.plan import Cells, check_geometry, make_plan
 from loftup.train.objective.standardise import standardisation
+from loftup.train.run import engine
 from loftup.train.run.build import build_backbones, build_upsampler, check_paths
 from loftup.train.run.checkpoint import differences
 from loftup.train.run.engine import train
@@ -396,3 +398,9 @@ def test_the_log_takes_a_terms_mean_over_the_steps_that_have_it(config, monkeypa
     assert with_it == [make_plan(config, [8, 16], step).backbone == 1 for step in range(6)]
     assert any(with_it)
     assert not all(with_it)
+
+
+def test_the_classes_probes_are_for_one_process(config):
+    config.objective.classes.weight = 1.0
+    with pytest.raises(LoftUpError, match="which 2 processes cannot do together; start one process, or set objective"):
+        engine._Run(config, SimpleNamespace(world=2), False)

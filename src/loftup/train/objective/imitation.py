@@ -61,7 +61,7 @@ class Imitation:
         return batch.backbone in self.teachers
 
     def values(self, features: Tensor, standardise: Standardisation, batch: Batch) -> Tensor:
-        """What the student is to average: projected standardised features (B, K, h, w)."""
+        """Project the standardised features, for the student to average: (B, K, h, w)."""
         return project(standardise(features), self.projections[batch.backbone])
 
     def loss(self, output: Tensor, features: Tensor, standardise: Standardisation, batch: Batch) -> Tensor:
@@ -86,7 +86,7 @@ class Imitation:
 
     @torch.no_grad()
     def _target(self, features: Tensor, standardise: Standardisation, batch: Batch) -> Tensor:
-        """What the teacher gives, on the terms' scale and projected: (B, K, T, T), made where it is not kept."""
+        """Get the teacher's output on the terms' scale, projected: (B, K, T, T), from the cache or anew."""
         directions, cache = self.projections[batch.backbone], self.caches.get(batch.backbone)
         if cache is None or not batch.keys:
             return project(standardise(self._teach(features, batch.image, batch.backbone)), directions)

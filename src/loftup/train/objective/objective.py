@@ -136,12 +136,15 @@ class Objective(nn.Module):
         beside: dict[str, Tensor] = {}
         if config.segments.weight:
             beside["segments"] = guesses(config.segments, normalised, batch)
-        imitation = self.imitation if self.imitation is not None and self.imitation.applies(batch) else None
-        every = standardisation(features)
+        on_all_channels: dict[str, Classes | Imitation] = {}
         if self.classes is not None:
-            beside["classes"] = self.classes.values(features, every, batch)
-        if imitation is not None:
-            beside["imitation"] = imitation.values(features, every, batch)
+            on_all_channels["classes"] = self.classes
+        if self.imitation is not None and self.imitation.applies(batch):
+            on_all_channels["imitation"] = self.imitation
+        if on_all_channels:
+            every = standardisation(features)
+        for name, term in on_all_channels.items():
+            beside[name] = term.values(features, every, batch)
         dense = any(weight for name, weight in config.weights.items() if name not in AVERAGING)
         output = Output(self.up, normalised, shown, whole=whole, beside=beside, dense=dense)
         terms: dict[str, Tensor] = {}
@@ -159,18 +162,16 @@ class Objective(nn.Module):
             terms["shifted"] = shifted(config.shifted, output.dense, views, batch, self._upsamplers[0])
         if config.segments.weight:
             terms["segments"] = segments(config.segments, output.windows["segments"], batch)
-        if self.classes is not None:
-            terms["classes"] = self.classes.loss(output.windows["classes"], features, every, batch)
-        if imitation is not None:
-            terms["imitation"] = imitation.loss(output.windows["imitation"], features, every, batch)
+        for name, term in on_all_channels.items():
+            terms[name] = term.loss(output.windows[name], features, every, batch)
         if config.multi_view.weight:
             terms["multi_view"] = self._multi_view(output.dense, batch, lambda image: self._normalise(see(image)))
         if config.total_variation.weight:
             terms["total_variation"] = total_variation(output.dense)
         if self.teacher is not None:
             terms["self_distillation"] = self_distillation(config.self_distillation, self.teacher, output, batch, see)
-        loss = torch.stack([config.weights[name] * term for name, term in terms.items()]).sum()
-        return loss, {name: term.detach() for name, term in (terms | compared).items()}
+        loss = torch.stack([config.weights[name] * value for name, value in terms.items()]).sum()
+        return loss, {name: value.detach() for name, value in (terms | compared).items()}
 
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student, if it is due; to be called after every step of the optimizer."""

@@ -84,6 +84,11 @@ class _Run:
         self.config, self.processes, self.warned = config, processes, 0
         self.folder = Path(config.output).expanduser()
         pictures = config.batch * config.accumulate * processes.world
+        if config.objective.classes.weight and processes.world > 1:
+            raise LoftUpError(
+                f"objective.classes trains probes of which a step needs some alone, which {processes.world} processes "
+                "cannot do together; start one process, or set objective.classes.weight=0"
+            )
         check_paths(config)
         state = processes.from_main(lambda: open_folder(config, pictures, resume))
         if resume and not state:
@@ -101,11 +106,6 @@ class _Run:
             calibrate(up, config, first)
         if published and config.model.batch_norm == "batch" and processes.world > 1:
             synchronise_batch_norm(up)
-        if config.objective.classes.weight and processes.world > 1:
-            raise LoftUpError(
-                f"objective.classes trains probes of which a step needs some alone, which {processes.world} processes "
-                "cannot do together; start one process, or set objective.classes.weight=0"
-            )
         self.objective = Objective(config, up, self.backbones)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimizer = adamw(config.optimizer, self.parameters)
