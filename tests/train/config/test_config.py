@@ -65,7 +65,16 @@ def test_ready_configs_are_whole_and_valid(name, tmp_path):
 
 
 def test_ready_configs_are_those_promised():
-    expected = {"paper_stage1", "paper_stage2", "quick_cpu", "quick_cpu_stage2", "gpu_25min", "gpu_25min_stage2", "any"}
+    expected = {
+        "paper_stage1",
+        "paper_stage2",
+        "quick_cpu",
+        "quick_cpu_stage2",
+        "gpu_25min",
+        "gpu_25min_stage2",
+        "gpu_8min",
+        "any",
+    }
     assert set(ready_configs()) == expected
     first, second = load_config("paper_stage1"), load_config("paper_stage2")
     for config in (first, second):
