@@ -1,7 +1,9 @@
 """The LoftUp network: pixels ask, low-resolution features answer (paper section 3.1, figure 3)."""
 
+import dataclasses
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,11 +12,13 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
+from .graphs import Input, write_graph
 from .inference.canvas import Canvas, Head, apply_head
 from .inference.choose import compute_dtype, open_stream
 from .inputs import Size, check_inputs, check_options, check_out, check_points, output_size, resize_guidance
 from .networks import build_network, build_norm
 from .networks.config import Config, LoftUpConfig, UniversalConfig
+from .weights.catalogue import ANY, CATALOGUE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,6 +142,15 @@ class LoftUp(nn.Module):
         guidance, normalised = resize_guidance(image, size, self.config.oversampling), self._normalise(features)
         dense = self.upsampler(normalised, guidance, checkpointing=self.activation_checkpointing).to(features.dtype)
         return dense if head is None else apply_head(head, dense)
+
+    def _slow_forward(self, *arguments: Any, **options: Any) -> Any:
+        # torch's way to forward in tracing; the old exporter passes it all options by position.
+        if torch.onnx.is_in_onnx_export():
+            raise LoftUpError(
+                "torch.onnx's old exporter (dynamo=False) cannot write loftup's networks: call up.export('up.onnx') or "
+                "torch.onnx.export(..., dynamo=True)"
+            )
+        return super()._slow_forward(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def _normalise(self, features: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and features.is_inference():
@@ -333,6 +346,48 @@ class LoftUp(nn.Module):
 
         state = self.state_dict()
         return push(self.config, state, repo, private=private, token=token, commit_message=commit_message)
+
+    def export(
+        self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"
+    ) -> Path:
+        """Write the upsampler as a graph for other runtimes, without its Python code.
+
+        Its inputs are "features" (batch, C, rows, columns) and "image" (batch, 3, height, width), float32, of any sizes
+        from two rows and columns on; with "any" C is free too. Its output "upsampled" is (batch, C, height, width). The
+        graph computes the whole image at once, without bands, and checks nothing.
+
+        Args:
+            path: ends in ".onnx" (opset 21, for ONNX Runtime and what reads ONNX) or ".pt2" (for torch.export.load).
+            size: (height, width) in pixels that the graph takes alone; None for any.
+            store: how an ONNX file stores the weights: "float32"; "float16", half as large; "int8" with a scale for
+                every 32 of them, 3.5 times smaller and less exact. The arithmetic stays float32.
+
+        Returns:
+            The path.
+
+        Raises:
+            LoftUpError: the path has another ending, the package onnx or onnxscript is missing
+                (``pip install "loftup[export]"``), or modules were replaced by some that have no graph.
+            ValueError: ``size`` is not positive, or there is no such ``store``.
+        """
+        free, batch = torch.export.Dim.DYNAMIC, ("batch", torch.export.Dim("batch"))
+        features = {0: batch, 2: ("rows", free), 3: ("columns", free)}
+        if self.config.channels is None:
+            features[1] = ("channels", free)
+        guidance = torch.rand(2, 3, *(output_size(size, torch.empty(1, 3, 1, 1)) if size else (112, 144)))
+        image = {0: batch} if size else {0: batch, 2: ("height", free), 3: ("width", free)}
+        inputs = [Input("features", torch.randn(2, self.config.channels or 32, 8, 9), features)]
+        inputs.append(Input("image", guidance, image))
+        output = {0: "batch", **({1: "channels"} if 1 in features else {})}
+        output |= {} if size else {2: "height", 3: "width"}
+        return write_graph(self, inputs, ("upsampled", output), path, store, self.card())
+
+    def card(self) -> dict[str, Any]:
+        """What this is, as it goes into exported files."""
+        config = self.config
+        known = CATALOGUE.get(ANY if isinstance(config, UniversalConfig) else config.backbone)
+        facts = {"upsampler": dataclasses.asdict(config), "channels": config.channels or "any"}
+        return facts | {"upsampler_licence": known.licence if known else "unknown"}
 
     def extra_repr(self) -> str:
         """Channels, width and backbone, for ``print(up)``."""

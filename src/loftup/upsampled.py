@@ -1,11 +1,14 @@
 """A backbone and its upsampler together."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from .backbones import Backbone, wrap
 from .errors import LoftUpError
+from .graphs import write_graph
 from .inputs import Size
 from .model import LoftUp
 from .weights.catalogue import ANY, fitting
@@ -62,3 +65,20 @@ class Upsampled(nn.Module):
         if isinstance(features, list):
             return [self.up(each, image, size=size) for each in features]
         return self.up(features, image, size=size)
+
+    def export(
+        self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"
+    ) -> Path:
+        """Write backbone and upsampler as one graph for other runtimes.
+
+        Its input "image" (batch, 3, height, width) is that of :meth:`Backbone.export`; its output "upsampled" is
+        (batch, C, height, width). Arguments, result and errors are those of :meth:`Backbone.export`.
+
+        Raises:
+            LoftUpError: also where the upsampler is none of loftup's.
+        """
+        if not isinstance(self.up, LoftUp):
+            raise LoftUpError(f"up is a {type(self.up).__name__}; only a LoftUp is exported")
+        module, inputs = self.backbone.graph(self, size)
+        whole = {0: "batch"} if size or self.backbone.fixed_size else {0: "batch", 2: "height", 3: "width"}
+        return write_graph(module, inputs, ("upsampled", whole), path, store, self.backbone.card() | self.up.card())

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoftUpError, one_line
+from ..graphs import image_input, write_graph
 from ..inputs import Size
+from .fixed_padding import with_fixed_padding
 from .geometry import Geometry, Maps, pad, parts, settle
 from .images import check_image, read_picture, resolve_size, triple
 from .load import size_options
@@ -299,7 +303,7 @@ class Backbone(nn.Module):
 
     def _whole(self, image: Tensor) -> Maps:
         """The maps of images of a size that the model takes."""
-        return self._checked(self._run_at(pad(image, self._border)), len(image))
+        return self._checked(self._run_at(pad(image, self._border)), image.shape[0])
 
     def _stitched(self, image: Tensor) -> Maps:
         """The maps of shifted views of such images, put between one another."""
@@ -325,6 +329,52 @@ class Backbone(nn.Module):
         """The option by which timm builds the model for any size, as the end of a sentence."""
         options = size_options(self.model)
         return f"; timm.create_model(..., {options}) builds it for other sizes" if options else ""
+
+    def export(
+        self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"
+    ) -> Path:
+        """Write the backbone as a graph for other runtimes, without its Python code.
+
+        Its input "image" (batch, 3, height, width) is normalised float32 whose sides are multiples of
+        :attr:`multiple`, at least two of them; its output "features" is (batch, C, rows, columns). The file's metadata
+        has ``mean``, ``std``, ``channels``, ``stride``, ``multiple``, the model's name and its licence where timm knows
+        it. The graph does not check: sides that are no multiples give an error of the runtime or a cut picture.
+
+        Args:
+            path: ends in ".onnx" (opset 21, for ONNX Runtime and what reads ONNX) or ".pt2" (for torch.export.load).
+            size: (height, width) in pixels that the graph takes alone; None for any.
+            store: how an ONNX file stores the weights: "float32"; "float16", half as large; "int8" with a scale for
+                every 32 of them, 3.5 times smaller and less exact. The arithmetic stays float32.
+
+        Returns:
+            The path.
+
+        Raises:
+            LoftUpError: the path has another ending, the package onnx or onnxscript is missing
+                (``pip install "loftup[export]"``), the model gives several layers, or there is no graph of it for any
+                size: then give one.
+            ValueError: ``size`` does not fit the model, or there is no such ``store``.
+        """
+        output = ("features", {0: "batch"} if size or self.fixed_size else {0: "batch", 2: "rows", 3: "columns"})
+        return write_graph(*self.graph(self, size), output, path, store, self.card())
+
+    def graph(self, module: nn.Module, size: tuple[int, int] | None) -> tuple[nn.Module, list[Any]]:
+        """A module that starts with this backbone as it can be exported, and its input."""
+        if self._several and not self.join:
+            raise LoftUpError(f"the backbone gives the layers {self.layer} as a list; a graph has one output: take one")
+        fixed = self.fixed_size or size
+        if size is not None and self.input_size(*size) != tuple(size):
+            raise ValueError(
+                f"{self.name or type(self.model).__name__} takes {self.input_size(*size)} pixels, got size={size}"
+            )
+        return with_fixed_padding(module), [image_input(self.multiple, fixed)]
+
+    def card(self) -> dict[str, Any]:
+        """What this is, as it goes into exported files."""
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        facts = {"backbone": self.name, "layer": self.layer, "channels": self.channels, "stride": str(self.stride)}
+        facts |= {"multiple": self.multiple, "mean": self.mean, "std": self.std, "views": self.views}
+        return facts | {"licence": (config.get("license") if isinstance(config, dict) else None) or "unknown"}
 
     def preprocess(self, source: Any, size: Size = None) -> Tensor:
         """Turn a picture into the normalised image that :meth:`forward` and the upsampler take.

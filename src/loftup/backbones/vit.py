@@ -123,13 +123,45 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     """
     if old == new:
         return table
-    cells = rearrange(table.to(torch.promote_types(table.dtype, torch.float32)), "1 (m n) d -> 1 d m n", m=old[0])
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    if torch.compiler.is_compiling():
+        # As matrix products: the same numbers, for any size of a graph, which interpolation's ONNX form is not.
+        rows, columns = (cubic_weights(m, n, how, wide) for m, n in zip(old, new, strict=True))
+        grid = torch.einsum("hm,wn,mnd->hwd", rows, columns, wide[0].unflatten(0, old))
+        return grid.flatten(0, 1)[None].to(table.dtype)
+    cells = rearrange(wide, "1 (m n) d -> 1 d m n", m=old[0])
     # The scale factor itself enters the sampling positions, so that an offset is not the same as giving the size.
     scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
     target: dict[str, Any] = {"scale_factor": scale} if how.offset else {"size": new}
     cells = F.interpolate(cells, **target, mode="bicubic", antialias=how.antialias)
     assert cells.shape[-2:] == new, (cells.shape, new)
     return rearrange(cells, "1 d h w -> 1 (h w) d").to(table.dtype)
+
+
+def cubic_weights(old: int, new: int, how: Resampling, like: Tensor) -> Tensor:
+    """What bicubic interpolation of an axis weighs ``old`` values by for each of ``new``: (new, old), rows sum to 1."""
+    scale = old / (new + how.offset)
+    centre = (torch.arange(new, device=like.device, dtype=like.dtype)[:, None] + 0.5) * scale - 0.5
+    if how.antialias:
+        # Keys' kernel with a = -0.5, widened where the axis shrinks, over the values that exist.
+        place = torch.arange(old, device=like.device, dtype=like.dtype)
+        widened: Any = torch.sym_max(old / (new + how.offset), 1.0)
+        weights = _cubic((place - centre) / widened, -0.5)
+        return weights / weights.sum(1, keepdim=True)
+    # a = -0.75, four values, those beyond an end taken from the end.
+    first = centre.floor() - 1
+    taps = torch.arange(4, device=like.device, dtype=like.dtype)
+    weights = _cubic(first + taps - centre, -0.75)
+    place = (first + taps).clamp(0, old - 1)
+    return (weights[..., None] * (place[..., None] == torch.arange(old, device=like.device))).sum(1)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel (1981) of a distance in samples."""
+    x = distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
 def table_grid(model: Any, count: int) -> tuple[int, int]:
@@ -251,7 +283,7 @@ class PlainViT:
             prefix, table = torch.cat([prefix[:, :n] + table[:, :n], prefix[:, n:]], 1), table[:, n:]
             table = resample_positions(table, table_grid(self.trunk, table.shape[1]), grid, self.resampling)
             patches = patches + table.to(patches.dtype)
-        patches = torch.cat([prefix.to(patches.dtype).expand(len(patches), -1, -1), patches], 1)
+        patches = torch.cat([prefix.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], 1)
         if (pre_norm := self._part("pre_norm")) is not None:
             patches = pre_norm(patches)
         return patches, grid

@@ -42,7 +42,11 @@ LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY = -2.0, 10.0
 
 def axis_coordinates(length: int, device: torch.device | None = None) -> Tensor:
     """Coordinates of ``length`` rows or columns, (length,), float32 from -1 to 1 with both ends included."""
-    return torch.linspace(-1.0, 1.0, length, device=device, dtype=torch.float32)
+    if not torch.compiler.is_compiling():
+        return torch.linspace(-1.0, 1.0, length, device=device, dtype=torch.float32)
+    # linspace would fix the length of a graph. This is its arithmetic, equal but for the last bit.
+    index, last = torch.arange(length, device=device, dtype=torch.float32), torch.sym_max(length - 1, 1)
+    return torch.where(2 * index < last, index * (2 / last) - 1, 1 - (last - index) * (2 / last))
 
 
 def grid_coordinates(height: int, width: int, device: torch.device | None = None, box: Box | None = None) -> Tensor:

@@ -54,14 +54,19 @@ def cell_of(pixel: Any, length: int, cells: int) -> Any:
     return (2 * pixel + 1) * cells // (2 * length)
 
 
+def _first_pixel(cell: Tensor, length: int, cells: int) -> Tensor:
+    """The first pixel whose centre lies in a cell or a later one."""
+    return (2 * length * cell + cells - 1) // (2 * cells)
+
+
 def make_axis(length: int, cells: int, device: torch.device | None = None) -> CellAxis:
     """Assign ``length`` pixels to ``cells`` cells, each to the cell that its centre lies in."""
     pixel = torch.arange(length, device=device)
     cell = cell_of(pixel, length, cells)
     index = torch.arange(cells, device=device)
-    first = torch.searchsorted(cell, index)
-    count = torch.searchsorted(cell, index, right=True) - first
-    most = max(1, -(-length // cells))
+    first = _first_pixel(index, length, cells)
+    count = _first_pixel(index + 1, length, cells) - first
+    most = max(1, (length + cells - 1) // cells)
     slot = torch.arange(most, device=device)
     nearest = ((2 * index + 1) * length // (2 * cells)).clamp(max=length - 1)
     pixels = torch.where(count[:, None] > 0, first[:, None] + slot.minimum(count[:, None] - 1), nearest[:, None])
@@ -212,7 +217,9 @@ class UniversalNetwork(nn.Module):
         constants = keys[..., codes : codes + 1 + self.heads].reshape(batch, n, m, side, side, 1, 1, -1)
         pixels = queries.mT
         sharpness = settings.sharpness[:, None, None]
-        shares, strength = (x.repeat_interleave(n * m, 0) for x in (settings.shares, settings.strength))
+        shares, strength = (
+            x[:, None].expand(-1, n * m, -1).flatten(0, 1) for x in (settings.shares, settings.strength)
+        )
         if self.local is not None:
             own = keys[:, side**2 // 2, codes + 1 + self.heads :]  # of the cell in the window's middle
             widths, strengths = own.exp().split([1 + self.heads, self.heads], -1)
@@ -299,7 +306,6 @@ class UniversalNetwork(nn.Module):
     ) -> Tensor:
         height, width = guidance.shape[-2:]
         h, w = features.shape[-2:]
-        top, left, bottom, right = box or (0, 0, height, width)
         rows, columns = make_axis(height, h, features.device), make_axis(width, w, features.device)
         image, factor = finer_image(guidance)
         codes = run(checkpointing, self.encoder, self.scale(image).to(self.dtype))
@@ -309,7 +315,11 @@ class UniversalNetwork(nn.Module):
         if values is not None:
             r = self.radius
             prepared = replace(prepared, values=F.pad(values.movedim(1, -1).to(codes.dtype), (0, 0, r, r, r, r)))
+        if box is None:  # also told apart so that a graph for any size keeps simple sizes
+            x = run(checkpointing, self.cells, codes, prepared, rows, columns, (0, h), (0, w))
+            return x.index_select(2, rows.places).index_select(3, columns.places)
         # The cells that hold the box.
+        top, left, bottom, right = box
         most = [axis.pixels.shape[1] for axis in (rows, columns)]
         first_row, last_row = (cell_of(edge, height, h) for edge in (top, bottom - 1))
         first_column, last_column = (cell_of(edge, width, w) for edge in (left, right - 1))
@@ -356,12 +366,14 @@ class _Compute(nn.Module):
 
 def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     """Mean cosine (B,) of cells a few steps apart along either axis, of (B, h, w, C); 1 where no two are."""
-    pairs = [
-        (a * b).sum(-1).flatten(1)
-        for a, b in ((directions[:, step:], directions[:, :-step]), (directions[:, :, step:], directions[:, :, :-step]))
-    ]
-    means = [x.mean(1) for x in pairs if x.shape[1]]
-    return torch.stack(means).mean(0) if means else directions.new_ones(len(directions))
+    total: Any = directions.new_zeros(directions.shape[0])
+    axes: Any = 0
+    for a, b in ((directions[:, step:], directions[:, :-step]), (directions[:, :, step:], directions[:, :, :-step])):
+        count = a.shape[1] * a.shape[2]  # 0 on a grid of so few cells; no branch, so that a graph holds for all
+        total = total + (a * b).sum((1, 2, 3)) / torch.sym_max(count, 1)
+        axes = axes + torch.sym_min(count, 1)
+    mean: Tensor = (total + (1 - torch.sym_min(axes, 1))) / torch.sym_max(axes, 1)
+    return mean
 
 
 def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:
