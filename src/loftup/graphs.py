@@ -161,7 +161,10 @@ def _write_onnx(
                 verbose=False,
             )
     except Exception as error:
-        raise LoftUpError(f"torch.onnx cannot write this model: {one_line(error)[:300]}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise LoftUpError(f"torch.onnx cannot write this model: {one_line(cause)[:300]}; write a .pt2 file") from error
     assert converted is not None
     if sum(tensor.nbytes for tensor in program.state_dict.values()) > LARGEST:
         # Beyond what protobuf holds: weights in a file of their own, as they are.

@@ -310,11 +310,11 @@ class Backbone(nn.Module):
         count = shifts_a_side(self.views)
         runs: list[Maps] = []
         for views in take(image, self._strides[0], count, self.views_at_once, self._border):
-            maps = self._checked(self._run_at(views), len(views))
-            for features in maps if not runs else ():
+            maps = self._checked(self._run_at(views), views.shape[0])
+            for features in maps if not runs and not torch.compiler.is_compiling() else ():
                 check_grid(features, image, self._strides[0], self.name or type(self.model).__name__)
             runs.append(maps)
-        return interleave(runs, len(image), count)
+        return interleave(runs, image.shape[0], count)
 
     def _checked(self, maps: Maps, batch: int) -> Maps:
         for features, channels in zip(maps, self._widths, strict=True):

@@ -91,8 +91,10 @@ def shifted(image: Tensor, down: int, right: int, border: int = 0) -> Tensor:
 def _reflected(side: int, start: int, length: int, device: torch.device) -> Tensor:
     """Indices in [0, side) of positions from ``start`` on, mirrored at the outermost pixels as often as needed."""
     period = max(1, 2 * (side - 1))
-    places = torch.arange(start, start + length, device=device).remainder(period)
-    return torch.minimum(places, (period - places) % period) if side > 1 else places
+    # From 0 on, and no remainder: ONNX has none by a number that follows from the size.
+    places = torch.arange(length, device=device) + start + period * max(0, -start)
+    places = places - places // period * period
+    return torch.minimum(places, period - places) if side > 1 else places
 
 
 def take(image: Tensor, stride: int, count: int, at_once: int, border: int = 0) -> Iterator[Tensor]:
