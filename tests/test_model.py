@@ -510,3 +510,29 @@ def test_the_guidance_keeps_its_precision_whatever_the_rest_has():
             warnings.simplefilter("ignore")
             rounded = up(features, image.bfloat16())
     assert (sharp - exact).abs().mean() < 0.5 * (rounded - exact).abs().mean()
+
+
+@pytest.mark.parametrize("which", ["any", "published"])
+def test_a_matrix_of_texts_is_a_head(which):
+    up = LoftUp.from_pretrained("any") if which == "any" else LoftUp(16).eval().requires_grad_(False)
+    features, image, texts = torch.randn(2, 16, 4, 5), torch.rand(2, 3, 24, 30), torch.randn(3, 16)
+    expected = torch.einsum("bchw,kc->bkhw", up(features, image), texts)
+    assert torch.allclose(up(features, image, head=texts), expected, atol=1e-4)
+    texts.requires_grad_()
+    up(features, image, head=texts).sum().backward()
+    assert texts.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (torch.randn(3, 7), r"head is a tensor of shape \(3, 7\), expected \(K, 16\)"),
+        (torch.randn(16), r"head is a tensor of shape \(16,\), expected \(K, 16\)"),
+        (torch.nn.Linear(7, 2), "head takes 7 channels, the features have 16"),
+        (torch.nn.Conv2d(7, 2, 1), "head takes 7 channels, the features have 16"),
+    ],
+)
+def test_heads_of_another_width_are_refused(head, message):
+    up = LoftUp(16).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match=message):
+        up(torch.randn(1, 16, 4, 5), torch.rand(1, 3, 24, 30), head=head)

@@ -15,6 +15,7 @@ from loftup.cli import _parser
 
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text("utf-8")
+EXPORT = (ROOT / "docs" / "export.md").read_text("utf-8")
 BACKBONES = (ROOT / "docs" / "backbones.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README + GUIDE + BACKBONES, re.DOTALL)
 
@@ -45,12 +46,12 @@ def test_there_are_snippets():
 
 
 def test_the_table_of_weights():
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| `([\w/-]+)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| `([\w/-]+)` \|", GUIDE, re.MULTILINE)
     assert rows == [(c.name, str(c.channels), str(c.patch_size), c.repo) for c in list_pretrained()]
 
 
 def test_the_commands_parse():
-    lines = re.findall(r"^loftup ((?:.*\\\n)*.*)", README + GUIDE, re.MULTILINE)
+    lines = re.findall(r"^loftup ((?:.*\\\n)*.*)", README + GUIDE + EXPORT, re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
         words = line.split("#")[0].replace("\\\n", " ").split()

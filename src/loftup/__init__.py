@@ -6,6 +6,7 @@ from .errors import LoftUpError
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import viz
     from .backbones import Backbone, load_backbone, wrap
     from .inference.choose import explain
     from .model import LoftUp
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "list_pretrained",
     "load_backbone",
+    "viz",
     "wrap",
 ]
 
@@ -41,13 +43,17 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `import loftup` and the command's --help do not wait for torch.
-    if name in _HOME:
+if not TYPE_CHECKING:  # or checkers would let any name pass
+
+    def __getattr__(name: str) -> Any:
+        # Loaded on first use, so that `import loftup` and the command's --help do not wait for torch.
         from importlib import import_module
 
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "viz":
+            return import_module(".viz", __name__)
+        if name in _HOME:
+            return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

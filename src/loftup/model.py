@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
 from .graphs import Input, write_graph
-from .inference.canvas import Canvas, Head, apply_head
+from .inference.canvas import Canvas, Head, apply_head, as_head
 from .inference.choose import compute_dtype, open_stream
 from .inputs import Size, check_inputs, check_options, check_out, check_points, output_size, resize_guidance
 from .networks import build_network, build_norm
@@ -75,7 +75,7 @@ class LoftUp(nn.Module):
         image: Tensor,
         size: Size = None,
         *,
-        head: Head | None = None,
+        head: Head | Tensor | None = None,
         out: "Tensor | np.ndarray[Any, Any] | None" = None,
         memory: int | None = None,
         backend: str | None = None,
@@ -100,12 +100,12 @@ class LoftUp(nn.Module):
             size: (H', W') of the result in pixels, or one int for a square; None means (H, W). Another size than the
                 image's resizes the guidance bilinearly first.
             head: a pointwise function of features, applied band by band, so that the (B, C, H', W') map never exists:
-                an ``nn.Linear`` over C, or anything that maps (1, C, n, m) to (1, K, n, m) or (1, n, m) position by
-                position (1x1 convolution, linear probe, similarity to texts, argmax). It sees the dtype of
-                ``features``, and at first some of the pixels once more, in other company: one that mixes positions
-                gives them other values and is refused. Where gradients of its own parameters are wanted, the map is
-                kept for them. With "any" an ``nn.Linear`` or 1x1 ``nn.Conv2d`` is applied to the cells, to the same
-                result.
+                a matrix (K, C), such as one row for every text; an ``nn.Linear`` over C; or anything that maps
+                (1, C, n, m) to (1, K, n, m) or (1, n, m) position by position (1x1 convolution, linear probe,
+                similarity to texts, argmax). It sees the dtype of ``features``, and at first some of the pixels once
+                more, in other company: one that mixes positions gives them other values and is refused. Where gradients
+                of its own parameters are wanted, the map is kept for them. With "any" a matrix, an ``nn.Linear`` or 1x1
+                ``nn.Conv2d`` is applied to the cells, to the same result.
             out: tensor or NumPy array to write the result into, of its shape and any device and memory layout (a
                 ``numpy.memmap`` too), of a dtype that holds it: no whole numbers for features.
             memory: budget in bytes for our own buffers in inference, beside the tokens' keys and values and the
@@ -128,11 +128,12 @@ class LoftUp(nn.Module):
                 norm in training mode); features overflow in float16; or the call is inside ``torch.vmap``.
         """
         check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
-        size, memory = output_size(size, image), check_options(head, memory, backend)
+        function: Head | None = as_head(head, features.shape[1])
+        size, memory = output_size(size, image), check_options(function, memory, backend)
         reason = self._why_whole(features, image)
         if reason is None:
             stream = open_stream(self.upsampler, backend)
-            canvas = Canvas(features, size, head, check_out(out, features, image))
+            canvas = Canvas(features, size, function, check_out(out, features, image))
             stream.upsample(self._normalise(features), image, canvas, memory)
             result = canvas.finish()
             return result if out is None else out  # type: ignore[return-value]
@@ -141,7 +142,10 @@ class LoftUp(nn.Module):
                 raise ValueError(f"{name}= is for inference, but {reason}")
         guidance, normalised = resize_guidance(image, size, self.config.oversampling), self._normalise(features)
         dense = self.upsampler(normalised, guidance, checkpointing=self.activation_checkpointing).to(features.dtype)
-        return dense if head is None else apply_head(head, dense)
+        return dense if function is None else apply_head(function, dense)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _slow_forward(self, *arguments: Any, **options: Any) -> Any:
         # torch's way to forward in tracing; the old exporter passes it all options by position.

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -65,6 +65,9 @@ class Upsampled(nn.Module):
         if isinstance(features, list):
             return [self.up(each, image, size=size) for each in features]
         return self.up(features, image, size=size)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def export(
         self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"

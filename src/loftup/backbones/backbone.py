@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -300,6 +300,9 @@ class Backbone(nn.Module):
         if not self._several:
             return maps[0]
         return torch.cat(maps, 1) if self.join else maps
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _whole(self, image: Tensor) -> Maps:
         """The maps of images of a size that the model takes."""

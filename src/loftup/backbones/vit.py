@@ -126,7 +126,10 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     if torch.compiler.is_compiling():
         # As matrix products: the same numbers, for any size of a graph, which interpolation's ONNX form is not.
-        rows, columns = (cubic_weights(m, n, how, wide) for m, n in zip(old, new, strict=True))
+        taken = torch.stack(
+            [torch.arange(n, device=wide.device).amax() == m - 1 for m, n in zip(old, new, strict=True)]
+        )
+        rows, columns = (cubic_weights(m, n, how, wide, taken.all()) for m, n in zip(old, new, strict=True))
         grid = torch.einsum("hm,wn,mnd->hwd", rows, columns, wide[0].unflatten(0, old))
         return grid.flatten(0, 1)[None].to(table.dtype)
     cells = rearrange(wide, "1 (m n) d -> 1 d m n", m=old[0])
@@ -138,8 +141,14 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     return rearrange(cells, "1 d h w -> 1 (h w) d").to(table.dtype)
 
 
-def cubic_weights(old: int, new: int, how: Resampling, like: Tensor) -> Tensor:
-    """What bicubic interpolation of an axis weighs ``old`` values by for each of ``new``: (new, old), rows sum to 1."""
+def cubic_weights(old: int, new: int, how: Resampling, like: Tensor, taken: Tensor | None = None) -> Tensor:
+    """What bicubic interpolation of an axis weighs ``old`` values by for each of ``new``: (new, old), rows sum to 1.
+
+    Where the tensor ``taken`` is true, the values are taken as they are, as models do with a table of the grid's size.
+    """
+    if taken is not None:
+        same = torch.arange(new, device=like.device)[:, None] == torch.arange(old, device=like.device)
+        return torch.where(taken, same.to(like.dtype), cubic_weights(old, new, how, like))
     scale = old / (new + how.offset)
     centre = (torch.arange(new, device=like.device, dtype=like.dtype)[:, None] + 0.5) * scale - 0.5
     if how.antialias:

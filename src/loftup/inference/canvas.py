@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..errors import LoftUpError, translate
 from ..networks.layers import Box
 from .fold import hooked_everywhere, is_plain
 
-__all__ = ["Canvas", "Head", "apply_head", "budget", "plain_arithmetic", "sample", "too_small"]
+__all__ = ["Canvas", "Head", "apply_head", "as_head", "budget", "plain_arithmetic", "sample", "too_small"]
 
 Head = Callable[[Tensor], Tensor]
 MEMORY = {"cuda": 384 * 2**20}
@@ -150,6 +151,28 @@ class Canvas:
                 f"{int(lost.sum())} values of the result or more do not fit into out's {target.dtype}; give an out of "
                 f"{self.dtype}"
             )
+
+
+def as_head(head: Any, channels: int) -> Any:
+    """A head as a function: of a matrix (K, C) the linear layer of its rows; others as they are.
+
+    Raises:
+        ValueError: a matrix or a linear head is not for so many channels.
+    """
+    if isinstance(head, Tensor):
+        if head.ndim != 2 or head.shape[1] != channels:
+            raise ValueError(
+                f"head is a tensor of shape {tuple(head.shape)}, expected (K, {channels}): a row for each text or class"
+            )
+        if head.requires_grad and torch.is_grad_enabled():
+            return lambda features: torch.einsum("bchw,kc->bkhw", features, head)
+        linear = nn.Linear(channels, len(head), bias=False, device="meta")
+        linear.weight = nn.Parameter(head, requires_grad=False)
+        return linear
+    width = head.in_features if isinstance(head, nn.Linear) else getattr(head, "in_channels", None)
+    if isinstance(head, nn.Linear | nn.Conv2d) and width != channels:
+        raise ValueError(f"head takes {width} channels, the features have {channels}; give one that was made for them")
+    return head
 
 
 def apply_head(head: Head, features: Tensor, check: bool = True) -> Tensor:

@@ -366,14 +366,14 @@ class _Compute(nn.Module):
 
 def _autocorrelation(directions: Tensor, step: int) -> Tensor:
     """Mean cosine (B,) of cells a few steps apart along either axis, of (B, h, w, C); 1 where no two are."""
-    total: Any = directions.new_zeros(directions.shape[0])
-    axes: Any = 0
+    total = directions.new_zeros(directions.shape[0])
+    axes = directions.new_zeros(())
     for a, b in ((directions[:, step:], directions[:, :-step]), (directions[:, :, step:], directions[:, :, :-step])):
-        count = a.shape[1] * a.shape[2]  # 0 on a grid of so few cells; no branch, so that a graph holds for all
-        total = total + (a * b).sum((1, 2, 3)) / torch.sym_max(count, 1)
-        axes = axes + torch.sym_min(count, 1)
-    mean: Tensor = (total + (1 - torch.sym_min(axes, 1))) / torch.sym_max(axes, 1)
-    return mean
+        # 0 on a grid of so few cells. A tensor and no branch, so that a graph holds for all.
+        count = directions.new_ones(a.shape[1], a.shape[2]).sum()
+        total = total + (a * b).sum((1, 2, 3)) / count.clamp(min=1)
+        axes = axes + count.clamp(max=1)
+    return (total + (1 - axes).clamp(min=0)) / axes.clamp(min=1)
 
 
 def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:
