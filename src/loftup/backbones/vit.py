@@ -126,10 +126,9 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     if torch.compiler.is_compiling():
         # As matrix products: the same numbers, for any size of a graph, which interpolation's ONNX form is not.
-        taken = torch.stack(
-            [torch.arange(n, device=wide.device).amax() == m - 1 for m, n in zip(old, new, strict=True)]
-        )
-        rows, columns = (cubic_weights(m, n, how, wide, taken.all()) for m, n in zip(old, new, strict=True))
+        last_row, last_column = (torch.arange(n, device=wide.device).amax(0) for n in new)
+        taken = (last_row == old[0] - 1) & (last_column == old[1] - 1)
+        rows, columns = (cubic_weights(m, n, how, wide, taken) for m, n in zip(old, new, strict=True))
         grid = torch.einsum("hm,wn,mnd->hwd", rows, columns, wide[0].unflatten(0, old))
         return grid.flatten(0, 1)[None].to(table.dtype)
     cells = rearrange(wide, "1 (m n) d -> 1 d m n", m=old[0])
