@@ -1,6 +1,8 @@
 """Pictures of feature maps: principal components as colours, and maps side by side."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,12 +10,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .errors import translate
+from .files import MADE_BY, write_atomically
 from .pictures import require_pillow, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["compare", "pca_image"]
+__all__ = ["PCA", "compare", "pca_image"]
 
 SAMPLES_PER_MAP = 16_384
 
@@ -43,18 +47,7 @@ def pca_image(
     Raises:
         ValueError: a shape or ``quantile`` is out of range, C differs, or values are not finite.
     """
-    if not 0 <= quantile < 0.5:
-        raise ValueError(f"quantile must be in [0, 0.5), got {quantile}")
-    maps = [features] if isinstance(features, Tensor) else list(features)
-    if not maps:
-        raise ValueError("no feature maps given")
-    rows = []  # one (pixels, C) matrix a map
-    for index, dense in enumerate(maps):
-        if dense.ndim not in (3, 4) or dense.numel() == 0:
-            raise ValueError(f"map {index} must be (B, C, H, W) or (C, H, W) and not empty, got {tuple(dense.shape)}")
-        if not bool(dense.isfinite().all()):
-            raise ValueError(f"map {index} holds values that are not finite")
-        rows.append(rearrange(dense.detach().cpu().float(), "... c h w -> (... h w) c"))
+    maps, rows = _matrices(features, quantile)
     if shared and len(counts := {matrix.shape[1] for matrix in rows}) > 1:
         raise ValueError(f"maps have different channel counts {sorted(counts)}; use shared=False")
     groups = [rows] if shared else [[matrix] for matrix in rows]
@@ -64,21 +57,115 @@ def pca_image(
     return images[0] if isinstance(features, Tensor) else images
 
 
-def _colour(rows: list[Tensor], shared_range: bool, quantile: float) -> list[Tensor]:
-    """Project matrices (pixels, C) to (pixels, 3) in [0, 1] by the components of an evenly drawn sample."""
-    samples = [matrix[torch.linspace(0, len(matrix) - 1, min(len(matrix), SAMPLES_PER_MAP)).long()] for matrix in rows]
+class PCA:
+    """Three principal components of feature maps and their range, kept so that later maps get the same colours.
+
+    >>> pca = PCA.fit(torch.rand(4, 384, 16, 16))
+    >>> pca.transform(torch.rand(384, 224, 224)).shape
+    torch.Size([3, 224, 224])
+
+    Args:
+        mean: (C,), subtracted from every vector.
+        basis: (C, 3), the components.
+        low: (3,), the value of each that becomes 0.
+        high: (3,), the value that becomes 1.
+    """
+
+    def __init__(self, mean: Tensor, basis: Tensor, low: Tensor, high: Tensor) -> None:
+        self.mean, self.basis, self.low, self.high = mean, basis, low, high
+
+    @classmethod
+    def fit(cls, features: Tensor | Sequence[Tensor], *, quantile: float = 0.01) -> "PCA":
+        """Fit to one map or several, each weighing the same; arguments and errors are those of :func:`pca_image`."""
+        return cls._fit(_matrices(features, quantile)[1], quantile)
+
+    @classmethod
+    def _fit(cls, rows: list[Tensor], quantile: float) -> "PCA":
+        samples = _samples(rows)
+        mean, basis = _components(samples)
+        values = torch.cat([(sample - mean) @ basis for sample in samples])
+        return cls(mean, basis, values.quantile(quantile, dim=0), values.quantile(1 - quantile, dim=0))
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Colour a map (B, C, H, W) or (C, H, W): float32 (B, 3, H, W) or (3, H, W) in [0, 1], on the CPU.
+
+        Raises:
+            ValueError: another shape, or another number of channels than the PCA was fitted to.
+        """
+        if features.ndim not in (3, 4) or features.shape[-3] != len(self.mean):
+            expected = f"(B, {len(self.mean)}, H, W) or ({len(self.mean)}, H, W)"
+            raise ValueError(f"features must be {expected}, as the PCA was fitted to, got {tuple(features.shape)}")
+        matrix = features.detach().cpu().float().movedim(-3, -1)
+        return self._project(matrix).movedim(-1, -3)
+
+    def _project(self, matrix: Tensor) -> Tensor:
+        return (((matrix - self.mean) @ self.basis - self.low) / (self.high - self.low).clamp(min=1e-6)).clamp(0, 1)
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write a safetensors file that :meth:`load` reads."""
+        from safetensors.torch import save
+
+        tensors = {name: getattr(self, name).contiguous() for name in ("mean", "basis", "low", "high")}
+        write_atomically(Path(path), save(tensors, {"made_by": MADE_BY}))
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> "PCA":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            LoftUpError: the file is no such file.
+            OSError: it cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        content = Path(path).read_bytes()
+        with translate((SafetensorError, TypeError), lambda error: f"{path} is no PCA that loftup saved: {error}"):
+            return cls(**load(content))
+
+
+def _matrices(features: Tensor | Sequence[Tensor], quantile: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The maps, and each as a matrix (pixels, C), checked."""
+    if not 0 <= quantile < 0.5:
+        raise ValueError(f"quantile must be in [0, 0.5), got {quantile}")
+    maps = [features] if isinstance(features, Tensor) else list(features)
+    if not maps:
+        raise ValueError("no feature maps given")
+    rows = []
+    for index, dense in enumerate(maps):
+        if dense.ndim not in (3, 4) or dense.numel() == 0:
+            raise ValueError(f"map {index} must be (B, C, H, W) or (C, H, W) and not empty, got {tuple(dense.shape)}")
+        if not bool(dense.isfinite().all()):
+            raise ValueError(f"map {index} holds values that are not finite")
+        rows.append(rearrange(dense.detach().cpu().float(), "... c h w -> (... h w) c"))
+    return maps, rows
+
+
+def _samples(rows: list[Tensor]) -> list[Tensor]:
+    """Evenly drawn vectors of matrices (pixels, C)."""
+    return [matrix[torch.linspace(0, len(matrix) - 1, min(len(matrix), SAMPLES_PER_MAP)).long()] for matrix in rows]
+
+
+def _components(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and the first three components (C, 3) of matrices that weigh the same."""
     mean = torch.stack([sample.mean(0) for sample in samples]).mean(0)
     covariance = torch.stack([(sample - mean).mT @ (sample - mean) / len(sample) for sample in samples]).mean(0)
     basis = torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1)[:, :3].float()
     # An eigenvector's sign is arbitrary: let its largest entry be positive, so that colours repeat between runs.
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-    basis = F.pad(basis, (0, 3 - basis.shape[1]))
-    projections = [(sample - mean) @ basis for sample in samples]
-    ranges = [torch.cat(projections)] * len(rows) if shared_range else projections
+    return mean, F.pad(basis, (0, 3 - basis.shape[1]))
+
+
+def _colour(rows: list[Tensor], shared_range: bool, quantile: float) -> list[Tensor]:
+    """Matrices (pixels, C) of one PCA as (pixels, 3) in [0, 1]."""
+    pca = PCA._fit(rows, quantile)
+    if shared_range:
+        return [pca._project(matrix) for matrix in rows]
     colours = []
-    for matrix, values in zip(rows, ranges, strict=True):
-        low, high = values.quantile(quantile, dim=0), values.quantile(1 - quantile, dim=0)
-        colours.append((((matrix - mean) @ basis - low) / (high - low).clamp(min=1e-6)).clamp(0, 1))
+    for matrix, sample in zip(rows, _samples(rows), strict=True):
+        values = (sample - pca.mean) @ pca.basis
+        own = PCA(pca.mean, pca.basis, values.quantile(quantile, dim=0), values.quantile(1 - quantile, dim=0))
+        colours.append(own._project(matrix))
     return colours
 
 

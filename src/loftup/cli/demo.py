@@ -9,7 +9,7 @@ from ..files import refuse_others, sweep, write_atomically
 from ..weights.catalogue import ANY, TINY
 from .options import add_model_options, place
 
-__all__ = ["PHOTO", "add_parser"]
+__all__ = ["PHOTO", "add_parser", "package_or_named"]
 
 VIEWS_OF_TINY = 4  # cheap there, and the picture is the sharper for it
 PHOTO = Path(__file__).parent.parent / "bundled" / "photo" / "photo.jpg"
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     kind = check_suffix(arguments.output)
     refuse_others([arguments.output])
     picture = open_picture(arguments.image or PHOTO)
-    weights = _weights(arguments)
+    weights = package_or_named(arguments)
     backbone, up = load_models(arguments, weights)
     start = time.perf_counter()
     low, dense = upsample_picture(arguments, backbone, up, picture)
@@ -61,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _weights(arguments: argparse.Namespace) -> str:
+def package_or_named(arguments: argparse.Namespace) -> str:
     """The weights to show; where no backbone is named, it becomes the one in the package, and a line says so."""
     if arguments.views is None:
         arguments.views = VIEWS_OF_TINY if arguments.backbone is None else 1
