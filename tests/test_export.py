@@ -89,6 +89,7 @@ def test_the_published_architecture_equals_eager_but_for_its_fourier_code(tmp_pa
 BACKBONES = {
     "vit": lambda: wrap(timm.create_model("vit_tiny_patch16_224", depth=1)),
     "dinov2": lambda: wrap(timm.create_model("vit_small_patch14_dinov2", depth=1, img_size=224)),  # 16x16 positions
+    "eight": lambda: wrap(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=128)),  # 8x8 positions
     "registers": lambda: wrap(timm.create_model("vit_small_patch14_reg4_dinov2", depth=1, img_size=224)),
     "resnet": lambda: wrap(timm.create_model("resnet18"), layer=3),
     "views": lambda: wrap(timm.create_model("vit_tiny_patch16_224", depth=1), views=4, views_at_once=4),
@@ -121,9 +122,18 @@ def test_image_to_dense_features_in_one_graph(tmp_path):
     both = Upsampled(wrap(timm.create_model("vit_tiny_patch16_224", depth=1)), LoftUp(192))
     path = both.export(tmp_path / "both.onnx", store="float16")
     assert {"mean", "upsampler", "licence", "upsampler_licence"} <= set(facts(path))
+    assert facts(path)["channels"] == "192"
     for h, w in ((8, 9), (3, 14)):
         image = torch.randn(1, 3, 16 * h, 16 * w)
         assert largest(run(path, image=image), both.eval()(image)) < 2e-2
+
+
+def test_a_pt2_takes_every_size_the_models_own_among_them(tmp_path):
+    backbone = wrap(timm.create_model("vit_tiny_patch16_224", depth=1))
+    graph = torch.export.load(str(backbone.export(tmp_path / "vit.pt2"))).module()
+    for h, w in ((14, 14), (14, 6), (5, 14), (8, 9)):
+        image = torch.randn(2, 3, 16 * h, 16 * w)
+        assert largest(graph(image), backbone(image)) < 1e-4
 
 
 def test_one_size(tmp_path):
@@ -141,7 +151,10 @@ def test_one_size(tmp_path):
 def test_the_model_stays_as_it_was(tmp_path):
     up = LoftUp(16).to(torch.bfloat16).train()
     before = {key: value.clone() for key, value in up.state_dict().items()}
-    path = up.export(tmp_path / "up.onnx", size=(32, 32))
+    path = up.export(tmp_path / "up.onnx", size=32)
+    up.export(path, size=32)  # its own file is replaced
+    for _ in range(2):
+        up.export(tmp_path / "up.pt2", size=32)
     assert up.training
     assert up.dtype == torch.bfloat16
     assert all(torch.equal(value, before[key]) for key, value in up.state_dict().items())
@@ -152,6 +165,11 @@ class Unexportable(nn.Module):
     def forward(self, image):
         x = nn.functional.avg_pool2d(image, 8)
         return x * (2 if float(image.sum()) > 0 else 1)
+
+
+class FixedGrid(nn.Module):
+    def forward(self, image):
+        return nn.functional.avg_pool2d(image, 8) + torch.zeros(1, 3, 8, 9)
 
 
 def test_refusals(tmp_path, monkeypatch):
@@ -169,6 +187,14 @@ def test_refusals(tmp_path, monkeypatch):
     backbone = Backbone(model, model, channels=3, patch_size=8, check=False)
     with pytest.raises(LoftUpError, match=r"no graph of this model for any size .*give one size: size=\(H, W\)"):
         backbone.export(tmp_path / "model.onnx")
+    fixed = FixedGrid()
+    backbone = Backbone(fixed, fixed, channels=3, patch_size=8, check=False)
+    with pytest.raises(LoftUpError, match=r"no graph of this model for any size .*give one size"):
+        backbone.export(tmp_path / "model.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr("loftup.graphs.OLDEST", (99, 0))
+        with pytest.raises(LoftUpError, match=r"export needs torch 99.0 or newer, got"):
+            up.export(tmp_path / "up.onnx")
     several = wrap(timm.create_model("vit_tiny_patch16_224", depth=2), layer=[0, 1])
     with pytest.raises(LoftUpError, match=r"layers \[0, 1\] as a list"):
         several.export(tmp_path / "several.onnx")
@@ -192,6 +218,9 @@ def test_weights_beyond_one_file_go_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr("loftup.graphs.LARGEST", 1000)
     path = LoftUp(16).eval().export(tmp_path / "up.onnx", size=(32, 32))
     assert (tmp_path / "up.onnx.data").is_file()
+    assert facts(path)["channels"] == "16"
+    with pytest.raises(LoftUpError, match="stored as float32 alone, not as int8"):
+        LoftUp(16).eval().export(tmp_path / "int8.onnx", size=(32, 32), store="int8")
     assert run(path, features=torch.randn(1, 16, 4, 4), image=torch.rand(1, 3, 32, 32)).isfinite().all()
 
 

@@ -287,7 +287,7 @@ def test_bad_arguments(features, image, size, error, text):
         ({"memory": "1GB"}, "memory must be a whole number of bytes, got '1GB'; 256 MiB are 256"),
         ({"memory": 1e8}, "memory must be a whole number of bytes, got 100000000.0"),
         ({"memory": True}, "memory must be a whole number of bytes, got True"),
-        ({"head": 3}, "head must be a function of features or an nn.Module, got int"),
+        ({"head": 3}, "head must be a function of features, a.* got int"),
         ({"backend": 3}, "backend must be a name or None, got 3"),
         ({"out": "x"}, "out must be a tensor or a NumPy array of the result's shape, got str"),
     ],
@@ -518,6 +518,7 @@ def test_a_matrix_of_texts_is_a_head(which):
     features, image, texts = torch.randn(2, 16, 4, 5), torch.rand(2, 3, 24, 30), torch.randn(3, 16)
     expected = torch.einsum("bchw,kc->bkhw", up(features, image), texts)
     assert torch.allclose(up(features, image, head=texts), expected, atol=1e-4)
+    assert up(features, image, head=texts.double()).dtype == torch.float32
     texts.requires_grad_()
     up(features, image, head=texts).sum().backward()
     assert texts.grad is not None

@@ -165,7 +165,7 @@ def test_the_keyboard_does_it_too(page):
 def test_own_files_and_what_is_no_picture(page, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), np.uint8)).save(tmp_path / "mine.png")
     page.set_input_files("#file", tmp_path / "mine.png")
-    page.wait_for_function("loftup.current.height === 96 && loftup.current.width === 64", timeout=60_000)
+    page.wait_for_function("loftup.current?.height === 96 && loftup.current.width === 64", timeout=60_000)
     (tmp_path / "text.png").write_text("no picture")
     page.set_input_files("#file", tmp_path / "text.png")
     page.wait_for_selector("#status.error")
@@ -187,12 +187,15 @@ def test_the_server_gives_the_headers_that_threads_need(site, address):
 
 
 def test_refusals(tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "index.html").write_text("mine")
     assert main(["web", "--build", "-o", str(tmp_path)]) == 2
-    assert "holds mine.txt, which is not of this page" in capsys.readouterr().err
+    assert "holds other files than a page of loftup" in capsys.readouterr().err
+    assert main(["web", "--build", "-o", str(tmp_path / "index.html")]) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+    (tmp_path / "index.html").unlink()
     assert main(["web", "--build", "-o", str(tmp_path / "site"), "--runtime", str(tmp_path)]) == 2
     assert f"has no {RUNTIME_FILES[0]}; expected the folder dist" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert main(["web", "--build", "-o", str(tmp_path / "other")]) == 2
     assert "npm is missing" in capsys.readouterr().err
-    assert not Path(tmp_path / "site" / "site.json").exists()
+    assert not list(Path(tmp_path).iterdir())

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from .errors import LoftUpError, one_line
 from .files import MADE_BY, refuse_others, write_atomically
 
-__all__ = ["Axis", "Input", "image_input", "write_graph"]
+__all__ = ["Axis", "Input", "check_version", "image_input", "write_graph"]
 
 OPSET = 21  # the first with scales for blocks of weights
 BLOCK = 32  # weights that share a scale
 STORES = ("float32", "float16", "int8")
+OLDEST = (2, 9)  # of torch
 FEWEST = 1024  # elements of a weight that is worth storing in fewer bits
 LARGEST = 1_900_000_000  # bytes of weights that one ONNX file holds
 CELLS = (8, 9)  # of the grid that a graph is traced with, height and width different
@@ -33,11 +35,12 @@ Axis = tuple[str, Any]  # name in the file, and torch.export's size: a Dim, or a
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a graph: its name, a tensor to trace with, and the axes whose size is free."""
+    """One input of a graph."""
 
     name: str
-    example: Tensor
-    axes: Mapping[int, Axis]
+    example: Tensor  # to trace with
+    axes: Mapping[int, Axis]  # those whose size is free
+    other: Tensor | None = None  # of other sizes, to try the graph with
 
 
 def image_input(multiple: int, size: tuple[int, int] | None) -> Input:
@@ -48,7 +51,8 @@ def image_input(multiple: int, size: tuple[int, int] | None) -> Input:
         for axis, name in ((2, "height"), (3, "width")):
             cells = torch.export.Dim(f"{name}_cells", min=2)
             axes[axis] = (name, cells * multiple if multiple > 1 else cells)
-    return Input("image", torch.rand(2, 3, height, width), axes)
+    other = torch.rand(1, 3, 11 * multiple, 5 * multiple) if size is None else None
+    return Input("image", torch.rand(2, 3, height, width), axes, other)
 
 
 def write_graph(
@@ -81,6 +85,7 @@ def write_graph(
     if path.suffix == ".pt2" and store != "float32":
         raise LoftUpError(f"a .pt2 file stores the weights as float32; leave {store} out, or write .onnx")
     refuse_others([path])
+    check_version()
     if path.suffix == ".onnx":
         _check_packages()
     as_needed = ("cpu", torch.float32)
@@ -92,10 +97,19 @@ def write_graph(
     if path.suffix == ".pt2":
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(texts)})
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.comment = MADE_BY.encode()  # at the end, where refuse_others looks
         write_atomically(path, buffer.getvalue())
     else:
         _write_onnx(program, inputs, output, path, store, texts)
     return path
+
+
+def check_version() -> None:
+    """Raise LoftUpError where torch is older than export is known to work with."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise LoftUpError(f"export needs torch {needed} or newer, got {torch.__version__}: pip install -U torch")
 
 
 def _learns(module: nn.Module) -> bool:
@@ -115,9 +129,10 @@ def _export(module: nn.Module, inputs: Sequence[Input]) -> torch.export.Exported
     shapes = tuple({axis: size for axis, (_, size) in each.axes.items()} for each in inputs)
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(
-                module, tuple(each.example for each in inputs), dynamic_shapes=shapes, strict=False
-            )
+            examples = tuple(each.example for each in inputs)
+            program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
+            _check_other_sizes(program, module, inputs)
+            return program
     except Exception as error:
         sizes = any(axis > 1 for each in inputs for axis in each.axes)
         kind = f"{type(error).__name__}: {one_line(error)[:200]}"
@@ -125,6 +140,19 @@ def _export(module: nn.Module, inputs: Sequence[Input]) -> torch.export.Exported
         raise LoftUpError(
             f"torch.export makes no graph of this model{' for any size' if sizes else ''} ({kind}){remedy}"
         ) from error
+
+
+def _check_other_sizes(program: torch.export.ExportedProgram, module: nn.Module, inputs: Sequence[Input]) -> None:
+    """Raise ValueError where the graph gives something else than the module at a size that it was not traced with.
+
+    Constants of one size inside a model make such graphs without a word.
+    """
+    others = [each.other for each in inputs if each.other is not None]
+    if len(others) < len(inputs):
+        return
+    expected, found = module(*others), program.module()(*others)
+    if found.shape != expected.shape or float((found - expected).abs().max()) > 0.01 * float(expected.abs().max()):
+        raise ValueError(f"it differs from the model at inputs of {', '.join(str(tuple(x.shape)) for x in others)}")
 
 
 @contextlib.contextmanager
@@ -168,6 +196,12 @@ def _write_onnx(
     assert converted is not None
     if sum(tensor.nbytes for tensor in program.state_dict.values()) > LARGEST:
         # Beyond what protobuf holds: weights in a file of their own, as they are.
+        if store != "float32":
+            raise LoftUpError(
+                f"more than {LARGEST / 1e9:.1f} GB of weights are stored as float32 alone, not as {store}"
+            )
+        refuse_others([path.with_name(f"{path.name}.data")])
+        converted.model.metadata_props.update(metadata)
         converted.save(path, external_data=True)
         return
     model = converted.model_proto

@@ -155,7 +155,9 @@ _CHANNELS_LAST = "; where its channels are last: {0}.permute(0, 3, 1, 2)"
 def check_options(head: Any, memory: Any, backend: Any) -> int | None:
     """The memory as an int; TypeError unless the options of a call are of their types."""
     if head is not None and not callable(head):
-        raise TypeError(f"head must be a function of features or an nn.Module, got {type(head).__name__}")
+        raise TypeError(
+            f"head must be a function of features, a module or a matrix as a tensor, got {type(head).__name__}"
+        )
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {backend!r}")
     if memory is None:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
-from .graphs import Input, write_graph
+from .graphs import Input, check_version, write_graph
 from .inference.canvas import Canvas, Head, apply_head, as_head
 from .inference.choose import compute_dtype, open_stream
 from .inputs import Size, check_inputs, check_options, check_out, check_points, output_size, resize_guidance
@@ -128,7 +128,7 @@ class LoftUp(nn.Module):
                 norm in training mode); features overflow in float16; or the call is inside ``torch.vmap``.
         """
         check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
-        function: Head | None = as_head(head, features.shape[1])
+        function: Head | None = as_head(head, features)
         size, memory = output_size(size, image), check_options(function, memory, backend)
         reason = self._why_whole(features, image)
         if reason is None:
@@ -351,9 +351,7 @@ class LoftUp(nn.Module):
         state = self.state_dict()
         return push(self.config, state, repo, private=private, token=token, commit_message=commit_message)
 
-    def export(
-        self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"
-    ) -> Path:
+    def export(self, path: "str | os.PathLike[str]", *, size: Size = None, store: str = "float32") -> Path:
         """Write the upsampler as a graph for other runtimes, without its Python code.
 
         Its inputs are "features" (batch, C, rows, columns) and "image" (batch, 3, height, width), float32, of any sizes
@@ -362,7 +360,7 @@ class LoftUp(nn.Module):
 
         Args:
             path: ends in ".onnx" (opset 21, for ONNX Runtime and what reads ONNX) or ".pt2" (for torch.export.load).
-            size: (height, width) in pixels that the graph takes alone; None for any.
+            size: (height, width) in pixels that the graph takes alone, or an int for a square; None for any.
             store: how an ONNX file stores the weights: "float32"; "float16", half as large; "int8" with a scale for
                 every 32 of them, 3.5 times smaller and less exact. The arithmetic stays float32.
 
@@ -374,14 +372,17 @@ class LoftUp(nn.Module):
                 (``pip install "loftup[export]"``), or modules were replaced by some that have no graph.
             ValueError: ``size`` is not positive, or there is no such ``store``.
         """
+        check_version()
         free, batch = torch.export.Dim.DYNAMIC, ("batch", torch.export.Dim("batch"))
         features = {0: batch, 2: ("rows", free), 3: ("columns", free)}
         if self.config.channels is None:
             features[1] = ("channels", free)
         guidance = torch.rand(2, 3, *(output_size(size, torch.empty(1, 3, 1, 1)) if size else (112, 144)))
         image = {0: batch} if size else {0: batch, 2: ("height", free), 3: ("width", free)}
-        inputs = [Input("features", torch.randn(2, self.config.channels or 32, 8, 9), features)]
-        inputs.append(Input("image", guidance, image))
+        channels = self.config.channels or 32
+        others = (torch.randn(1, channels, 5, 11), torch.rand(1, 3, 64, 150)) if size is None else (None, None)
+        inputs = [Input("features", torch.randn(2, channels, 8, 9), features, others[0])]
+        inputs.append(Input("image", guidance, image, others[1]))
         output = {0: "batch", **({1: "channels"} if 1 in features else {})}
         output |= {} if size else {2: "height", 3: "width"}
         return write_graph(self, inputs, ("upsampled", output), path, store, self.card())

@@ -69,9 +69,7 @@ class Upsampled(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def export(
-        self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"
-    ) -> Path:
+    def export(self, path: "str | os.PathLike[str]", *, size: Size = None, store: str = "float32") -> Path:
         """Write backbone and upsampler as one graph for other runtimes.
 
         Its input "image" (batch, 3, height, width) is that of :meth:`Backbone.export`; its output "upsampled" is
@@ -84,4 +82,4 @@ class Upsampled(nn.Module):
             raise LoftUpError(f"up is a {type(self.up).__name__}; only a LoftUp is exported")
         module, inputs = self.backbone.graph(self, size)
         whole = {0: "batch"} if size or self.backbone.fixed_size else {0: "batch", 2: "height", 3: "width"}
-        return write_graph(module, inputs, ("upsampled", whole), path, store, self.backbone.card() | self.up.card())
+        return write_graph(module, inputs, ("upsampled", whole), path, store, self.up.card() | self.backbone.card())

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoftUpError, one_line
-from ..graphs import image_input, write_graph
-from ..inputs import Size
+from ..graphs import check_version, image_input, write_graph
+from ..inputs import Size, output_size
 from .fixed_padding import with_fixed_padding
 from .geometry import Geometry, Maps, pad, parts, settle
 from .images import check_image, read_picture, resolve_size, triple
@@ -333,19 +333,17 @@ class Backbone(nn.Module):
         options = size_options(self.model)
         return f"; timm.create_model(..., {options}) builds it for other sizes" if options else ""
 
-    def export(
-        self, path: "str | os.PathLike[str]", *, size: tuple[int, int] | None = None, store: str = "float32"
-    ) -> Path:
+    def export(self, path: "str | os.PathLike[str]", *, size: Size = None, store: str = "float32") -> Path:
         """Write the backbone as a graph for other runtimes, without its Python code.
 
         Its input "image" (batch, 3, height, width) is normalised float32 whose sides are multiples of
         :attr:`multiple`, at least two of them; its output "features" is (batch, C, rows, columns). The file's metadata
         has ``mean``, ``std``, ``channels``, ``stride``, ``multiple``, the model's name and its licence where timm knows
-        it. The graph does not check: sides that are no multiples give an error of the runtime or a cut picture.
+        it. The graph does not check: sides that are no multiples give an error of the runtime, or another grid.
 
         Args:
             path: ends in ".onnx" (opset 21, for ONNX Runtime and what reads ONNX) or ".pt2" (for torch.export.load).
-            size: (height, width) in pixels that the graph takes alone; None for any.
+            size: (height, width) in pixels that the graph takes alone, or an int for a square; None for any.
             store: how an ONNX file stores the weights: "float32"; "float16", half as large; "int8" with a scale for
                 every 32 of them, 3.5 times smaller and less exact. The arithmetic stays float32.
 
@@ -361,12 +359,14 @@ class Backbone(nn.Module):
         output = ("features", {0: "batch"} if size or self.fixed_size else {0: "batch", 2: "rows", 3: "columns"})
         return write_graph(*self.graph(self, size), output, path, store, self.card())
 
-    def graph(self, module: nn.Module, size: tuple[int, int] | None) -> tuple[nn.Module, list[Any]]:
+    def graph(self, module: nn.Module, size: Size) -> tuple[nn.Module, list[Any]]:
         """A module that starts with this backbone as it can be exported, and its input."""
         if self._several and not self.join:
             raise LoftUpError(f"the backbone gives the layers {self.layer} as a list; a graph has one output: take one")
+        check_version()
+        size = None if size is None else output_size(size, torch.empty(1, 3, 1, 1))
         fixed = self.fixed_size or size
-        if size is not None and self.input_size(*size) != tuple(size):
+        if size is not None and self.input_size(*size) != size:
             raise ValueError(
                 f"{self.name or type(self.model).__name__} takes {self.input_size(*size)} pixels, got size={size}"
             )

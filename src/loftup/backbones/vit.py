@@ -121,7 +121,7 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
 
     The result is (1, h * w, D) in the dtype of ``table``, by way of float32 at least; the table where the grids agree.
     """
-    if old == new:
+    if not torch.compiler.is_compiling() and old == new:  # a graph would be for this grid alone
         return table
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     if torch.compiler.is_compiling():

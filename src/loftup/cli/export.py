@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..files import refuse_others
 from ..weights.catalogue import ANY
 from .options import add_backbone_options, place, positive, word
 
@@ -49,9 +50,14 @@ def _run(arguments: argparse.Namespace) -> int:
             parts["backbone"] = backbone
         if up is not None and "whole" in wanted:
             parts["whole"] = Upsampled(backbone, up)
+    paths = {name: Path(arguments.output) / f"{name}.{arguments.format}" for name in parts}
+    refuse_others(paths.values())  # and a size that does not fit, before minutes of work
+    size = tuple(arguments.size) if arguments.size else None
+    if "backbone" in parts or "whole" in parts:
+        backbone.graph(backbone, size)
     for name, module in parts.items():
-        path = Path(arguments.output) / f"{name}.{arguments.format}"
-        size = tuple(arguments.size) if arguments.size else None
+        path = paths[name]
+        print(f"exporting {path}, up to a minute", flush=True)
         module.export(path, size=size, store=arguments.store)
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
     return 0

@@ -5,6 +5,8 @@ import functools
 import http.server
 import io
 import json
+import os
+import secrets
 import shutil
 import subprocess
 import tarfile
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoftUpError, one_line
-from ..files import write_atomically
+from ..files import PREFIX, write_atomically
 from ..version import __version__
 from ..weights.catalogue import ANY, FOLDER, TINY
 from .options import place
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     folder = arguments.output
-    if not arguments.build and _built(folder):
+    if not arguments.build and _built(folder) == __version__:
         print(f"{folder} was built before by loftup {__version__}; --build builds it again")
     else:
         build(folder, arguments.runtime)
@@ -62,18 +64,19 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _built(folder: Path) -> bool:
+def _built(folder: Path) -> str:
+    """The version that built a folder, "" where it is no folder of this page."""
     try:
-        return bool(json.loads((folder / "site.json").read_text())["loftup"] == __version__)
-    except (OSError, ValueError, KeyError):
-        return False
+        return str(json.loads((folder / "site.json").read_text())["loftup"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def build(folder: Path, runtime: Path | None = None) -> None:
-    """Write the page, its models, the runtime and the samples; ``site.json`` last, so that it tells a whole folder.
+    """Write the page, its models, the runtime and the samples: beside the folder, which takes their place when whole.
 
     Args:
-        folder: made where it is missing; a folder with other files in it is refused.
+        folder: missing, empty, or built before by this command, which it replaces.
         runtime: folder with the runtime's files; None fetches them by npm.
 
     Raises:
@@ -82,24 +85,29 @@ def build(folder: Path, runtime: Path | None = None) -> None:
     from ..backbones import load_backbone
     from ..model import LoftUp
 
-    known = {*(path.name for path in SOURCE.iterdir()), "models", "runtime", "samples", "site.json"}
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
-    if strange:
-        raise LoftUpError(f"{folder} holds {strange[0]}, which is not of this page; give a folder of its own with -o")
-    (folder / "site.json").unlink(missing_ok=True)
-    samples = _samples(folder / "samples")
-    _runtime(folder / "runtime", runtime)
-    for path in SOURCE.iterdir():
-        write_atomically(folder / path.name, path.read_bytes())
-    # Four views in one batch, so that the graph holds the model once.
-    backbone = load_backbone(TINY, views=4, views_at_once=4)
-    for name, module, store in (("backbone", backbone, "int8"), ("upsampler", LoftUp.from_pretrained(ANY), "float16")):
-        path = folder / "models" / f"{name}.onnx"
-        path.unlink(missing_ok=True)
-        module.export(path, store=store)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
-    facts = {"loftup": __version__, "multiple": backbone.multiple, "mean": backbone.mean, "std": backbone.std}
-    write_atomically(folder / "site.json", json.dumps(facts | {"samples": samples}, indent=1).encode())
+    if folder.exists() and not folder.is_dir():
+        raise LoftUpError(f"{folder} is a file; give a folder with -o")
+    if folder.is_dir() and any(folder.iterdir()) and not _built(folder):
+        raise LoftUpError(f"{folder} holds other files than a page of loftup; give a new or empty folder with -o")
+    new = folder.with_name(f"{PREFIX}{secrets.token_hex(8)}")
+    try:
+        samples = _samples(new / "samples")
+        _runtime(new / "runtime", runtime or (folder / "runtime" if _built(folder) else None))
+        for path in SOURCE.iterdir():
+            write_atomically(new / path.name, path.read_bytes())
+        # Four views in one batch, so that the graph holds the model once.
+        backbone, up = load_backbone(TINY, views=4, views_at_once=4), LoftUp.from_pretrained(ANY)
+        for name, module, store in (("backbone", backbone, "int8"), ("upsampler", up, "float16")):
+            print(f"exporting the {name}, up to a minute", flush=True)
+            path = module.export(new / "models" / f"{name}.onnx", store=store)
+            print(f"{folder / 'models' / path.name}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        facts = {"loftup": __version__, "multiple": backbone.multiple, "mean": backbone.mean, "std": backbone.std}
+        write_atomically(new / "site.json", json.dumps(facts | {"samples": samples}, indent=1).encode())
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _samples(folder: Path) -> list[dict[str, str]]:
@@ -125,8 +133,6 @@ def _runtime(folder: Path, given: Path | None) -> None:
             if not (given / name).is_file():
                 raise LoftUpError(f"--runtime {given} has no {name}; expected the folder dist of {RUNTIME}")
             write_atomically(folder / name, (given / name).read_bytes())
-        return
-    if all((folder / name).is_file() for name in RUNTIME_FILES):
         return
     npm = shutil.which("npm")
     remedy = f"install Node.js, or give the folder dist of {RUNTIME} with --runtime"

@@ -153,24 +153,28 @@ class Canvas:
             )
 
 
-def as_head(head: Any, channels: int) -> Any:
-    """A head as a function: of a matrix (K, C) the linear layer of its rows; others as they are.
+def as_head(head: Any, features: Tensor) -> Any:
+    """A head as a function: of a matrix (K, C) the linear layer of its rows in the features' dtype; others as they are.
 
     Raises:
-        ValueError: a matrix or a linear head is not for so many channels.
+        ValueError: a matrix or a linear head is not for the features' channels, or a matrix is on another device.
     """
+    channels = features.shape[1]
     if isinstance(head, Tensor):
         if head.ndim != 2 or head.shape[1] != channels:
             raise ValueError(
                 f"head is a tensor of shape {tuple(head.shape)}, expected (K, {channels}): a row for each text or class"
             )
+        if head.device != features.device:
+            raise ValueError(f"head is on {head.device}, the features on {features.device}; move it with .to()")
+        head = head.to(features.dtype)
         if head.requires_grad and torch.is_grad_enabled():
             return lambda features: torch.einsum("bchw,kc->bkhw", features, head)
         linear = nn.Linear(channels, len(head), bias=False, device="meta")
         linear.weight = nn.Parameter(head, requires_grad=False)
         return linear
     width = head.in_features if isinstance(head, nn.Linear) else getattr(head, "in_channels", None)
-    if isinstance(head, nn.Linear | nn.Conv2d) and width != channels:
+    if isinstance(head, nn.Linear | nn.Conv2d) and width not in (channels, 0):  # 0: lazy, it takes what comes
         raise ValueError(f"head takes {width} channels, the features have {channels}; give one that was made for them")
     return head
 

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,7 +100,11 @@ class GuidanceEncoder(nn.Module):
 def _doubled(x: Tensor, target: Tensor) -> Tensor:
     """A map at twice its resolution, cut to the size of the target."""
     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    return x[..., : target.shape[-2], : target.shape[-1]]
+    height, width = target.shape[-2:]
+    if torch.compiler.is_compiling():  # a slice would tie a graph to sizes of which it cuts as much
+        rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
+    return x[..., :height, :width]
 
 
 def silence(layer: nn.Module) -> None:

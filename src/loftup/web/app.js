@@ -70,6 +70,8 @@ function prepare(picture) {
   Object.assign(photo, { width, height });
   const context = photo.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
+  context.fillStyle = "#fff"; // behind what is transparent
+  context.fillRect(0, 0, width, height);
   context.drawImage(picture, 0, 0, width, height);
   const pixels = context.getImageData(0, 0, width, height);
   const values = new Float32Array(3 * width * height);
@@ -79,9 +81,8 @@ function prepare(picture) {
   return { width, height, pixels, image: new ort.Tensor("float32", values, [1, 3, height, width]) };
 }
 
-async function run(picture) {
-  const mine = ++job;
-  kept = null;
+async function run(picture, mine) {
+  current = kept = null; // the pointer has nothing to compare until it is done
   get("result").hidden = false;
   const { width, height, pixels, image } = prepare(picture);
   say("Computing the backbone's features", 90);
@@ -211,6 +212,8 @@ get("save").addEventListener("click", () => {
 
 let last = null; // the source that is shown, taken again at another size
 async function take(source, button = null) {
+  if (!sessions) return say("Still loading the models; choose the picture again in a moment");
+  const mine = ++job;
   last = source;
   for (const each of get("samples").children) each.setAttribute("aria-pressed", String(each === button));
   try {
@@ -218,8 +221,9 @@ async function take(source, button = null) {
     const picture = await createImageBitmap(blob).catch(() => {
       throw new Error("this file is no picture that the browser can read; try a JPEG or PNG");
     });
-    await run(picture);
+    if (mine === job) await run(picture, mine);
   } catch (error) {
+    if (mine !== job) return;
     const much = /memory|allocat/i.test(error.message) ? "; try a smaller side" : "";
     say(`That did not work: ${error.message}${much}`, null, true);
   }

@@ -135,7 +135,7 @@ const STOPS = [[20, 11, 53], [101, 21, 110], [188, 55, 84], [237, 105, 37], [251
 export function heat(map, low) {
   const pixels = new Uint8ClampedArray(4 * map.length).fill(255);
   for (let i = 0; i < map.length; i++) {
-    const place = Math.min(Math.max((map[i] - low) / (1 - low), 0), 1) * (STOPS.length - 1);
+    const place = Math.min(Math.max((map[i] - low) / Math.max(1 - low, 1e-6), 0), 1) * (STOPS.length - 1);
     const first = Math.min(Math.floor(place), STOPS.length - 2);
     for (let k = 0; k < 3; k++) {
       pixels[4 * i + k] = STOPS[first][k] + (STOPS[first + 1][k] - STOPS[first][k]) * (place - first);
