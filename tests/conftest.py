@@ -43,3 +43,12 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def photo() -> Path:
     return shared("data/photos/n01440764_tench.jpg")
+
+
+@pytest.fixture(scope="session")
+def any_graph(tmp_path_factory):
+    """The upsampler for every backbone as ONNX, its weights as the package stores them."""
+    pytest.importorskip("onnx")
+    from loftup import LoftUp
+
+    return LoftUp.from_pretrained("any").export(tmp_path_factory.mktemp("any") / "any.onnx", store="float16")
