@@ -8,16 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LoftUpError, translate
 from ..files import MADE_BY, PREFIX, refuse_others, write_atomically
 from .demo import package_or_named
 from .options import add_model_options, place, positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["add_parser"]
 
@@ -56,6 +55,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import torch
+    import torch.nn.functional as F
     from PIL import Image
     from tqdm import tqdm
 
@@ -70,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
     frames = itertools.islice(frames, arguments.frames)
     count = min(filter(None, (count, arguments.frames)), default=None)
 
-    def maps(frame: Any) -> tuple[Tensor, Tensor]:
+    def maps(frame: Any) -> "tuple[Tensor, Tensor]":
         low, dense = upsample_picture(arguments, backbone, up, frame)
         return low.float().cpu(), dense.float().cpu()
 
@@ -117,8 +118,12 @@ def _check_same(arguments: argparse.Namespace) -> None:
             )
 
 
-def _painter(arguments: argparse.Namespace, first: list[Any], maps: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+def _painter(
+    arguments: argparse.Namespace, first: list[Any], maps: Callable[[Any], Any]
+) -> "Callable[[Tensor], Tensor]":
     """Features (1, C, H, W) to colours (3, H, W) in [0, 1]."""
+    import torch
+
     from ..viz import PCA
 
     if arguments.point is not None:
