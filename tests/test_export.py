@@ -164,6 +164,11 @@ class FixedGrid(nn.Module):
         return nn.functional.avg_pool2d(image, 8) + torch.zeros(1, 3, 8, 9)
 
 
+class OtherwiseInGraphs(nn.Module):
+    def forward(self, image):
+        return nn.functional.avg_pool2d(image, 8) * (2 if torch.compiler.is_compiling() else 1)
+
+
 def test_refusals(tmp_path, monkeypatch):
     up = LoftUp(16).eval()
     with pytest.raises(LoftUpError, match=r"ends in neither .onnx .* nor .pt2"):
@@ -182,6 +187,10 @@ def test_refusals(tmp_path, monkeypatch):
     fixed = FixedGrid()
     backbone = Backbone(fixed, fixed, channels=3, patch_size=8, check=False)
     with pytest.raises(LoftUpError, match=r"no graph of this model for any size .*give one size"):
+        backbone.export(tmp_path / "model.onnx")
+    other = OtherwiseInGraphs()
+    backbone = Backbone(other, other, channels=3, patch_size=8, check=False)
+    with pytest.raises(LoftUpError, match=r"it differs from the model at inputs of \(1, 3, 88, 40\)"):
         backbone.export(tmp_path / "model.onnx")
     with monkeypatch.context() as patch:
         patch.setattr("loftup.graphs.OLDEST", (99, 0))
@@ -209,6 +218,7 @@ def test_the_old_exporter_is_refused_in_a_sentence(tmp_path):
 def test_weights_beyond_one_file_go_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr("loftup.graphs.LARGEST", 1000)
     path = LoftUp(16).eval().export(tmp_path / "up.onnx", size=(32, 32))
+    LoftUp(16).eval().export(path, size=(32, 32))  # its own files are replaced
     assert (tmp_path / "up.onnx.data").is_file()
     assert facts(path)["channels"] == "16"
     with pytest.raises(LoftUpError, match="stored as float32 alone, not as int8"):

@@ -91,7 +91,7 @@ def floats(page, expression):
 
 
 def canvas(page, name):
-    """What a canvas shows, (H, W, 3) in 0..255."""
+    """The pixels that a canvas shows, (H, W, 3) in 0..255."""
     width, height = (page.evaluate(f"document.getElementById('{name}').{side}") for side in ("width", "height"))
     pixels = f"document.getElementById('{name}').getContext('2d').getImageData(0, 0, {width}, {height}).data"
     return floats(page, pixels).view(height, width, 4)[..., :3]

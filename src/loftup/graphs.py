@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .errors import LoftUpError, one_line
 from .files import MADE_BY, refuse_others, write_atomically
 
-__all__ = ["Axis", "Input", "check_version", "image_input", "write_graph"]
+__all__ = ["Input", "image_input", "write_graph"]
 
 OPSET = 21  # the first with scales for blocks of weights
 BLOCK = 32  # weights that share a scale
@@ -30,7 +30,7 @@ FEWEST = 1024  # elements of a weight that is worth storing in fewer bits
 LARGEST = 1_900_000_000  # bytes of weights that one ONNX file holds
 CELLS = (8, 9)  # of the grid that a graph is traced with, height and width different
 
-Axis = tuple[str, Any]  # name in the file, and torch.export's size: a Dim, or a multiple of one
+Axis = tuple[str, Any]  # name in the file, and torch.export's size: a Dim, a multiple of one, or None for any
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_graph(
     if path.suffix == ".pt2" and store != "float32":
         raise LoftUpError(f"a .pt2 file stores the weights as float32; leave {store} out, or write .onnx")
     refuse_others([path])
-    check_version()
+    _check_version()
     if path.suffix == ".onnx":
         _check_packages()
     as_needed = ("cpu", torch.float32)
@@ -105,7 +105,7 @@ def write_graph(
     return path
 
 
-def check_version() -> None:
+def _check_version() -> None:
     """Raise LoftUpError where torch is older than export is known to work with."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
         needed = ".".join(map(str, OLDEST))
@@ -126,12 +126,15 @@ def _check_packages() -> None:
 
 def _export(module: nn.Module, inputs: Sequence[Input]) -> torch.export.ExportedProgram:
     """The graph that torch.export traces."""
-    shapes = tuple({axis: size for axis, (_, size) in each.axes.items()} for each in inputs)
+    free = torch.export.Dim.DYNAMIC
+    shapes = tuple({axis: free if size is None else size for axis, (_, size) in each.axes.items()} for each in inputs)
     try:
         with torch.no_grad(), _quiet():
             examples = tuple(each.example for each in inputs)
             program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
-            _check_other_sizes(program, module, inputs)
+            others = [each.other for each in inputs if each.other is not None]
+            if len(others) == len(inputs):
+                _check_other_sizes(program, module, others)
             return program
     except Exception as error:
         sizes = any(axis > 1 for each in inputs for axis in each.axes)
@@ -142,14 +145,11 @@ def _export(module: nn.Module, inputs: Sequence[Input]) -> torch.export.Exported
         ) from error
 
 
-def _check_other_sizes(program: torch.export.ExportedProgram, module: nn.Module, inputs: Sequence[Input]) -> None:
+def _check_other_sizes(program: torch.export.ExportedProgram, module: nn.Module, others: Sequence[Tensor]) -> None:
     """Raise ValueError where the graph gives something else than the module at a size that it was not traced with.
 
     Constants of one size inside a model make such graphs without a word.
     """
-    others = [each.other for each in inputs if each.other is not None]
-    if len(others) < len(inputs):
-        return
     expected, found = module(*others), program.module()(*others)
     if found.shape != expected.shape or float((found - expected).abs().max()) > 0.01 * float(expected.abs().max()):
         raise ValueError(f"it differs from the model at inputs of {', '.join(str(tuple(x.shape)) for x in others)}")
@@ -200,7 +200,8 @@ def _write_onnx(
             raise LoftUpError(
                 f"more than {LARGEST / 1e9:.1f} GB of weights are stored as float32 alone, not as {store}"
             )
-        refuse_others([path.with_name(f"{path.name}.data")])
+        if not path.exists():  # else it is ours, and so is what lies beside it
+            refuse_others([path.with_name(f"{path.name}.data")])
         converted.model.metadata_props.update(metadata)
         converted.save(path, external_data=True)
         return
@@ -209,9 +210,8 @@ def _write_onnx(
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
-    described = [(value, dict(each.axes)) for value, each in zip(model.graph.input, inputs, strict=True)]
-    named = [(value, {axis: name for axis, (name, _) in axes.items()}) for value, axes in described]
-    for value, axes in [*named, (model.graph.output[0], output[1])]:
+    named = [{axis: name for axis, (name, _) in each.axes.items()} for each in inputs]
+    for value, axes in zip([*model.graph.input, model.graph.output[0]], [*named, output[1]], strict=True):
         for axis, name in axes.items():
             value.type.tensor_type.shape.dim[axis].dim_param = name
     if store != "float32":

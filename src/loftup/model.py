@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import LoftUpError
-from .graphs import Input, check_version, write_graph
+from .graphs import Input, write_graph
 from .inference.canvas import Canvas, Head, apply_head, as_head
 from .inference.choose import compute_dtype, open_stream
 from .inputs import Size, check_inputs, check_options, check_out, check_points, output_size, resize_guidance
@@ -372,13 +372,12 @@ class LoftUp(nn.Module):
                 (``pip install "loftup[export]"``), or modules were replaced by some that have no graph.
             ValueError: ``size`` is not positive, or there is no such ``store``.
         """
-        check_version()
-        free, batch = torch.export.Dim.DYNAMIC, ("batch", torch.export.Dim("batch"))
-        features = {0: batch, 2: ("rows", free), 3: ("columns", free)}
+        batch = ("batch", torch.export.Dim("batch"))
+        features = {0: batch, 2: ("rows", None), 3: ("columns", None)}
         if self.config.channels is None:
-            features[1] = ("channels", free)
+            features[1] = ("channels", None)
         guidance = torch.rand(2, 3, *(output_size(size, torch.empty(1, 3, 1, 1)) if size else (112, 144)))
-        image = {0: batch} if size else {0: batch, 2: ("height", free), 3: ("width", free)}
+        image = {0: batch} if size else {0: batch, 2: ("height", None), 3: ("width", None)}
         channels = self.config.channels or 32
         others = (torch.randn(1, channels, 5, 11), torch.rand(1, 3, 64, 150)) if size is None else (None, None)
         inputs = [Input("features", torch.randn(2, channels, 8, 9), features, others[0])]
@@ -388,7 +387,7 @@ class LoftUp(nn.Module):
         return write_graph(self, inputs, ("upsampled", output), path, store, self.card())
 
     def card(self) -> dict[str, Any]:
-        """What this is, as it goes into exported files."""
+        """Describe the upsampler, for exported files."""
         config = self.config
         known = CATALOGUE.get(ANY if isinstance(config, UniversalConfig) else config.backbone)
         facts = {"upsampler": dataclasses.asdict(config), "channels": config.channels or "any"}

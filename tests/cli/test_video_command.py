@@ -92,6 +92,9 @@ def test_wrong_uses(clip, tmp_path, capsys):
     ):
         assert main(["video", *words, *OPTIONS]) == 2
         assert message in capsys.readouterr().err
+    # A folder keeps nothing of a run that was refused.
+    assert main(["video", str(clip), "-o", str(tmp_path / "frames"), "--point", "65", "2", *OPTIONS]) == 2
+    assert not (tmp_path / "frames").exists()
     (tmp_path / "empty").mkdir()
     assert main(["video", str(tmp_path / "empty"), "-o", str(tmp_path / "a.mp4"), *OPTIONS]) == 2
     assert "holds no frames" in capsys.readouterr().err

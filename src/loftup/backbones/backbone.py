@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoftUpError, one_line
-from ..graphs import check_version, image_input, write_graph
+from ..graphs import image_input, write_graph
 from ..inputs import Size, output_size
 from .fixed_padding import with_fixed_padding
 from .geometry import Geometry, Maps, pad, parts, settle
@@ -342,10 +342,9 @@ class Backbone(nn.Module):
         it. The graph does not check: sides that are no multiples give an error of the runtime, or another grid.
 
         Args:
-            path: ends in ".onnx" (opset 21, for ONNX Runtime and what reads ONNX) or ".pt2" (for torch.export.load).
+            path: see :meth:`LoftUp.export`.
             size: (height, width) in pixels that the graph takes alone, or an int for a square; None for any.
-            store: how an ONNX file stores the weights: "float32"; "float16", half as large; "int8" with a scale for
-                every 32 of them, 3.5 times smaller and less exact. The arithmetic stays float32.
+            store: see :meth:`LoftUp.export`.
 
         Returns:
             The path.
@@ -363,7 +362,6 @@ class Backbone(nn.Module):
         """A module that starts with this backbone as it can be exported, and its input."""
         if self._several and not self.join:
             raise LoftUpError(f"the backbone gives the layers {self.layer} as a list; a graph has one output: take one")
-        check_version()
         size = None if size is None else output_size(size, torch.empty(1, 3, 1, 1))
         fixed = self.fixed_size or size
         if size is not None and self.input_size(*size) != size:
@@ -373,7 +371,7 @@ class Backbone(nn.Module):
         return with_fixed_padding(module), [image_input(self.multiple, fixed)]
 
     def card(self) -> dict[str, Any]:
-        """What this is, as it goes into exported files."""
+        """Describe the backbone, for exported files."""
         config = getattr(self.model, "pretrained_cfg", None) or {}
         facts = {"backbone": self.name, "layer": self.layer, "channels": self.channels, "stride": str(self.stride)}
         facts |= {"multiple": self.multiple, "mean": self.mean, "std": self.std, "views": self.views}

@@ -121,8 +121,6 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
 
     The result is (1, h * w, D) in the dtype of ``table``, by way of float32 at least; the table where the grids agree.
     """
-    if not torch.compiler.is_compiling() and old == new:  # a graph would be for this grid alone
-        return table
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     if torch.compiler.is_compiling():
         # As matrix products: the same numbers, for any size of a graph, which interpolation's ONNX form is not.
@@ -131,6 +129,8 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
         rows, columns = (cubic_weights(m, n, how, wide, taken) for m, n in zip(old, new, strict=True))
         grid = torch.einsum("hm,wn,mnd->hwd", rows, columns, wide[0].unflatten(0, old))
         return grid.flatten(0, 1)[None].to(table.dtype)
+    if old == new:  # not asked above: a graph would be for this grid alone
+        return table
     cells = rearrange(wide, "1 (m n) d -> 1 d m n", m=old[0])
     # The scale factor itself enters the sampling positions, so that an offset is not the same as giving the size.
     scale = ((new[0] + how.offset) / old[0], (new[1] + how.offset) / old[1])
@@ -141,7 +141,7 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
 
 
 def cubic_weights(old: int, new: int, how: Resampling, like: Tensor, taken: Tensor | None = None) -> Tensor:
-    """What bicubic interpolation of an axis weighs ``old`` values by for each of ``new``: (new, old), rows sum to 1.
+    """Weights of ``old`` values for each of ``new`` in bicubic interpolation of an axis: (new, old), rows sum to 1.
 
     Where the tensor ``taken`` is true, the values are taken as they are, as models do with a table of the grid's size.
     """
@@ -153,7 +153,7 @@ def cubic_weights(old: int, new: int, how: Resampling, like: Tensor, taken: Tens
     if how.antialias:
         # Keys' kernel with a = -0.5, widened where the axis shrinks, over the values that exist.
         place = torch.arange(old, device=like.device, dtype=like.dtype)
-        widened: Any = torch.sym_max(old / (new + how.offset), 1.0)
+        widened: Any = torch.sym_max(scale, 1.0)
         weights = _cubic((place - centre) / widened, -0.5)
         return weights / weights.sum(1, keepdim=True)
     # a = -0.75, four values, those beyond an end taken from the end.

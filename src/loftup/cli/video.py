@@ -18,6 +18,8 @@ from .options import add_model_options, place, positive
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..viz import PCA
+
 __all__ = ["add_parser"]
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
@@ -65,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output.suffix and arguments.output.suffix not in SUFFIXES:
         raise ValueError(f"{arguments.output} is none of {', '.join(SUFFIXES)}; a name without a dot is a folder")
     weights = package_or_named(arguments)
-    _check_same(arguments)
+    settings = _settings(arguments)
     backbone, up = load_models(arguments, weights)
     frames, rate, count = _frames(arguments.video, arguments.fps)
     frames = itertools.islice(frames, arguments.frames)
@@ -79,7 +81,11 @@ def _run(arguments: argparse.Namespace) -> int:
     first = list(itertools.islice(frames, arguments.fit if arguments.point is None else 1))
     if not first:
         raise ValueError(f"{arguments.video} holds no frames")
-    paint = _painter(arguments, first, maps)
+    paint, pca = _painter(arguments, first, maps)
+    if not arguments.output.suffix:  # once nothing is left to refuse
+        write_atomically(arguments.output / SETTINGS, settings)
+        if pca is not None:
+            pca.save(arguments.output / STATE)
     written = 0
     with _writer(arguments.output, rate) as write, tqdm(total=count, unit="frame", mininterval=0.5) as bar:
         for index, frame in enumerate(itertools.chain(first, frames)):
@@ -100,15 +106,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_same(arguments: argparse.Namespace) -> None:
-    """Keep a folder's settings; ValueError where its frames were made with others."""
-    if arguments.output.suffix:
-        return
+def _settings(arguments: argparse.Namespace) -> bytes:
+    """The settings of a folder's frames, as a file; ValueError where the folder holds frames made with others."""
     settings = {name: str(getattr(arguments, name)) for name in SAME}
+    content = json.dumps({"made_by": MADE_BY, **settings}, indent=1).encode()
     file = arguments.output / SETTINGS
-    if not file.is_file():
-        write_atomically(file, json.dumps({"made_by": MADE_BY, **settings}, indent=1).encode())
-        return
+    if arguments.output.suffix or not file.is_file():
+        return content
     with translate((OSError, ValueError), f"{file} is damaged; give another folder"):
         before = json.loads(file.read_text())
     for name, value in settings.items():
@@ -116,12 +120,13 @@ def _check_same(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"{arguments.output} holds frames of {name} {before.get(name)}, got {value}; give another folder"
             )
+    return content
 
 
 def _painter(
     arguments: argparse.Namespace, first: list[Any], maps: Callable[[Any], Any]
-) -> "Callable[[Tensor], Tensor]":
-    """Features (1, C, H, W) to colours (3, H, W) in [0, 1]."""
+) -> "tuple[Callable[[Tensor], Tensor], PCA | None]":
+    """Features (1, C, H, W) to colours (3, H, W) in [0, 1], and the PCA that gives them."""
     import torch
 
     from ..viz import PCA
@@ -135,19 +140,16 @@ def _painter(
             )
         wanted = dense[0, :, y, x]
         least = float(torch.cosine_similarity(dense[0], wanted[:, None, None], dim=0).quantile(0.02))
-        return lambda features: (
-            ((torch.cosine_similarity(features[0], wanted[:, None, None], dim=0) - least) / (1 - least))
-            .clamp(0, 1)
-            .expand(3, -1, -1)
-        )
+
+        def likeness(features: "Tensor") -> "Tensor":
+            alike = torch.cosine_similarity(features[0], wanted[:, None, None], dim=0)
+            return ((alike - least) / (1 - least)).clamp(0, 1).expand(3, -1, -1)
+
+        return likeness, None
     kept = arguments.output / STATE
-    if not arguments.output.suffix and kept.is_file():
-        pca = PCA.load(kept)
-    else:
-        pca = PCA.fit([maps(frame)[0] for frame in first])
-        if not arguments.output.suffix:
-            pca.save(kept)
-    return lambda features: pca.transform(features)[0]
+    known = not arguments.output.suffix and kept.is_file()
+    pca = PCA.load(kept) if known else PCA.fit([maps(frame)[0] for frame in first])
+    return lambda features: pca.transform(features)[0], pca
 
 
 def _frames(path: Path, fps: int) -> tuple[Iterator[Any], Any, int | None]:

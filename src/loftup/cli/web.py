@@ -87,12 +87,13 @@ def build(folder: Path, runtime: Path | None = None) -> None:
 
     if folder.exists() and not folder.is_dir():
         raise LoftUpError(f"{folder} is a file; give a folder with -o")
-    if folder.is_dir() and any(folder.iterdir()) and not _built(folder):
+    before = _built(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not before:
         raise LoftUpError(f"{folder} holds other files than a page of loftup; give a new or empty folder with -o")
     new = folder.with_name(f"{PREFIX}{secrets.token_hex(8)}")
     try:
         samples = _samples(new / "samples")
-        _runtime(new / "runtime", runtime or (folder / "runtime" if _built(folder) else None))
+        _runtime(new / "runtime", runtime or (folder / "runtime" if before == __version__ else None))
         for path in SOURCE.iterdir():
             write_atomically(new / path.name, path.read_bytes())
         # Four views in one batch, so that the graph holds the model once.

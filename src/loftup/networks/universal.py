@@ -217,7 +217,7 @@ class UniversalNetwork(nn.Module):
         constants = keys[..., codes : codes + 1 + self.heads].reshape(batch, n, m, side, side, 1, 1, -1)
         pixels = queries.mT
         sharpness = settings.sharpness[:, None, None]
-        shares, strength = (
+        shares, strength = (  # not repeat_interleave, whose ONNX form is wrong
             x[:, None].expand(-1, n * m, -1).flatten(0, 1) for x in (settings.shares, settings.strength)
         )
         if self.local is not None:

@@ -100,7 +100,7 @@ async function run(picture, mine) {
   const low = project(features.data, channels, cells, basis);
   const limits = ranges(low, cells);
   current = {
-    width, height, channels, h, w, pixels, limits, basis, low,
+    width, height, channels, h, w, pixels, limits, low,
     features: features.data,
     dense: upsampled.data,
     components: project(upsampled.data, channels, width * height, basis),
