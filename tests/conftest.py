@@ -6,6 +6,10 @@ from pathlib import Path
 
 from hub_server import HubServer
 
+# Before anything imports torch: processes that share the machine's cores take one each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before anything imports huggingface_hub, which reads these once: the tests' Hub is a local server.
 HUB = HubServer()
 HF_HOME = tempfile.TemporaryDirectory()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     written: Path = Upsampled(backbone, up).export("both.onnx")
     colours = loftup.viz.pca_image
 
-    up(backbone(image), image, siez=112)  # type: ignore[call-arg]
+    up(backbone(image), image, siez=112)  # type: ignore[arg-type]
     up(backbone(image))  # type: ignore[call-arg]
-    Upsampled(backbone, up)(image, views=4)  # type: ignore[call-arg]
+    Upsampled(backbone, up)(image, views=4)  # type: ignore[arg-type]
     loftup.loadbackbone("tiny")  # type: ignore[attr-defined]
     number: int = up(backbone(image), image)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 import operator
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from .errors import LoftUpError, translate
 from .weights.catalogue import fitting
 
-__all__ = ["Size", "check_inputs", "check_options", "check_out", "check_points", "output_size", "resize_guidance"]
+__all__ = [
+    "Size",
+    "check_inputs",
+    "check_options",
+    "check_out",
+    "check_points",
+    "output_size",
+    "refuse_names",
+    "resize_guidance",
+]
 
 Size = int | tuple[int, int] | None
 LARGEST = 2**24  # pixels a side, whose coordinates float32 tells apart
@@ -34,6 +44,16 @@ def output_size(size: Size, image: Tensor) -> tuple[int, int]:
     if any(isinstance(n, int) and n > LARGEST for n in pair):
         raise ValueError(f"size must be at most {LARGEST} a side, got {size!r}")
     return pair[0], pair[1]
+
+
+def refuse_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise TypeError for options of other names than a call has, with the name that was meant."""
+    for name in others:
+        remedy = f"; it has {', '.join(known)}"
+        if name in ("output_size", "out_size", "target_size", "scale_factor", "scale", "resolution", "shape"):
+            factor = ", such as size=(2 * H, 2 * W)" if name.startswith("scale") else ""
+            remedy = f"; the size of the result is size=(height, width) in pixels{factor}"
+        raise TypeError(f"there is no option {name!r}{remedy}")
 
 
 def resize_guidance(image: Tensor, size: tuple[int, int], oversampling: int = 1) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,19 @@ from .errors import LoftUpError
 from .graphs import Input, write_graph
 from .inference.canvas import Canvas, Head, apply_head, as_head
 from .inference.choose import compute_dtype, open_stream
-from .inputs import Size, check_inputs, check_options, check_out, check_points, output_size, resize_guidance
+from .inputs import (
+    Size,
+    check_inputs,
+    check_options,
+    check_out,
+    check_points,
+    output_size,
+    refuse_names,
+    resize_guidance,
+)
 from .networks import build_network, build_norm
 from .networks.config import Config, LoftUpConfig, UniversalConfig
+from .typed import as_in
 from .weights.catalogue import ANY, CATALOGUE
 
 if TYPE_CHECKING:
@@ -79,6 +89,7 @@ class LoftUp(nn.Module):
         out: "Tensor | np.ndarray[Any, Any] | None" = None,
         memory: int | None = None,
         backend: str | None = None,
+        **others: NoReturn,
     ) -> Tensor:
         """Upsample backbone features to any output size.
 
@@ -112,6 +123,7 @@ class LoftUp(nn.Module):
                 libraries' scratch; None means 96 MiB on the CPU and 384 MiB on CUDA. With "any" it is also beside
                 the guidance's codes at half resolution and some six times the features.
             backend: "cpu", "torch", "triton" or None to choose; see :func:`loftup.explain`.
+            others: nothing; another name is refused, with the right one.
 
         Returns:
             (B, C, H', W') in the dtype of ``features``; with ``head`` (B, K, H', W') or (B, H', W') in the head's
@@ -123,10 +135,12 @@ class LoftUp(nn.Module):
                 another shape or a dtype that does not hold the result, cannot be written to, has elements in one place
                 of memory or shares it with an argument; ``memory`` does not hold the smallest band; there is no such
                 ``backend``; or ``out``, ``memory`` or ``backend`` are given where the whole image is computed at once.
-            TypeError: an argument is not a float tensor, or an option is of another type.
+            TypeError: an argument is not a float tensor, or an option is of another type or name.
             LoftUpError: ``backend`` cannot run here; the head is not pointwise (a 3x3 convolution, pooling, a batch
                 norm in training mode); features overflow in float16; or the call is inside ``torch.vmap``.
         """
+        if others:
+            refuse_names(others, ("size", "head", "out", "memory", "backend"))
         check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
         function: Head | None = as_head(head, features)
         size, memory = output_size(size, image), check_options(function, memory, backend)
@@ -145,7 +159,9 @@ class LoftUp(nn.Module):
         return dense if function is None else apply_head(function, dense)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @as_in(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def _slow_forward(self, *arguments: Any, **options: Any) -> Any:
         # torch's way to forward in tracing; the old exporter passes it all options by position.

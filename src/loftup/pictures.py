@@ -11,7 +11,7 @@ from .files import MADE_BY, check_regular
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "check_suffix", "encode", "open_picture", "require_pillow", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "check_suffix", "encode", "open_picture", "picture_size", "require_pillow", "to_rgb"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -34,6 +34,21 @@ def open_picture(path: "str | os.PathLike[str]") -> "Image.Image":
         raise
     except Exception as error:  # a damaged file raises SyntaxError, struct.error, DecompressionBombError and others
         raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+
+
+def picture_size(path: "str | os.PathLike[str]") -> tuple[int, int]:
+    """(H, W) of a picture as :func:`open_picture` gives it, from its header alone; OSError if it has none."""
+    pil = require_pillow()
+    try:
+        check_regular(path)
+        with pil.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(0x0112, 1) >= 5  # on its side
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # as in open_picture
+        raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+    return (width, height) if turned else (height, width)
 
 
 def to_rgb(picture: "Image.Image", name: str = "the picture") -> "Image.Image":

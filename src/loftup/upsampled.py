@@ -1,16 +1,19 @@
 """A backbone and its upsampler together."""
 
 import os
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
 from .backbones import Backbone, wrap
 from .errors import LoftUpError
 from .graphs import write_graph
-from .inputs import Size
+from .inference.canvas import Head
+from .inputs import Size, refuse_names
 from .model import LoftUp
+from .typed import as_in
 from .weights.catalogue import ANY, fitting
 
 __all__ = ["Upsampled"]
@@ -50,24 +53,46 @@ class Upsampled(nn.Module):
                 f"the backbone {name!r} gives {channels} channels, the upsampler expects {expected}{fitting(channels)}"
                 f"; for any backbone: LoftUp.from_pretrained({ANY!r})"
             )
+        if different := _differences(self.backbone, getattr(up, "config", None)):
+            warnings.warn(f"{different}: the upsampled features may be worse than bilinear ones", stacklevel=2)
 
-    def forward(self, image: Tensor, size: Size = None) -> Any:
+    def forward(
+        self,
+        image: Tensor,
+        size: Size = None,
+        *,
+        head: Head | Tensor | None = None,
+        memory: int | None = None,
+        backend: str | None = None,
+        **others: NoReturn,
+    ) -> Any:
         """Extract features and upsample them.
 
         Args:
             image: (B, 3, H, W), normalised for the backbone; also the upsampler's guidance.
             size: (H', W') of the result, None for (H, W).
+            head: see :meth:`LoftUp.forward`; of several layers, applied to each.
+            memory: see :meth:`LoftUp.forward`.
+            backend: see :meth:`LoftUp.forward`.
+            others: nothing; another name is refused, with the right one.
 
         Returns:
-            (B, C, H', W'); a list of them where the backbone gives several layers.
+            (B, C, H', W'), with ``head`` what it gives; a list of them where the backbone gives several layers.
         """
+        if others:
+            refuse_names(others, ("size", "head", "memory", "backend"))
         features = self.backbone(image)
+        options = {"head": head, "memory": memory, "backend": backend}
+        # Upsamplers of others have none of these.
+        options = {name: value for name, value in options.items() if value is not None}
         if isinstance(features, list):
-            return [self.up(each, image, size=size) for each in features]
-        return self.up(features, image, size=size)
+            return [self.up(each, image, size=size, **options) for each in features]
+        return self.up(features, image, size=size, **options)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @as_in(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def export(self, path: "str | os.PathLike[str]", *, size: Size = None, store: str = "float32") -> Path:
         """Write backbone and upsampler as one graph for other runtimes.
@@ -83,3 +108,18 @@ class Upsampled(nn.Module):
         module, inputs = self.backbone.graph(self, size)
         whole = {0: "batch"} if size or self.backbone.fixed_size else {0: "batch", 2: "height", 3: "width"}
         return write_graph(module, inputs, ("upsampled", whole), path, store, self.up.card() | self.backbone.card())
+
+
+def _differences(backbone: Backbone, config: Any) -> str:
+    """Say where the features are others of the backbone than the upsampler learned from; "" where they are not."""
+    trained_on = getattr(config, "trained_on", None)
+    if trained_on is None or config.backbone != backbone.name:
+        return ""
+    have: dict[str, Any] = {"layer": backbone.layer, "views": backbone.views}
+    have |= {} if backbone.options is None else {"options": backbone.options}
+    names = [name for name, value in trained_on.items() if have.get(name, value) != value]
+    if not names:
+        return ""
+    got = ", ".join(f"{name}={have[name]!r}" for name in names)
+    expected = ", ".join(f"{name}={trained_on[name]!r}" for name in names)
+    return f"the upsampler was trained on {backbone.name!r} with {expected}, got {got}"

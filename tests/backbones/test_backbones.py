@@ -135,7 +135,7 @@ def test_a_function_of_the_users_own_makes_a_backbone():
     backbone = Backbone(model, model, channels=8, patch_size=4, name="mine")
     assert backbone(torch.rand(2, 3, 13, 16)).shape == (2, 8, 3, 4)
     assert identify(backbone) == "mine"
-    assert "name='mine', channels=8, patch_size=4, layer=None" in repr(backbone)
+    assert repr(backbone) == "Backbone(Conv2d, name='mine', channels=8, patch_size=4, layer=None)"
     measured = Backbone(model, model, channels=9, patch_size=2, name="mine")
     assert (measured.channels, measured.patch_size) == (8, 4)
     with pytest.raises(LoftUpError, match=r"mine gave features of shape \(1, 8, 2, 2\), expected \(1, 9, h, w\)"):

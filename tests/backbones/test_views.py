@@ -368,7 +368,6 @@ def test_the_cost_is_said():
         "input of 2 times the side: 4 times the cells in one pass, attention 16 times as much)"
     )
     assert "views=4" in repr(backbone)
-    assert line in repr(backbone)
     assert "3 at once" in backbone.with_views(9, at_once=3).explain()
     assert "16 at once" in backbone.with_views(16, at_once=30).explain()
     assert "views" not in wrap(vit()).explain() + repr(wrap(vit()))

@@ -1,5 +1,7 @@
 """The command, end to end on small weights."""
 
+import argparse
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ import loftup.viz
 from loftup import LoftUp, LoftUpConfig
 from loftup.cli import main
 from loftup.cli.demo import PHOTO
+from loftup.pictures import open_picture, picture_size
 from loftup.weights.catalogue import IN_PACKAGE, TINY_BACKBONES
 from loftup.weights.names import in_package
 
@@ -557,3 +560,51 @@ def test_list_as_json(capsys):
 def test_the_command_is_installed():
     done = subprocess.run([sys.executable, "-m", "loftup.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"loftup {loftup.__version__}"
+
+
+def test_folders_are_taken_with_their_subfolders(models, photos, tmp_path, capsys):
+    (photos / "more" / "still").mkdir(parents=True)
+    (photos / "scene0.png").rename(photos / "more" / "still" / "scene1.png")
+    command = ["features", str(photos), *models, "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "3 files of 32 channels in float16: about 0.6 MB" in capsys.readouterr().err
+    written = sorted(
+        file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.safetensors")
+    )
+    assert written == ["more/still/scene1.png.safetensors", "scene1.png.safetensors", "scene2.png.safetensors"]
+    (tmp_path / "out" / "more" / "still" / f".loftup.{'0' * 16}").touch()  # what a killed run leaves
+    (photos / "scene9.png").write_bytes((photos / "scene1.png").read_bytes())
+    assert main(command) == 0
+    assert "3 of 4 images are finished already" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out" / "more" / "still").iterdir()] == ["scene1.png.safetensors"]
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("n\n", 1), ("", 1), (None, 2)])
+def test_much_to_write_is_asked_about(models, photos, tmp_path, capsys, monkeypatch, answer, status):
+    stdin = io.StringIO(answer or "")
+    monkeypatch.setattr(stdin, "isatty", lambda: answer is not None)
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr("loftup.cli.features.MOST", 500_000)
+    command = ["features", str(photos), *models, "-o", str(tmp_path / "out")]
+    assert main(command) == status
+    err = capsys.readouterr().err
+    assert "3 files of 32 channels in float16: about 0.6 MB" in err
+    assert ("--yes to write them" in err) == (answer is None)
+    assert (tmp_path / "out").exists() == (status == 0)
+    assert main([*command, "--yes"]) == 0
+
+
+def test_more_than_the_disk_holds_is_asked_about(models, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=100_000))
+    assert main(["features", str(photos), *models, "-o", str(tmp_path / "out")]) == 2
+    assert "about 0.6 MB, and 0.1 MB are free; give a smaller --size" in capsys.readouterr().err
+
+
+def test_the_size_of_a_picture_on_its_side(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawn_scene(40, 60).save(tmp_path / "turned.jpg", exif=exif)
+    assert picture_size(tmp_path / "turned.jpg") == open_picture(tmp_path / "turned.jpg").size[::-1] == (60, 40)
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(OSError, match=r"cannot read the image .*empty\.jpg"):
+        picture_size(tmp_path / "empty.jpg")

@@ -1,6 +1,7 @@
 """``loftup eval``: what it writes, how it goes on, what it refuses."""
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -320,3 +321,35 @@ def test_paths_are_shown_by_their_last_part(monkeypatch):
         module.subprocess, "run", lambda *a, **k: argparse.Namespace(returncode=1, stdout="", stderr="")
     )
     assert module._commit() is None
+
+
+def test_who_names_no_setting_gets_the_quick_protocol(camvid, colours, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(TASKS, "segmentation", dataclasses.replace(TASKS["segmentation"], most=1))
+    common = ["segmentation", "--dataset", camvid, "--backbone", "x", "--upsampler", "bilinear", "-o"]
+    assert call(*common, tmp_path / "quick") == 0
+    assert "the quick protocol, for a first look: training=samples, output=0.5" in capsys.readouterr().err
+    results = json.loads((tmp_path / "quick" / "results.json").read_text())
+    assert results["dataset"] == "camvid, 1 of 2"
+    assert results["config"]["training"] == "samples"
+    assert call(*common, tmp_path / "set", *SMALL) == 0
+    assert "quick" not in capsys.readouterr().err
+    results = json.loads((tmp_path / "set" / "results.json").read_text())
+    assert (results["dataset"], results["config"]["seeds"], results["config"]["output"]) == ("camvid", 3, 1.0)
+    # Named, it is the base of what is set.
+    assert call(*common, tmp_path / "both", *SMALL, "--protocol", "quick") == 0
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert (results["config"]["seeds"], results["config"]["points"]) == (1, 50)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_help_of_a_task_explains_all_its_settings(capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        call(name, "--help")
+    lines = capsys.readouterr().out.partition("settings of the protocol")[2].splitlines()[1:]
+    config = TASKS[name].load()[1]()
+    starts = [number for number, line in enumerate(lines) if line.startswith("  --set ")]
+    assert [lines[number].split()[1].partition("=")[0] for number in starts] == list(vars(config))
+    assert all(lines[number + 1].startswith("      ") for number in starts)
+    assert not any(":class:" in line or "``" in line for line in lines)
+    settings = {key: value for key, value in TASKS[name].quick.items() if key not in vars(config)}
+    assert not settings

@@ -66,6 +66,21 @@ def test_the_real_width(backend):
         assert (up(features, image, backend=backend) - untiled(up, features, image)).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("up", [randomised(WIDE), universal()], ids=["loftup", "any"])
+def test_threads_change_nothing(up, threads):
+    """The rest of the suite may run on one, where several processes share the cores."""
+    features, image = inputs(384, size=(90, 130))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            streamed = up(features, image)
+    finally:
+        torch.set_num_threads(before)
+    assert (streamed - untiled(up, features, image)).abs().max() <= 2e-5
+
+
 def test_another_size_and_a_batch():
     up = randomised(SINE)
     features, image = inputs(batch=3)

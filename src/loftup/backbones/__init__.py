@@ -228,6 +228,7 @@ def load_backbone(
         how |= {"views": views, "views_at_once": views_at_once}
         backbone = wrap(model, mean=mean or scaling[0], std=std or scaling[1], trainable=trainable, **how)
         backbone.name = name or backbone.name
+        backbone.options = dict(timm_options)
         return backbone.eval().requires_grad_(trainable)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import LoftUpError, one_line
 from ..graphs import image_input, write_graph
 from ..inputs import Size, output_size
+from ..typed import as_in
 from .fixed_padding import with_fixed_padding
 from .geometry import Geometry, Maps, pad, parts, settle
 from .images import check_image, read_picture, resolve_size, triple
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         multiple: pixels; images are resized so that their sides are multiples of it.
         fixed_size: (H, W) to which every image is resized, for models that take no other; None for any size.
         notes: sentences on what was found and done.
+        options: that :func:`load_backbone` gave to the model's library; None for a model that was built elsewhere.
 
     Raises:
         LoftUpError: the check failed, or the strides do not go with ``views``.
@@ -114,6 +116,7 @@ class Backbone(nn.Module):
         self.model = model
         self.features = source.features
         self.name = name
+        self.options: dict[str, Any] | None = None
         self.mean = triple("mean", mean)
         self.std = triple("std", std)
         self.layer = layer
@@ -217,12 +220,11 @@ class Backbone(nn.Module):
         maps = self.features(image)
         return list(maps) if isinstance(maps, list | tuple) else [maps]
 
-    def extra_repr(self) -> str:
-        """Name, channels, patch size, layer and what was found."""
-        facts = f"name={self.name!r}, channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}"
-        if self.views > 1:
-            facts += f", views={self.views}"
-        return "".join([facts, *(f"\n{note}" for note in self._sentences())])
+    def __repr__(self) -> str:
+        """The facts on one line; what was found is :meth:`explain`'s."""
+        views = f", views={self.views}" if self.views > 1 else ""
+        facts = f"channels={self.channels}, patch_size={self.patch_size}, layer={self.layer}{views}"
+        return f"{type(self).__name__}({type(self.model).__name__}, name={self.name!r}, {facts})"
 
     def explain(self) -> str:
         """Say what the features are, and what was found when they were checked, a sentence a line."""
@@ -302,7 +304,9 @@ class Backbone(nn.Module):
         return torch.cat(maps, 1) if self.join else maps
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @as_in(forward)
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
     def _whole(self, image: Tensor) -> Maps:
         """The maps of images of a size that the model takes."""

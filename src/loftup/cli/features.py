@@ -1,16 +1,19 @@
 """The command ``loftup features``: upsampled features of many pictures, written so that a second run goes on."""
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FAILURES, one_line
+from ..errors import FAILURES, LoftUpError, one_line
 from ..files import alone_in, refuse_others, stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
+from ..progress import tell, track
 from ..version import __version__
 from ..weights.catalogue import TINY_BACKBONES
 from ..weights.names import in_package, resolve
@@ -22,20 +25,23 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
+MOST = 10**10  # bytes that are written without asking
+SAMPLES = 1000  # pictures whose sizes stand for all
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser's."""
     parser = commands.add_parser("features", help="write upsampled features of images as float16 safetensors")
     parser.set_defaults(run=_run)
-    parser.add_argument("images", nargs="+", type=place, metavar="IMAGE", help="image files or folders of them")
+    parser.add_argument("images", nargs="+", type=place, metavar="IMAGE", help="image files, or folders with all below")
     add_model_options(parser)
-    parser.add_argument("-o", "--output", type=place, required=True, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="write files of loftup's anew that are there already")
+    add = parser.add_argument
+    add("-o", "--output", type=place, required=True, metavar="DIR", help="for NAME.safetensors, in the same subfolders")
+    add("--overwrite", action="store_true", help="write files of loftup's anew that are there already")
+    add("--yes", action="store_true", help=f"write more than {MOST / 1e9:.0f} GB without asking")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from .models import check_backbone, load_models
 
     check_backbone(arguments)
@@ -49,14 +55,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if not waiting:
         return 0
     failed = 0
-    with alone_in(arguments.output):
+    subfolders = {str(target.parent.relative_to(arguments.output)) for target in targets.values()}
+    with alone_in(arguments.output, subfolders - {"."}):
         backbone, up = load_models(arguments)
-        for image in tqdm(waiting, unit="image", desc=arguments.backbone, disable=None):
+        if not _agreed(arguments, backbone.channels, waiting):
+            return 1
+        for image in track(waiting, arguments.backbone, len(waiting), unit="images"):
             try:
                 write_atomically(targets[image], _features(arguments, backbone, up, image, settings))
             except (*FAILURES, OverflowError) as error:
                 failed += 1
-                tqdm.write(f"loftup features: {image}: {one_line(error)}", file=sys.stderr)
+                tell(f"loftup features: {image}: {one_line(error)}")
     print(f"wrote {len(waiting) - failed} of {len(waiting)} files to {arguments.output}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -81,25 +90,72 @@ def _features(
     return save({"features": half.cpu().contiguous()}, metadata=metadata)
 
 
-def _expand(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images directly in them, each once; an empty folder is an error."""
-    images: dict[Path, Path] = {}
+def _agreed(arguments: argparse.Namespace, channels: int, images: Sequence[Path]) -> bool:
+    """Tell how much the files will hold; whether to write them, which takes --yes or an answer if that is much.
+
+    Raises:
+        LoftUpError: it is much, and there is nobody to ask.
+    """
+    need = _bytes(arguments, channels, images)
+    free = shutil.disk_usage(arguments.output).free
+    text = f"{len(images)} files of {channels} channels in float16: about {_size(need)}"
+    if need >= free:
+        text += f", and {_size(free)} are free"
+    elif need <= MOST:
+        print(text, file=sys.stderr)
+        return True
+    if arguments.yes:
+        print(text, file=sys.stderr)
+        return True
+    if not sys.stdin.isatty():
+        raise LoftUpError(f"{text}; give a smaller --size, or --yes to write them all the same")
+    print(f"{text}. Write them? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _bytes(arguments: argparse.Namespace, channels: int, images: Sequence[Path]) -> int:
+    """The size of all files together, estimated by up to SAMPLES pictures, evenly spread."""
+    from ..pictures import picture_size
+    from .models import result_size
+
+    step = max(1, len(images) // SAMPLES)
+    pixels = []
+    for image in images[::step]:
+        with contextlib.suppress(OSError):  # it fails later, by its name
+            height, width = result_size(arguments, *picture_size(image))
+            pixels.append(height * width)
+    return round(2 * channels * sum(pixels) / max(1, len(pixels)) * len(images))
+
+
+def _size(count: float) -> str:
+    unit = 1e9 if count >= 1e9 else 1e6
+    return f"{count / unit:.1f} {'GB' if unit == 1e9 else 'MB'}"
+
+
+def _expand(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Every image once, and where it goes below the output folder; a folder gives all images in it and below it.
+
+    Raises:
+        ValueError: a folder without images.
+    """
+    images: dict[Path, tuple[Path, Path]] = {}
     for path in paths:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise ValueError(f"no images in the folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise ValueError(f"no images in the folder {path}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
         for file in files:
             # The name is kept: two links to one file are two images.
-            images.setdefault(file.parent.resolve() / file.name, file)
-    return list(images.values())
+            below = file.relative_to(path) if path.is_dir() else Path(file.name)
+            images.setdefault(file.parent.resolve() / file.name, (file, below))
+    return dict(images.values())
 
 
-def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+def _targets(images: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
     sources: dict[Path, Path] = {}
-    for image in images:
-        target = folder / f"{image.name}.safetensors"
+    for image, below in images.items():
+        target = folder / below.with_name(f"{below.name}.safetensors")
         if (other := sources.setdefault(target, image)) != image:
             raise ValueError(f"{other} and {image} would both be written to {target}; run them to two folders")
     return {image: target for target, image in sources.items()}

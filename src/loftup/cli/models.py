@@ -1,9 +1,11 @@
 """The backbone and the upsamplers that a command's options name, and a picture run through them."""
 
 import argparse
+import contextlib
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..upsampled import Upsampled
 from ..weights.catalogue import ANY, TINY, TINY_BACKBONES
 from ..weights.hub import UnreachableError
 
-__all__ = ["backbone_of", "check_backbone", "choose_device", "load_models", "upsample_picture"]
+__all__ = ["backbone_of", "check_backbone", "choose_device", "load_models", "result_size", "upsample_picture"]
 
 LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
@@ -33,20 +35,26 @@ def load_models(arguments: argparse.Namespace, weights: str = "") -> tuple[Backb
         alone = f"without any network: --backbone {TINY} --weights {ANY}, or loftup demo"
         raise UnreachableError(f"{error}. {too}: give both --weights and --backbone-weights; {alone}") from error
     backbone = backbone_of(arguments)
-    Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
+    with _warnings_as_lines(arguments):
+        Upsampled(backbone, up)  # refuses a pair that does not fit, before any work
     return backbone, up
 
 
 def _upsampler(arguments: argparse.Namespace, name: str) -> LoftUp:
-    """The upsampler of that name; warnings, such as of a stand-in, are lines of their own on stderr."""
+    """The upsampler of that name."""
     dtype = getattr(torch, arguments.dtype)
+    with _warnings_as_lines(arguments):
+        return LoftUp.from_pretrained(name, device=arguments.device, dtype=dtype, strict=arguments.strict)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines(arguments: argparse.Namespace) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        up = LoftUp.from_pretrained(name, device=arguments.device, dtype=dtype, strict=arguments.strict)
+        yield
     for warning in caught:
         text = " ".join(str(warning.message).split()).replace("strict=True", "--strict")
         print(f"loftup {arguments.command}: {text}", file=sys.stderr)
-    return up
 
 
 def backbone_of(arguments: argparse.Namespace) -> Backbone:
@@ -105,18 +113,23 @@ def _repository(backbone: str) -> str:
     return f", from the Hub repository {config.hf_hub_id!r}" if config and config.hf_hub_id else ""
 
 
+def result_size(arguments: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
+    """(H', W') of the upsampled features of a picture of a size."""
+    return tuple(arguments.size) if arguments.size else _scaled(height, width, min(1.0, LONGEST / max(height, width)))
+
+
+def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def upsample_picture(
     arguments: argparse.Namespace, backbone: Backbone, up: LoftUp, image: Any
 ) -> tuple[Tensor, Tensor]:
     """Features of a PIL image or path, (1, C, h, w), and upsampled, (1, C, H, W)."""
     large = backbone.preprocess(image)
     height, width = large.shape[-2:]
-
-    def scaled(scale: float) -> tuple[int, int]:
-        return max(1, round(height * scale)), max(1, round(width * scale))
-
-    size = tuple(arguments.size) if arguments.size else scaled(min(1.0, LONGEST / max(height, width)))
-    small = backbone.preprocess(image, size=scaled(arguments.input / min(height, width)))
+    size = result_size(arguments, height, width)
+    small = backbone.preprocess(image, size=_scaled(height, width, arguments.input / min(height, width)))
     with torch.inference_mode():
         features = backbone(small.to(arguments.device))
         return features, up(features, large.to(arguments.device), size=size)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LoftUpError, translate
 from ..files import MADE_BY, PREFIX, refuse_others, write_atomically
+from ..progress import track
 from .demo import package_or_named
 from .options import add_model_options, place, positive
 
@@ -60,7 +61,6 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
     import torch.nn.functional as F
     from PIL import Image
-    from tqdm import tqdm
 
     from .models import load_models, upsample_picture
 
@@ -87,10 +87,10 @@ def _run(arguments: argparse.Namespace) -> int:
         if pca is not None:
             pca.save(arguments.output / STATE)
     written = 0
-    with _writer(arguments.output, rate) as write, tqdm(total=count, unit="frame", mininterval=0.5) as bar:
-        for index, frame in enumerate(itertools.chain(first, frames)):
+    everything = itertools.chain(first, frames)
+    with _writer(arguments.output, rate) as write:
+        for index, frame in enumerate(track(everything, "video", count, unit="frames")):
             if not write.wants(index):
-                bar.update()
                 continue
             low, dense = maps(frame)
             size = (dense.shape[2], dense.shape[3])
@@ -101,7 +101,6 @@ def _run(arguments: argparse.Namespace) -> int:
             picture.paste(Image.fromarray(shown.movedim(0, -1).numpy()), (size[1], 0))
             write(index, picture)
             written += 1
-            bar.update()
     print(f"{written} frames: image | bilinear | upsampled; wrote {arguments.output}")
     return 0
 

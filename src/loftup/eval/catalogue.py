@@ -6,8 +6,8 @@ config holds the protocol, None for the paper's. Importing the table loads no to
 its help at once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ class Task:
     # none.
     data: str = ""
     metrics: str = "METRICS"  # table of the numbers by name, in that module
+    # For a first look, some minutes of a laptop: settings in place of the paper's, and greatest number of samples of
+    # each split.
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    most: int = 0
 
     def load(self) -> "tuple[Callable[..., Result], Any, dict[str, Metric]]":
         """The function, the class of its config and its metrics."""
@@ -36,21 +40,37 @@ class Task:
         return getattr(module, self.name), getattr(module, self.config), getattr(module, self.metrics)
 
 
+_LINEAR = {"head": "linear", "output": 0.5, "seeds": 1}
 _ENTRIES = (
     Task(
-        "segmentation", "semantic segmentation with a linear probe", "segmentation", "SegmentationConfig", data="labels"
+        "segmentation",
+        "semantic segmentation with a linear probe",
+        "segmentation",
+        "SegmentationConfig",
+        data="labels",
+        quick={"training": "samples", "output": 0.5, "seeds": 1, "probes": ["upsampled", "lowres"]},
+        most=300,
     ),
-    Task("depth", "monocular depth", "geometry", "GeometryConfig", data="geometry", metrics="DEPTH_METRICS"),
-    Task("normals", "surface normals", "geometry", "GeometryConfig", data="geometry", metrics="NORMALS_METRICS"),
-    Task("video", "video object segmentation by label propagation", "video", "VideoConfig", data="sequences"),
+    Task("depth", "monocular depth", "geometry", "GeometryConfig", "geometry", "DEPTH_METRICS", _LINEAR, 300),
+    Task("normals", "surface normals", "geometry", "GeometryConfig", "geometry", "NORMALS_METRICS", _LINEAR, 300),
+    Task("video", "video object segmentation by label propagation", "video", "VideoConfig", data="sequences", most=2),
     Task(
         "open_vocabulary",
         "segmentation by texts, with a CLIP and the features as its proxy",
         "open_vocabulary",
         "OpenVocabularyConfig",
         data="labels",
+        most=100,
     ),
-    Task("interactive", "selecting an object by a click", "interactive", "InteractiveConfig", data="objects"),
+    Task(
+        "interactive",
+        "selecting an object by a click",
+        "interactive",
+        "InteractiveConfig",
+        data="objects",
+        quick={"head": "similarity", "output": 0.5, "seeds": 1},
+        most=100,
+    ),
     Task("efficiency", "parameters, time and memory; needs no dataset", "efficiency", "EfficiencyConfig"),
 )
 TASKS = {task.name: task for task in _ENTRIES}

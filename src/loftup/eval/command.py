@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..files import MADE_BY, alone_in, refuse_others, write_atomically
+from .catalogue import TASKS
 
 __all__ = ["run"]
 
@@ -27,7 +28,11 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
         return _table(arguments)
     from .run import Comparison
 
-    settings = dict(arguments.set)
+    settings, every = dict(arguments.set), getattr(arguments, "every", None)
+    # Who names a setting has a protocol in mind.
+    protocol = arguments.protocol or ("paper" if settings or every or arguments.seeds else "quick")
+    if protocol == "quick":
+        settings = {**TASKS[arguments.task].quick, **settings}
     settings["device"] = arguments.device
     if arguments.seeds is not None:
         settings["seeds"] = arguments.seeds
@@ -55,11 +60,17 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
             arguments.output,
             arguments.overwrite,
             arguments.trust_remote_code,
-            getattr(arguments, "every", 1),
+            every or int(protocol == "paper"),
         )
+        if protocol == "quick":
+            print(f"the quick protocol, for a first look: {_said(settings)}; else --protocol paper", file=sys.stderr)
         failed = comparison.run(arguments.upsampler, lambda text: print(text, file=sys.stderr, flush=True))
     print(f"wrote {arguments.output}" if comparison.rows else "nothing to write", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items() if key != "device") or "few samples"
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -81,7 +92,6 @@ def _table(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from . import datasets, upsamplers
-    from .catalogue import TASKS
 
     by_task = {name: datasets.names(name) for name, task in TASKS.items() if task.data}
     if arguments.json:

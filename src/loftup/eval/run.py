@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import re
 import subprocess
@@ -49,7 +50,7 @@ class Comparison:
         folder: for the results.
         overwrite: forget results of other settings that are there.
         trust_remote_code: let upsamplers run the code of other repositories.
-        every: take every Nth sample of both splits alone, for a first look.
+        every: take every Nth sample of both splits alone, for a first look; 0 as few as the task's quick protocol.
 
     Raises:
         LoftUpError: the dataset is not there, a setting is unknown, of another kind or out of bounds, the folder holds
@@ -91,6 +92,9 @@ class Comparison:
                 for name, value in dataclasses.asdict(self.config).items()
             },
         }
+        if self.dataset is not None and not every:
+            longest = max(len(self.dataset.train), len(self.dataset.val))
+            every = math.ceil(longest / TASKS[task].most)
         if self.dataset is not None and every > 1:
             self.dataset = thinned(self.dataset, every)
             # Part of the name, so that tables tell it apart from the whole.

@@ -23,6 +23,8 @@ class LoftUpConfig:
         channel_norm: ``"layer"`` normalises the features over C first, as all published weights expect;
             ``"identity"`` takes them as they come.
         backbone: name of the backbone that the weights belong to, for messages; may be empty.
+        trained_on: which of its features they learned from: its ``layer``, number of ``views`` and ``options`` for the
+            library that it is from; None where that is not known.
 
     Raises:
         ValueError: a value is out of range, or D is not divisible by ``heads``.
@@ -37,6 +39,7 @@ class LoftUpConfig:
     feature_frequencies: int = 5
     channel_norm: Literal["layer", "identity"] = "layer"
     backbone: str = ""
+    trained_on: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     oversampling: ClassVar[int] = 1  # the image is looked at at output size
 
@@ -46,6 +49,8 @@ class LoftUpConfig:
                 raise ValueError(f"LoftUpConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
         _check_counts(self, "channels", "lr_size", "heads", "blocks", "image_frequencies", "feature_frequencies")
         _check_backbone(self)
+        if self.trained_on is not None and not isinstance(self.trained_on, Mapping):
+            raise ValueError(f"LoftUpConfig.trained_on must be a mapping or None, got {self.trained_on!r}")
         if self.width % self.heads:
             fitting = [n for n in range(1, 17) if self.width % n == 0]
             raise ValueError(

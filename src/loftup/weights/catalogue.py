@@ -14,6 +14,7 @@ __all__ = [
     "TINY",
     "TINY_BACKBONES",
     "Checkpoint",
+    "Checkpoints",
     "find_checkpoint",
     "fitting",
     "known_names",
@@ -128,10 +129,26 @@ def fitting(channels: int) -> str:
     return f"; for {channels} channels: {', '.join(names)}" if names else ""
 
 
-def list_pretrained() -> list[Checkpoint]:
+class Checkpoints(list[Checkpoint]):
+    """Checkpoints, which print as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("NAME", "C", "PATCH", "HUB REPOSITORY", "LICENCE", "BACKBONE (timm)")]
+        for each in self:
+            channels, patch_size = (str(size or "any") for size in (each.channels, each.patch_size))
+            backbone = (each.timm or each.backbones[0]) if each.channels else "any"
+            rows.append((each.name, channels, patch_size, each.repo or "in the package", each.licence, backbone))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+def list_pretrained() -> Checkpoints:
     """All checkpoints on the Hub, each with its Hub repository, channels, patch size, scaling, licence and names.
+
+    The list prints as a table.
 
     >>> [checkpoint.name for checkpoint in list_pretrained()][:2]
     ['dinov2_vits14', 'dinov2_vits14_reg']
     """
-    return list(_PUBLISHED)
+    return Checkpoints(_PUBLISHED)

@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,7 @@ def test_ready_configs_are_those_promised():
         "paper_stage2",
         "quick_cpu",
         "quick_cpu_stage2",
+        "quick_smoke",
         "gpu_25min",
         "gpu_25min_stage2",
         "gpu_8min",
@@ -302,3 +304,20 @@ except LoftUpError as error:
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == 'training configs need pydantic: pip install "loftup[train]"\n'
+
+
+def test_another_backbone_forgets_what_the_file_says_of_its_own():
+    assert load_config("quick_cpu").backbone.layer == 3
+    assert load_config("quick_cpu", ["backbone.name=mobilenetv2_100"]).backbone.layer == 3
+    assert load_config("quick_cpu", ["backbone.name=tiny"]).backbone.layer is None
+    assert load_config("quick_cpu", ["backbone.name=tiny", "backbone.layer=1"]).backbone.layer == 1
+    first, second = load_config("any", ["backbones[0].name=tiny"]).backbones[:2]
+    assert (first.layer, first.share, second.layer) == (None, 5, 8)
+
+
+def test_the_smallest_config_runs_by_the_package_alone():
+    config = load_config("quick_smoke")
+    (folder,) = config.data.path
+    assert (Path(folder) / "photo.jpg").is_file()
+    assert config.validation.path == [folder]
+    assert config.backbone.name == "tiny"

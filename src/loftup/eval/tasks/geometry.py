@@ -12,10 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
+from ...progress import track
 from ...train.config.schema import Count, NotNegative, Positive
 from ..colour import map_picture, picture
 from ..datasets.base import Dataset, GeometrySample
-from ..progress import bar
 from ..result import Metric, Result
 from ..upsamplers.access import at_pixels
 from ..upsamplers.registry import Upsampler
@@ -199,7 +199,7 @@ class _Regression(GridTask):
         config, channels = self.config, self.backbone.channels
         generator = torch.Generator().manual_seed(7)
         sums = [_Moments(channels, self.target.outputs) for _ in range(config.seeds)]
-        for sample in bar(self.dataset.train, "draw pixels", len(self.dataset.train)):
+        for sample in track(self.dataset.train, "draw pixels", len(self.dataset.train), leave=False):
             image, features, truth = self.load([sample])
             positions = truth[0].isfinite().all(0).nonzero().cpu()
             if not len(positions):

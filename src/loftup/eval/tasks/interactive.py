@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ...backbones import Backbone
 from ...errors import LoftUpError
+from ...progress import track
 from ...train.config.schema import Count, Positive, Whole
 from ..colour import overlay, picture
 from ..datasets import open_dataset
 from ..datasets.base import Dataset, InteractiveSample, Samples
 from ..datasets.prepare import to_float
 from ..features import recall
-from ..progress import bar
 from ..result import Metric, Result, spread
 from ..upsamplers.registry import Upsampler
 from .clicks import Click, click_maps, first_click, inside_click, next_click, similarity_maps
@@ -222,7 +222,7 @@ class Selection:
         """Heads of all seeds that only know a threshold."""
         generators = [torch.Generator().manual_seed(seed) for seed in range(self.config.seeds)]
         fits = [ThresholdFit() for _ in generators]
-        for sample in bar(samples, "fit thresholds", len(samples)):
+        for sample in track(samples, "fit thresholds", len(samples), leave=False):
             _, features = self.load([sample])
             for generator, fit in zip(generators, fits, strict=True):
                 mask, clicks = self.pose(sample, generator)

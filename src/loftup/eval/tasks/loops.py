@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..progress import bar
+from ...progress import track
 from ..result import spread
 
 __all__ = ["minimise", "seeded_head", "walk"]
@@ -46,7 +46,7 @@ def minimise(
     epochs = (torch.randperm(len(samples), generator=generator) for _ in range(config.epochs))
     batches = [indices.tolist() for order in epochs for indices in order.split(config.batch)]
     progress = False
-    for indices in bar(batches, caption):
+    for indices in track(batches, caption, leave=False):
         loss = loss_of([samples[index] for index in indices])
         if loss is None:
             continue
@@ -60,5 +60,5 @@ def minimise(
 def walk(samples: Sequence[T], caption: str, pictures: int) -> Iterator[tuple[T, bool]]:
     """Every sample to judge, and whether it is one of the ``pictures`` to show."""
     to_show = spread(len(samples), pictures)
-    for number, sample in enumerate(bar(samples, caption, len(samples))):
+    for number, sample in enumerate(track(samples, caption, len(samples), leave=False)):
         yield sample, number in to_show

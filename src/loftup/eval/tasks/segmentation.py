@@ -10,11 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...backbones import Backbone
+from ...progress import track
 from ...train.config.schema import Count, Positive, Whole
 from ...train.run.probe import Confusion, fit_probe
 from ..colour import label_picture, palette
 from ..datasets.base import Dataset, SegmentationSample
-from ..progress import bar
 from ..result import Metric, Result
 from ..upsamplers.access import at_pixels
 from ..upsamplers.registry import Upsampler
@@ -153,7 +153,7 @@ class Probing(GridTask):
         # One each, so that the scores of one probe do not depend on whether the other is trained too.
         generators = {probe: torch.Generator().manual_seed(7) for probe in probes}
         pairs: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {(p, s): [] for p in probes for s in seeds}
-        for sample in bar(self.dataset.train, "draw pixels", len(self.dataset.train)):
+        for sample in track(self.dataset.train, "draw pixels", len(self.dataset.train), leave=False):
             image, features, labels = self.load([sample])
             positions = (labels[0] >= 0).nonzero().cpu()
             if not len(positions):

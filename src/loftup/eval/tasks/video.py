@@ -13,12 +13,12 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ...backbones import Backbone
+from ...progress import track
 from ...train.config.schema import Count, Positive, Section, Whole
 from ..colour import overlay, palette, picture
 from ..datasets.base import Dataset, VideoSequence
 from ..datasets.prepare import to_float
 from ..features import recall
-from ..progress import bar
 from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
 from .davis_metrics import boundary_f, jaccard, object_statistics
@@ -205,7 +205,7 @@ def _follow(
         )
     numbers = range(1, int(first.max()) + 1)
     scores: dict[str, list[list[float]]] = {name: [[] for _ in numbers] for name in "jf"}
-    frames = bar(propagate(backbone, upsampler, sequence, config), sequence.name, last)
+    frames = track(propagate(backbone, upsampler, sequence, config), sequence.name, last, leave=False)
     for index, prediction in enumerate(frames, start=1):
         truth = sequence.annotation(index)
         if index == len(sequence) // 2:

@@ -14,9 +14,9 @@ from ...backbones import Backbone
 from ...errors import LoftUpError
 from ...inputs import resize_guidance
 from ...networks.layers import MinMaxScale, grid_coordinates
+from ...progress import track
 from ...train.objective.multi_view import AttentionDownsampler, Motion, draw_motions
 from ..features import extract
-from ..progress import bar
 from .registry import Upsampler, register
 
 __all__ = ["ImplicitUpsampler"]
@@ -103,7 +103,9 @@ class ImplicitUpsampler:
         count = min(VIEWS_KEPT, 4 * self.steps)
         views = draw_motions(self.seed, 0, views=count, zoom=1.8, shift=0.25, flip=0.5)
         motions = [Motion(1.0, (0.0, 0.0), False), *views]
-        return [(motion, extract(self.backbone, motion(image))) for motion in bar(motions, "look at views")]
+        return [
+            (motion, extract(self.backbone, motion(image))) for motion in track(motions, "look at views", leave=False)
+        ]
 
 
 @dataclass(frozen=True)

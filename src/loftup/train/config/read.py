@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoftUpError, translate
+from ...weights.catalogue import FOLDER
 from .check import near, validated
 from .schema import TrainConfig
 
@@ -28,7 +29,8 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
     Args:
         source: a YAML file, or one of :func:`ready_configs`.
         overrides: ``"optimizer.rate=1e-3"`` and so on, which win over the file. Values are YAML; lists are written
-            ``"data.path=[photos,more]"``; one of several backbones is changed by ``"backbones[0].layer=3"``.
+            ``"data.path=[photos,more]"``; one of several backbones is changed by ``"backbones[0].layer=3"``. Another
+            ``backbone.name`` than the file's also drops its layer, weights, mean, std and options.
 
     Returns:
         The config, checked by :func:`loftup.train.config.check`.
@@ -48,9 +50,12 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
         changes[key] = value
     where = str(source)
     try:
-        content = OmegaConf.create(file.read_text("utf-8"))
+        content = OmegaConf.create(file.read_text("utf-8").replace("<package>", FOLDER.as_posix()))
         if not isinstance(content, DictConfig):
             raise ValueError(f"it holds {OmegaConf.to_container(content)}, expected keys and values such as backbone")
+        for key, value in changes.items():
+            if re.fullmatch(r"backbone(s\[\d+\])?\.name", key):
+                _forget_backbone(OmegaConf.select(content, key.removesuffix(".name")), value)
         tree: Any = OmegaConf.merge(dataclasses.asdict(TrainConfig()), content)
         where = "the command line"
         for key, value in changes.items():
@@ -72,6 +77,13 @@ def load_config(source: "str | os.PathLike[str]", overrides: Sequence[str] = ())
         return "the command line" if any(f"{key}.".startswith((f"{c}.", f"{c}[")) for c in changes) else str(source)
 
     return validated(values, origin)
+
+
+def _forget_backbone(section: Any, name: str) -> None:
+    """Drop what a file says of a backbone where the command line puts another in its place."""
+    if section is not None and section.get("name") != name:
+        for key in ("weights", "layer", "mean", "std", "options"):
+            section.pop(key, None)
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...files import alone_in, refuse_others
 from ...pictures import encode
+from ...progress import track
 from ..data.picture_files import find_pictures
 from ..data.regions import Picture, UnreadableError
 from ..data.sa1b import write_file
@@ -89,13 +90,11 @@ def _tell(report: MaskReport, target: Path) -> None:
 
 def _write_previews(source: SA1BFolder, folder: Path) -> int:
     """Draw all that are missing or older than their masks; returns the number that failed."""
-    from tqdm import tqdm
-
     paths = [(folder / name).with_suffix(".jpg") for name in source.names]
     masks = [(source.path / name).with_suffix(".json") for name in source.names]
     waiting = [index for index, path in enumerate(paths) if not _newer(path, masks[index])]
     unreadable: list[str] = []
-    for index in tqdm(waiting, unit="image", desc="previews", disable=None):
+    for index in track(waiting, "previews", len(waiting), unit="images"):
         try:
             picture = source.read(index, torch.Generator())
         except UnreadableError as error:

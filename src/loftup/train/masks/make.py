@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import FAILURES, LoftUpError, one_line, translate
 from ...files import made_here, refuse_others
 from ...pictures import open_picture
+from ...progress import track
 from ...version import __version__
 from ..data.picture_files import by_stem, find_pictures, label_maps
 from ..data.sa1b import write_file, write_sa1b
@@ -56,8 +57,6 @@ def make_masks(
         ValueError: ``output`` is inside ``images``.
         OSError: a file cannot be written; it is named, and nothing half-written remains.
     """
-    from tqdm import tqdm
-
     folder = Path(images).expanduser()
     target = folder if output is None else Path(output).expanduser()
     check_outside(folder, target)
@@ -80,7 +79,8 @@ def make_masks(
             refuse_others([copy])
         waiting[stem] = name
     report = MaskReport(finished=len(pictures) - len(waiting))
-    for stem, name in tqdm(waiting.items(), unit="image", desc="masks", disable=None if progress else True):
+    left = waiting.items()
+    for stem, name in track(left, "masks", len(left), unit="images") if progress else left:
         try:
             picture = open_picture(folder / name)
             annotations = maker(picture)

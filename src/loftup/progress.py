@@ -1,0 +1,52 @@
+"""Progress of long work: a bar on a terminal, a line every half minute elsewhere, such as in a log file."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+__all__ = ["tell", "track"]
+
+T = TypeVar("T")
+EVERY = 30.0  # seconds between two lines
+
+
+def track(
+    items: Iterable[T],
+    caption: str,
+    total: int | None = None,
+    *,
+    unit: str = "",
+    leave: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """Go through items and show on stderr how far that is.
+
+    Args:
+        items: to go through.
+        caption: in front of the bar, and of every line.
+        total: how many there are; None where nobody knows.
+        unit: what they are called.
+        leave: leave the full bar on the terminal.
+        clock: gives seconds.
+    """
+    if sys.stderr.isatty():
+        from tqdm.auto import tqdm
+
+        yield from tqdm(items, caption, total, leave, unit=unit or "it")
+        return
+    start = last = clock()
+    for count, item in enumerate(items):
+        if count and (now := clock()) - last >= EVERY:
+            last, rate = now, count / (now - start)
+            done = (f"{count} {unit}" if total is None else f"{count} of {total} {unit}").strip()
+            left = "" if total is None else f", {(total - count) / rate / 60:.0f} min left"
+            print(f"{caption}: {done}, {rate:.3g} a second{left}", file=sys.stderr, flush=True)
+        yield item
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, above the bar if there is one."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)

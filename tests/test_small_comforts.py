@@ -1,0 +1,111 @@
+"""Names that users try, objects as they print, and features that the weights do not know."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from small_backbones import vit
+from torch import nn
+
+import loftup
+from loftup import LoftUp, LoftUpConfig, Upsampled, load_backbone, wrap
+from loftup.networks.config import read_config
+
+
+@pytest.fixture(scope="module")
+def pair():
+    backbone = wrap(vit())
+    return backbone, LoftUp(backbone.channels).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["output_size", "scale_factor", "shape"])
+def test_names_of_other_libraries_get_the_right_one(pair, name):
+    backbone, up = pair
+    image = torch.rand(1, 3, 32, 32)
+    remedy = rf"there is no option '{name}'; the size of the result is size=\(height, width\)"
+    with pytest.raises(TypeError, match=remedy):
+        up(backbone(image), image, **{name: 2})
+    with pytest.raises(TypeError, match=remedy):
+        Upsampled(backbone, up)(image, **{name: 2})
+
+
+def test_another_name_gets_the_names_that_there_are(pair):
+    backbone, up = pair
+    image = torch.rand(1, 3, 32, 32)
+    with pytest.raises(TypeError, match="no option 'chunk'; it has size, head, out, memory, backend"):
+        up(backbone(image), image, chunk=2)
+
+
+def test_both_in_one_take_a_head(pair):
+    backbone, up = pair
+    image, head = torch.rand(1, 3, 32, 40), torch.randn(5, backbone.channels)
+    scores = Upsampled(backbone, up)(image, size=(16, 20), head=head, memory=2**24, backend="torch")
+    torch.testing.assert_close(scores, up(backbone(image), image, size=(16, 20), head=head), atol=1e-4, rtol=1e-4)
+    several = wrap(vit(), layer=[1, 2])
+    first, second = Upsampled(several, up)(image, head=head)
+    assert first.shape == second.shape == (1, 5, 32, 40)
+
+
+def test_upsamplers_of_others_are_called_as_they_are(pair):
+    class Nearest(nn.Module):
+        def forward(self, features, image, size=None):
+            return nn.functional.interpolate(features, size or image.shape[2:])
+
+    assert Upsampled(pair[0], Nearest())(torch.rand(1, 3, 32, 40)).shape[2:] == (32, 40)
+
+
+def test_the_list_prints_as_a_table():
+    lines = repr(loftup.list_pretrained()).splitlines()
+    assert lines[0].split() == ["NAME", "C", "PATCH", "HUB", "REPOSITORY", "LICENCE", "BACKBONE", "(timm)"]
+    assert [line.split()[0] for line in lines[1:]] == [each.name for each in loftup.list_pretrained()]
+
+
+def test_a_backbone_prints_on_a_line():
+    assert repr(load_backbone("tiny", views=4)) == (
+        "Backbone(VisionTransformer, name='tiny', channels=192, patch_size=16, layer=None, views=4)"
+    )
+
+
+class TestTrainedOn:
+    """Weights say which features of their backbone they learned from."""
+
+    def upsampler(self, **trained_on):
+        name = "test_resnet.r160_in1k"
+        return LoftUp(LoftUpConfig(48, backbone=name, trained_on=trained_on or None)).eval()
+
+    def backbone(self, layer=2, **options):
+        return load_backbone("test_resnet", weights=False, layer=layer, check=False, **options)
+
+    def test_the_same_features_are_taken_without_a_word(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Upsampled(self.backbone(), self.upsampler(layer=2, views=1, options={}))
+            Upsampled(self.backbone(), self.upsampler())  # not known
+            # Of a model that was built elsewhere nobody knows the options.
+            Upsampled(wrap(self.backbone().model, layer=2), self.upsampler(layer=2, views=1, options={"x": 1}))
+
+    def test_others_are_named(self):
+        backbone = self.backbone(output_stride=8)
+        expected = r"trained on 'test_resnet.r160_in1k' with layer=1, views=4, options=\{\}, got layer=2, views=1, "
+        with pytest.warns(
+            UserWarning, match=expected + r"options=\{'output_stride': 8\}: the upsampled features may be"
+        ):
+            Upsampled(backbone, self.upsampler(layer=1, views=4, options={}))
+
+    def test_the_last_layer_is_another_one(self):
+        last = self.backbone(None)
+        up = LoftUp(LoftUpConfig(last.channels, backbone=last.name, trained_on={"layer": 2}))
+        with pytest.warns(UserWarning, match="with layer=2, got layer=None"):
+            Upsampled(last, up)
+
+    def test_they_are_stored_with_the_weights(self, tmp_path):
+        up = self.upsampler(layer=2, views=1, options={"output_stride": 8})
+        up.save_pretrained(tmp_path)
+        assert LoftUp.from_pretrained(tmp_path).config == up.config
+        assert hash(up.config)
+
+    def test_a_config_with_something_else_is_refused(self):
+        values = {**dataclasses.asdict(LoftUpConfig(8)), "trained_on": "layer 3"}
+        with pytest.raises(ValueError, match="trained_on must be a mapping or None, got 'layer 3'"):
+            read_config(values)
