@@ -41,9 +41,10 @@ __all__ = ["LoftUp"]
 class LoftUp(nn.Module):
     """Upsample the features of a frozen vision backbone to any size, guided by the image.
 
-    >>> up = LoftUp.from_pretrained("dinov2_vits14")            # doctest: +SKIP
-    >>> up(features, image).shape                               # (B, 384, h, w), (B, 3, H, W)  # doctest: +SKIP
-    torch.Size([B, 384, H, W])
+    Examples:
+        >>> up = LoftUp.from_pretrained("dinov2_vits14")            # doctest: +SKIP
+        >>> up(features, image).shape                               # (B, 384, h, w), (B, 3, H, W)  # doctest: +SKIP
+        torch.Size([B, 384, H, W])
 
     Args:
         config: a :class:`LoftUpConfig`, or the channel count C for the published architecture; a

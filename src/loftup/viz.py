@@ -27,9 +27,10 @@ def pca_image(
 ) -> Tensor | list[Tensor]:
     """Colour feature maps by their first three principal components.
 
-    >>> pca_image(torch.rand(2, 384, 16, 16)).shape
-    torch.Size([2, 3, 16, 16])
-    >>> low, high = pca_image([torch.rand(8, 16, 16), torch.rand(8, 64, 64)])  # same colours mean same features
+    Examples:
+        >>> pca_image(torch.rand(2, 384, 16, 16)).shape
+        torch.Size([2, 3, 16, 16])
+        >>> low, high = pca_image([torch.rand(8, 16, 16), torch.rand(8, 64, 64)])  # same colours mean same features
 
     Args:
         features: one map or a sequence of maps, each (B, C, H, W) or (C, H, W), any float dtype; sizes may differ,
@@ -60,9 +61,10 @@ def pca_image(
 class PCA:
     """Three principal components of feature maps and their range, kept so that later maps get the same colours.
 
-    >>> pca = PCA.fit(torch.rand(4, 384, 16, 16))
-    >>> pca.transform(torch.rand(384, 224, 224)).shape
-    torch.Size([3, 224, 224])
+    Examples:
+        >>> pca = PCA.fit(torch.rand(4, 384, 16, 16))
+        >>> pca.transform(torch.rand(384, 224, 224)).shape
+        torch.Size([3, 224, 224])
 
     Args:
         mean: (C,), subtracted from every vector.

@@ -94,10 +94,11 @@ def wrap(
         ValueError: ``mean`` or ``std`` are not three finite numbers; ``max_side`` or ``views_at_once`` is no positive
             integer; ``views`` is not 1, 4, 9 or 16.
 
-    >>> import timm, torch
-    >>> backbone = wrap(timm.create_model("vit_tiny_patch16_224").eval())
-    >>> backbone(torch.rand(1, 3, 160, 240)).shape
-    torch.Size([1, 192, 10, 15])
+    Examples:
+        >>> import timm, torch
+        >>> backbone = wrap(timm.create_model("vit_tiny_patch16_224").eval())
+        >>> backbone(torch.rand(1, 3, 160, 240)).shape
+        torch.Size([1, 192, 10, 15])
     """
     if isinstance(model, Backbone):
         model = _rewrap(model, layer, mean, std, trainable, join, space, max_side)
@@ -217,9 +218,10 @@ def load_backbone(
         TypeError: ``name`` is not a string.
         ValueError: see :func:`wrap`.
 
-    >>> backbone = load_backbone("resnet18", weights=False, layer=3)
-    >>> backbone.name, backbone.channels, backbone.patch_size
-    ('resnet18.a1_in1k', 256, 16)
+    Examples:
+        >>> backbone = load_backbone("resnet18", weights=False, layer=3)
+        >>> backbone.name, backbone.channels, backbone.patch_size
+        ('resnet18.a1_in1k', 256, 16)
     """
     # Ordinary parameters also when called inside torch.inference_mode().
     with torch.inference_mode(False):

@@ -160,10 +160,11 @@ class Backbone(nn.Module):
             LoftUpError: the strides do not go with so many views.
             ValueError: ``views`` is not 1, 4, 9 or 16, or ``at_once`` no positive integer.
 
-        >>> from loftup import load_backbone
-        >>> backbone = load_backbone("tiny")
-        >>> backbone.with_views(4)(torch.rand(1, 3, 224, 224)).shape
-        torch.Size([1, 192, 28, 28])
+        Examples:
+            >>> from loftup import load_backbone
+            >>> backbone = load_backbone("tiny")
+            >>> backbone.with_views(4)(torch.rand(1, 3, 224, 224)).shape
+            torch.Size([1, 192, 28, 28])
         """
         twin = copy.copy(self)
         # Tables of submodules and hooks of its own, so that what is put into one is not put into the other.

@@ -51,12 +51,13 @@ def explain(up: Any, backend: str | None = None) -> Choice:
         ValueError: there is no such backend.
         LoftUpError: ``backend`` cannot run here.
 
-    >>> from loftup import LoftUp
-    >>> print(explain(LoftUp(384).double()))
-    runs on backend 'torch'
-    cpu: it computes in float32 and bfloat16, not float64
-    torch: can run
-    triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)
+    Examples:
+        >>> from loftup import LoftUp
+        >>> print(explain(LoftUp(384).double()))
+        runs on backend 'torch'
+        cpu: it computes in float32 and bfloat16, not float64
+        torch: can run
+        triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)
     """
     return choose(up.upsampler, backend)
 

@@ -148,7 +148,8 @@ def list_pretrained() -> Checkpoints:
 
     The list prints as a table.
 
-    >>> [checkpoint.name for checkpoint in list_pretrained()][:2]
-    ['dinov2_vits14', 'dinov2_vits14_reg']
+    Examples:
+        >>> [checkpoint.name for checkpoint in list_pretrained()][:2]
+        ['dinov2_vits14', 'dinov2_vits14_reg']
     """
     return Checkpoints(_PUBLISHED)
