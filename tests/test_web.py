@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from material import drawn_scene
 from PIL import Image
 
 from loftup import LoftUp, LoftUpError, load_backbone
@@ -53,12 +54,27 @@ def address(site):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def driver(site):
+    """After the site, which skips where there is no browser."""
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        yield running
-        running.close()
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def browser(driver):
+    running = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def browser_with_gpu(driver):
+    flags = ("--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--use-vulkan=swiftshader")
+    features = "--enable-features=Vulkan,WebGPU"
+    running = driver.chromium.launch(executable_path=CHROMIUM, args=[*flags, features])
+    yield running
+    running.close()
 
 
 @pytest.fixture
@@ -178,6 +194,43 @@ def test_own_files_and_what_is_no_picture(page, tmp_path):
     page.wait_for_selector("#status.error")
     assert "no picture that the browser can read" in page.inner_text("#status")
     assert page.wrong == []
+
+
+class TestGpu:
+    """WebGPU, by Chromium's software GPU, which is slow: a picture of 64 pixels."""
+
+    @pytest.fixture
+    def small(self, browser_with_gpu, address, tmp_path):
+        page = browser_with_gpu.new_page(viewport={"width": 390, "height": 844})
+        drawn_scene(48, 64).save(tmp_path / "small.jpg")
+        page.route("**/samples/photo.jpg", lambda route: route.fulfill(path=tmp_path / "small.jpg"))
+
+        def opened(query):
+            page.goto(address + query)
+            shown(page)
+            return floats(page, "loftup.current.dense"), page.inner_text("#status")
+
+        opened.page = page
+        yield opened
+        page.close()
+
+    def test_it_computes_what_the_cpu_computes(self, small):
+        expected, text = small("?processor=cpu")
+        assert text.endswith(" s on the CPU")
+        if not small.page.evaluate("async () => Boolean(await navigator.gpu?.requestAdapter())"):
+            pytest.skip("this Chromium has no software GPU")
+        dense, text = small("?processor=gpu")
+        assert text.endswith(" s on the GPU (WebGPU)")
+        assert (dense - expected).abs().max() < 2e-3 * expected.abs().max()
+        # Nobody asks for a slow one.
+        assert small("")[1].endswith(" s on the CPU")
+
+    def test_where_it_fails_the_cpu_does_it_and_says_so(self, small):
+        small.page.route("**/ort.webgpu.min.mjs", lambda route: route.abort())
+        small("?processor=cpu")
+        if not small.page.evaluate("async () => Boolean(await navigator.gpu?.requestAdapter())"):
+            pytest.skip("this Chromium has no software GPU")
+        assert small("?processor=gpu")[1].endswith(" s on the CPU, as the GPU failed")
 
 
 def test_nothing_is_wider_than_a_phone(page):

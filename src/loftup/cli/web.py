@@ -24,7 +24,11 @@ __all__ = ["add_parser", "build", "server"]
 
 SOURCE = Path(__file__).parent.parent / "web"
 RUNTIME = "onnxruntime-web@1.30.0"  # an npm package, MIT
-RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+RUNTIME_FILES = (
+    *("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
+    # Loaded where there is a GPU alone.
+    *("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
+)
 SAMPLES = (  # file of skimage.data, name, credit
     ("chelsea", "A cat", "cat by Stefan van der Walt (CC0)"),
     ("astronaut", "An astronaut", "astronaut by NASA (public domain)"),

@@ -6,6 +6,7 @@ const show = { status: get("status"), progress: get("progress") };
 let ort;
 let site;
 let sessions;
+let processor; // that the sessions run on, in words
 let current = null; // what is shown: the features of a picture and what was derived from them
 let kept = null; // the point that was clicked: {x, y}
 let job = 0; // pictures that were begun: an older one's result is dropped
@@ -34,18 +35,43 @@ async function download(path, from, to) {
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
-async function load() {
-  site = await (await fetch("site.json")).json();
-  ort = await import("./runtime/ort.wasm.min.mjs");
+// Whether to compute on a GPU: where there is a real one, or as the address says by ?processor=gpu or =cpu.
+async function gpu() {
+  const asked = new URLSearchParams(location.search).get("processor");
+  const adapter = asked === "cpu" ? null : await navigator.gpu?.requestAdapter().catch(() => null);
+  return Boolean(adapter) && (asked === "gpu" || !adapter.info?.isFallbackAdapter);
+}
+
+async function start(kind, models) {
+  ort = await import(`./runtime/ort.${kind}.min.mjs`);
   ort.env.wasm.wasmPaths = new URL("./runtime/", import.meta.url).href;
   ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
-  const backbone = await download("models/backbone.onnx", 0, 70);
-  const upsampler = await download("models/upsampler.onnx", 70, 80);
-  say("Starting the runtime", 85);
-  sessions = {
-    backbone: await ort.InferenceSession.create(backbone),
-    upsampler: await ort.InferenceSession.create(upsampler),
+  const options = { executionProviders: [kind], logSeverityLevel: 3 }; // errors alone
+  sessions = {};
+  for (const [name, model] of Object.entries(models)) {
+    sessions[name] = await ort.InferenceSession.create(model, options);
+  }
+  const side = 4 * site.multiple;
+  const image = new ort.Tensor("float32", new Float32Array(3 * side * side), [1, 3, side, side]);
+  const { features } = await sessions.backbone.run({ image }); // a trial, which also compiles
+  await sessions.upsampler.run({ features, image });
+  processor = kind === "webgpu" ? "the GPU (WebGPU)" : "the CPU";
+}
+
+async function load() {
+  site = await (await fetch("site.json")).json();
+  const models = {
+    backbone: await download("models/backbone.onnx", 0, 70),
+    upsampler: await download("models/upsampler.onnx", 70, 80),
   };
+  say("Starting the runtime", 85);
+  try {
+    await start((await gpu()) ? "webgpu" : "wasm", models);
+  } catch (error) {
+    console.warn(`WebGPU: ${error.message}`);
+    await start("wasm", models);
+    processor += ", as the GPU failed";
+  }
   site.samples.forEach((sample, index) => {
     const button = document.createElement("button");
     const image = document.createElement("img");
@@ -109,7 +135,7 @@ async function run(picture, mine) {
   };
   for (const canvas of [bilinear, dense]) Object.assign(canvas, { width, height });
   drawComponents();
-  say(`${width} × ${height} pixels from ${w} × ${h} feature vectors in ${seconds.toFixed(1)} s`);
+  say(`${width} × ${height} pixels from ${w} × ${h} feature vectors in ${seconds.toFixed(1)} s on ${processor}`);
 }
 
 function put(canvas, pixels) {
