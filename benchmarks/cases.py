@@ -36,11 +36,18 @@ class Case:
     @property
     def gflop(self) -> float:
         """Multiplications and additions of the direct algorithm, in 10^9 (the map's, also for ``head``)."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The same of the 3x3 convolutions, of attention (both products), and of the other matrix products."""
         pixels, tokens, width = self.batch * self.size**2, self.grid**2, self.channels + 20
-        stem = 9 * width * (203 + width)
-        blocks = 2 * (2 * width * width + 2 * tokens * width + 2 * width * self.channels)
-        per_token = 2 * 2 * width * width
-        return 2 * (pixels * (stem + blocks + width * self.channels) + self.batch * tokens * per_token) / 1e9
+        linear = pixels * (2 * (2 * width * width + 2 * width * self.channels) + width * self.channels)
+        return {
+            "convolution": 2 * pixels * 9 * width * (203 + width) / 1e9,
+            "attention": 2 * pixels * 2 * 2 * tokens * width / 1e9,
+            "matrix": 2 * (linear + self.batch * tokens * 2 * 2 * width * width) / 1e9,
+        }
 
 
 CASES = (

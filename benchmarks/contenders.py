@@ -1,4 +1,4 @@
-"""The contenders: LoftUp on every backend, untiled and the way it is published, ``any``, and bilinear interpolation."""
+"""The contenders: LoftUp on every backend, untiled and the way it is published, ``any``, rivals, and interpolation."""
 
 import copy
 from collections.abc import Callable
@@ -14,9 +14,14 @@ from loftup.inference.canvas import Canvas
 from loftup.inference.engine import FoldedEngine
 from loftup.inference.engine_cpu import CpuEngine
 from loftup.inference.fold import fold
+from loftup.train.baselines.foreign import load_foreign
 
 Run = Callable[[Tensor, Tensor], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# Name to WEIGHTS@FOLDER of other projects whose code is at hand, see loftup.train.baselines.foreign.
+RIVALS: dict[str, str] = {}
 
 
 class DirectEngine(CpuEngine):
@@ -53,7 +58,8 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
     Args:
         name: ``bilinear:DTYPE``; ``published:DTYPE``, ``published_sdpa:DTYPE`` or ``published_autocast:DTYPE``;
             ``untiled:DTYPE``, the network on the whole image; ``loftup:BACKEND:DTYPE``, the public call, where the
-            backend may also be "cpu_direct", for :class:`DirectEngine`.
+            backend may also be "cpu_direct", for :class:`DirectEngine`; ``any:DTYPE``, the packaged weights on features
+            of that dtype; a name of RIVALS.
         up: the weights, in float32; those of "any" too, but for the published ways.
         case: tells of head and points.
     """
@@ -61,6 +67,12 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
     dtype = DTYPES[short]
     if kind == "bilinear":
         return Bilinear()
+    if kind in RIVALS:
+        rival = load_foreign(f"{kind}:{RIVALS[kind]}", case.channels).to(up.device)
+        return lambda features, image: rival(features, image, tuple(image.shape[2:]))
+    if kind == "any":
+        packaged = LoftUp.from_pretrained("any", device=up.device)
+        return lambda features, image: packaged(features.to(dtype), image)
     if kind == "published_autocast":
         return _autocast(Published(up).to(up.device), dtype)
     if kind.startswith("published"):
