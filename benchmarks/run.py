@@ -3,9 +3,9 @@
     python benchmarks/run.py [--device cpu|cuda] [--quick] [--cases NAME...] [-o results.csv]
     python benchmarks/run.py --busy [--cases NAME] [-o busy.csv]
 
-Before anything else the machine's peaks are measured, in GFLOP/s: a matrix product, a 3x3 convolution and attention of
-LoftUp's shapes, by PyTorch. The floor of a case is the sum of its three parts at these rates; "over_floor" is the median
-over it. (Winograd computes less than the direct convolution and may come below.) ``--anyup WEIGHTS@FOLDER`` and
+Before anything else the machine's peaks are measured, in GFLOP/s: a matrix product, a 3x3 convolution and attention
+of LoftUp's shapes, by PyTorch. The floor of a case is the sum of its three parts at these rates; "over_floor" is the
+median over it. (Winograd computes less than the direct convolution and may come below.) ``--anyup WEIGHTS@FOLDER`` and
 ``--jafar WEIGHTS@FOLDER`` run other projects' code beside. ``--busy`` measures every contender alone, beside a process
 of PyTorch's that keeps one core busy, and beside a second process of its own.
 
@@ -257,9 +257,7 @@ def busy(case: Case, output: Path, rounds: int = 3) -> None:
         row = dict(zip(columns, [case.name, name, *(f"{alone:.4f}", f"{beside:.4f}", f"{beside / alone:.2f}"),
                                  *(f"{two:.4f}", f"{two / alone:.2f}")], strict=True))  # fmt: skip
         table.add({**row, **about})
-        print(
-            f"{name:24} alone {alone:8.3f} s, beside one core's work {beside / alone:5.2f} times, two {two / alone:5.2f}"
-        )
+        print(f"{name:24} alone {alone:.3f} s, beside a busy core {beside / alone:.2f}, two {two / alone:.2f} times")
     print(f"wrote {output}")
 
 

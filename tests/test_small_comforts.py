@@ -47,6 +47,29 @@ def test_both_in_one_take_a_head(pair):
     assert first.shape == second.shape == (1, 5, 32, 40)
 
 
+def test_images_of_different_sizes(pair):
+    both = Upsampled(*pair)
+    images = [torch.rand(3, *size) for size in ((32, 48), (40, 32), (32, 48), (32, 48))]
+    many = both.many(images, batch=2, head=torch.randn(5, 48))
+    assert [tuple(each.shape) for each in many] == [(5, 32, 48), (5, 40, 32), (5, 32, 48), (5, 32, 48)]
+    for image, dense in zip(images, both.many(iter(images), size=20), strict=True):
+        torch.testing.assert_close(dense, both(image[None], size=20)[0], atol=1e-4, rtol=1e-4)
+    first, second = Upsampled(wrap(vit(), layer=[1, 2]), pair[1]).many(images[:1])[0]
+    assert first.shape == second.shape == (48, 32, 48)
+    assert both.many([]) == []
+    with pytest.raises(ValueError, match=r"image 1 must be \(3, H, W\), got shape \(1, 3, 32, 48\)"):
+        both.many([images[0], images[0][None]])
+    with pytest.raises(ValueError, match="batch must be a positive integer, got 0"):
+        both.many(images, batch=0)
+
+
+def test_the_dtype_of_the_result(pair):
+    image = torch.rand(1, 3, 32, 40)
+    half = Upsampled(*pair)(image, dtype=torch.float16)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), Upsampled(*pair)(image), atol=2e-2, rtol=1e-2)
+
+
 def test_upsamplers_of_others_are_called_as_they_are(pair):
     class Nearest(nn.Module):
         def forward(self, features, image, size=None):

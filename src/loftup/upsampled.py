@@ -2,9 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from .backbones import Backbone, wrap
@@ -64,6 +66,7 @@ class Upsampled(nn.Module):
         head: Head | Tensor | None = None,
         memory: int | None = None,
         backend: str | None = None,
+        dtype: torch.dtype | None = None,
         **others: NoReturn,
     ) -> Any:
         """Extract features and upsample them.
@@ -74,25 +77,67 @@ class Upsampled(nn.Module):
             head: see :meth:`LoftUp.forward`; of several layers, applied to each.
             memory: see :meth:`LoftUp.forward`.
             backend: see :meth:`LoftUp.forward`.
+            dtype: of the features that are upsampled and of the result, such as torch.float16 to halve it; None leaves
+                them in the backbone's.
             others: nothing; another name is refused, with the right one.
 
         Returns:
             (B, C, H', W'), with ``head`` what it gives; a list of them where the backbone gives several layers.
         """
         if others:
-            refuse_names(others, ("size", "head", "memory", "backend"))
+            refuse_names(others, ("size", "head", "memory", "backend", "dtype"))
         features = self.backbone(image)
         options = {"head": head, "memory": memory, "backend": backend}
         # Upsamplers of others have none of these.
         options = {name: value for name, value in options.items() if value is not None}
         if isinstance(features, list):
-            return [self.up(each, image, size=size, **options) for each in features]
-        return self.up(features, image, size=size, **options)
+            return [self.up(each.to(dtype), image, size=size, **options) for each in features]
+        return self.up(features.to(dtype), image, size=size, **options)
 
     if TYPE_CHECKING:
 
         @as_in(forward)
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+
+    def many(self, images: Iterable[Tensor], size: Size = None, *, batch: int = 8, **options: Any) -> list[Any]:
+        """Extract and upsample the features of images of different sizes; those of one size share batches.
+
+        Args:
+            images: each (3, H, W), normalised for the backbone.
+            size: (H', W') of every result, None for each image's own.
+            batch: images that are computed at once, at most.
+            options: of :meth:`forward`.
+
+        Returns:
+            In the order of the images, each (C, H', W') or what ``head`` gives; a list of them for several layers.
+
+        Raises:
+            ValueError: an image has another number of dimensions, or ``batch`` is not positive.
+
+        Examples:
+            >>> from loftup import load_backbone
+            >>> both = Upsampled(load_backbone("tiny"), LoftUp.from_pretrained("any"))
+            >>> [tuple(each.shape) for each in both.many([torch.rand(3, 64, 80), torch.rand(3, 48, 48)])]
+            [(192, 64, 80), (192, 48, 48)]
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be a positive integer, got {batch!r}")
+        images = list(images)
+        groups: dict[Any, list[int]] = {}
+        for index, image in enumerate(images):
+            if image.ndim != 3:
+                raise ValueError(
+                    f"image {index} must be (3, H, W), got shape {tuple(image.shape)}; for a batch, call it"
+                )
+            groups.setdefault((image.shape, image.dtype, image.device), []).append(index)
+        results: list[Any] = [None] * len(images)
+        for group in groups.values():
+            for start in range(0, len(group), batch):
+                part = group[start : start + batch]
+                dense = self(torch.stack([images[index] for index in part]), size, **options)
+                for place, index in enumerate(part):
+                    results[index] = [each[place] for each in dense] if isinstance(dense, list) else dense[place]
+        return results
 
     def export(self, path: "str | os.PathLike[str]", *, size: Size = None, store: str = "float32") -> Path:
         """Write backbone and upsampler as one graph for other runtimes.

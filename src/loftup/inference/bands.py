@@ -17,6 +17,7 @@ from ..networks.loftup import LoftUpNetwork
 from .canvas import Canvas, budget, sample, too_small
 from .engine import FoldedEngine
 from .engine_modules import ModuleEngine
+from .workers import run_all, workers
 
 __all__ = ["Bands", "Cut", "cut"]
 
@@ -76,11 +77,12 @@ class Bands:
             memory: budget in bytes, or None.
         """
         engine, (height, width) = self.engine, canvas.size
-        plan = cut(height, width, engine, memory, image.device)
+        plan, count = self._plan(canvas, memory, image.device)
         for index in range(len(image)):
             with engine.arithmetic():
                 scaled, keys_values = self._open(features, image, index, canvas.size)
-            for left in range(0, width, plan.columns):
+
+            def strip(left: int, index: int = index, scaled: Tensor = scaled, keys_values: Any = keys_values) -> None:
                 right = min(width, left + plan.columns)
                 with engine.arithmetic():
                     stem = engine.stem(scaled, left, right, plan.rows)
@@ -89,6 +91,21 @@ class Bands:
                     with engine.arithmetic():
                         write = functools.partial(engine.write, stem.read(bottom - top), keys_values)
                     canvas.paint(index, (top, left, bottom, right), write, engine.arithmetic)
+
+            run_all((functools.partial(strip, left) for left in range(0, width, plan.columns)), count)
+
+    def _plan(self, canvas: Canvas, memory: int | None, device: torch.device) -> tuple[Cut, int]:
+        """How the image is cut, and how many strips are computed at once."""
+        height, width = canvas.size
+        limit = budget(memory, device)
+        count = workers(device) if canvas.in_threads and isinstance(self.engine, FoldedEngine) else 1
+        while count > 1:
+            columns = -(-width // count)
+            rows = self.engine.rows(columns + 2 * self.engine.halo, limit // count)
+            if columns >= NARROWEST and rows:
+                return Cut(columns, min(height, rows)), count
+            count -= 1
+        return cut(height, width, self.engine, memory, device), 1
 
     def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
         """Write features at points (B, N, 2) of the grid of a size into ``out`` (B, N, C), N > 0."""

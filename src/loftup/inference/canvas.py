@@ -78,6 +78,11 @@ class Canvas:
         self._open((self.channels,), values.dtype, values.device)
         return values
 
+    @property
+    def in_threads(self) -> bool:
+        """Whether boxes may be painted from several threads at once: a head of the user's own is called in one."""
+        return self.head is None
+
     def paint(
         self,
         index: int,

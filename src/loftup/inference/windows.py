@@ -10,7 +10,8 @@ Attention itself is :meth:`loftup.networks.universal.UniversalNetwork.attend`.
 """
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,7 @@ from ..networks.layers import Box
 from ..networks.universal import Settings, UniversalNetwork, make_axis
 from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
 from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
+from .workers import run_all, workers
 
 __all__ = ["Windows"]
 
@@ -89,6 +91,7 @@ class Job:
         values: (1, E, h, w), what is averaged: the features, or a linear head's values for them.
         memory: budget in bytes, or None.
         keep: whether codes may be kept for :meth:`pieces`.
+        count: pieces that are computed at once, at most; :attr:`count` is what the budget allows.
 
     Raises:
         ValueError: the budget is too small.
@@ -102,13 +105,12 @@ class Job:
         values: Tensor,
         memory: int | None,
         keep: bool = True,
+        count: int = 1,
     ) -> None:
         dtype = net.log_width.dtype
         self.net = net
+        self.arithmetic = partial(plain_arithmetic, features.device)
         limit = budget(memory, features.device)
-        self.limit = limit // 2
-        if features.device.type == "cpu":
-            self.limit = min(self.limit, IN_CACHE)
         image, factor = finer_image(guidance)
         height, width = guidance.shape[-2:]
         (h, w), side = features.shape[-2:], 2 * net.radius + 1
@@ -124,12 +126,17 @@ class Job:
             tables = window * (channels + values.shape[1] + depth + window)
             self.attention_bytes = item * (pixels * ((net.heads + 4) * window + depth + values.shape[1]) + tables)
             self.code_bytes = item * pixels * factor**2 * (4 * depth + net.config.encoder_width)
-            needed = max(2 * self.attention_bytes, 2 * self.code_bytes, tile)
+            piece = 2 * max(self.attention_bytes, self.code_bytes)
+            needed = max(piece, tile)
             if needed <= limit:
                 break
             if longest <= SHORTEST:
                 raise too_small(memory, limit, "piece of this network's work, a few pixels a side", needed)
             longest //= 2
+        self.count = max(1, min(count, limit // piece))
+        self.limit = limit // 2 // self.count
+        if features.device.type == "cpu":
+            self.limit = max(piece // 2, min(self.limit, IN_CACHE // self.count))
         self.points_at_once = max(1, self.limit // (item * (tables + pixels)))
         self.codes = encode(net, channels_last(net.scale(image).to(dtype)), limit, factor)
         self.down, self.across = down.with_pixels(), across.with_pixels()
@@ -143,16 +150,24 @@ class Job:
         h, w = features.shape[-2:]
         mean = self.codes.coarse.new_zeros(h, w, depth)
         square = mean.new_zeros(h, w, 1 + net.heads)
-        for tall, wide in rectangles(len(down), len(across), self.limit // self.code_bytes):
+        areas = list(rectangles(len(down), len(across), self.limit // self.code_bytes))
+        stored, sums = [mean] * len(areas), threading.Lock()
+
+        def add(index: int, tall: slice, wide: slice) -> None:
             rows, columns = down.part(tall), across.part(wide)
             x = self.codes.blocks(rows, columns)
             if self.stored is not None:
-                self.stored.append(x)
+                stored[index] = x
             weights = (rows.weights[:, None, :, None] * columns.weights[:, None, :]).view(len(x), 1, -1)
             where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), -1)
-            mean.index_put_(where, (weights @ x).view(shape), accumulate=True)
-            squares = (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
-            square.index_put_(where, squares.view(shape), accumulate=True)
+            means, squares = weights @ x, (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
+            with sums:  # a cell may be in two areas
+                mean.index_put_(where, means.view(shape), accumulate=True)
+                square.index_put_(where, squares.view(shape), accumulate=True)
+
+        self._run(partial(add, index, *area) for index, area in enumerate(areas))
+        if self.stored is not None:
+            self.stored = stored
         prepared = net.assemble(features, mean[None], square[None])
         r = net.radius
         table = prepared.values
@@ -161,15 +176,30 @@ class Job:
         keys, directions, table = (t.flatten(0, 2) for t in (prepared.keys, prepared.directions, table))
         return Grid(keys, directions, table, prepared.settings, w + 2 * r, 2 * r + 1)
 
-    def pieces(self) -> Iterator[Piece]:
-        """The output, rectangle by rectangle."""
-        stored = iter(self.stored or ())
-        for tall, wide in rectangles(len(self.down), len(self.across), self.limit // self.code_bytes):
-            down, across = self.down.part(tall), self.across.part(wide)
-            x = self.codes.blocks(down, across) if self.stored is None else next(stored)
-            x = x.view(len(down), len(across), *x.shape[1:])
+    def pieces(self, take: Callable[[Piece], None]) -> None:
+        """Give the output, rectangle by rectangle, to a function; with a count above 1 from several threads at once."""
+
+        def attend(index: int, tall: slice, wide: slice) -> None:
+            with self.arithmetic():
+                down, across = self.down.part(tall), self.across.part(wide)
+                x = self.codes.blocks(down, across) if self.stored is None else self.stored[index]
+                x = x.view(len(down), len(across), *x.shape[1:])
             for rows, columns in rectangles(len(down), len(across), self.limit // self.attention_bytes):
-                yield self._attend(x[rows, columns], down.part(rows), across.part(columns))
+                with self.arithmetic():
+                    piece = self._attend(x[rows, columns], down.part(rows), across.part(columns))
+                take(piece)
+
+        areas = rectangles(len(self.down), len(self.across), self.limit // self.code_bytes)
+        run_all((partial(attend, index, *area) for index, area in enumerate(areas)), self.count)
+
+    def _run(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Run tasks that compute."""
+
+        def run(task: Callable[[], None]) -> None:
+            with self.arithmetic():
+                task()
+
+        run_all((partial(run, task) for task in tasks), self.count)
 
     def at(self, y: Tensor, x: Tensor) -> Tensor:
         """The output (n, C) at pixels, rows ``y`` and columns ``x``, (n,) int64."""
@@ -220,6 +250,7 @@ class Windows:
             ValueError: the budget is too small.
         """
         values = canvas.values()
+        count = workers(image.device) if canvas.in_threads else 1
         for index in range(len(image)):
             single = slice(index, index + 1)
             cells = features[single]
@@ -231,14 +262,14 @@ class Windows:
                     resize_guidance(image[single], canvas.size, self.network.config.oversampling),
                     averaged,
                     memory,
+                    count=count,
                 )
-                pieces = job.pieces()
-            while True:
-                with self.arithmetic():
-                    if (piece := next(pieces, None)) is None:
-                        break
+
+            def take(piece: Piece, index: int = index) -> None:
                 canvas.paint(index, piece.box, piece.write, self.arithmetic)
-            del job, pieces  # or they stay until the next image's are ready
+
+            job.pieces(take)
+            del job  # or it stays until the next image's is ready
 
     def at(self, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor, out: Tensor) -> None:
         """Write features at points (B, N, 2) of the grid of a size into ``out`` (B, N, C), N > 0."""

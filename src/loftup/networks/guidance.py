@@ -1,7 +1,5 @@
 """The part of the universal network that looks at images: from pixels to guidance codes."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +11,9 @@ __all__ = ["GuidanceEncoder", "finer_image", "silence"]
 
 def finer_image(guidance: Tensor) -> tuple[Tensor, int]:
     """Undo ``F.pixel_unshuffle``: (B, 3 k^2, H, W) to (B, 3, k H, k W), and k."""
-    factor = math.isqrt(guidance.shape[1] // 3)
+    factor = 1
+    while 3 * factor**2 < guidance.shape[1]:  # torch.compile does not see through math.isqrt
+        factor += 1
     return (F.pixel_shuffle(guidance, factor) if factor > 1 else guidance), factor
 
 
