@@ -132,3 +132,38 @@ class TestTrainedOn:
         values = {**dataclasses.asdict(LoftUpConfig(8)), "trained_on": "layer 3"}
         with pytest.raises(ValueError, match="trained_on must be a mapping or None, got 'layer 3'"):
             read_config(values)
+
+
+def test_remedies_for_what_is_often_given(pair):
+    backbone, up = pair
+    image = torch.rand(1, 3, 32, 32)
+    features = backbone(image)
+    for call, error, text in (
+        (lambda: up(features, "photo.jpg"), TypeError, r"got str; for a file: backbone.preprocess\(path\)"),
+        (lambda: up.at(features, image, torch.zeros(2, 2)), ValueError, r"got \(2, 2\); .* points\[None\]"),
+        (lambda: up.at(features, image, [[1, 2]]), TypeError, r"got list; .* torch.tensor\(points\)\[None\]"),
+        (lambda: loftup.explain(backbone), TypeError, r"got Backbone; a backbone has backbone.explain\(\)"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_errors_about_tiny_are_short_and_call_it_so():
+    with pytest.raises(loftup.LoftUpError, match=r"timm cannot build 'tiny' with the options \{'view': 4\}") as caught:
+        load_backbone("tiny", view=4)
+    assert len(str(caught.value)) < 400
+
+
+def test_open_clips_weights_of_openai_have_their_activation(monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    given = []
+
+    def create(kind, **options):
+        given.append((kind, options["force_quick_gelu"]))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for name in ("ViT-L-14/openai", "ViT-L-14/laion2b_s32b_b82k"):
+        with pytest.raises(loftup.LoftUpError, match="enough"):
+            load_backbone(name)
+    assert given == [("ViT-L-14", True), ("ViT-L-14", False)]

@@ -1,6 +1,7 @@
 """The arguments that a LoftUp takes, and the errors about others: got, expected, remedy."""
 
 import operator
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,9 @@ def check_inputs(
     for name, tensor, shape in (("features", features, "B, C, h, w"), ("image", image, "B, 3, H, W")):
         if not isinstance(tensor, Tensor):
             remedy = ""
-            if name == "image":
+            if name == "image" and isinstance(tensor, str | os.PathLike):
+                remedy = "; for a file: backbone.preprocess(path)"
+            elif name == "image":
                 remedy = "; for a picture (H, W, 3): torch.tensor(numpy.array(image)).permute(2, 0, 1)[None] / 255"
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{remedy}")
         if tensor.layout != torch.strided:
@@ -240,13 +243,17 @@ def check_points(points: Tensor, features: Tensor, height: int, width: int) -> N
     """Raise ValueError or TypeError unless points are (B, N, 2) inside the grid, beside the features."""
     batch = len(features)
     if not isinstance(points, Tensor):
-        raise TypeError(f"points must be a tensor (B, N, 2), got {type(points).__name__}")
+        raise TypeError(
+            f"points must be a tensor (B, N, 2), got {type(points).__name__}; for a list of (x, y): "
+            "torch.tensor(points)[None]"
+        )
     if points.dtype == torch.bool or points.is_complex():
         raise TypeError(f"points must be real numbers, got {points.dtype}; for a mask: mask.nonzero().flip(-1)[None]")
     if points.requires_grad and torch.is_grad_enabled():
         raise ValueError("points require a gradient, which up.at does not give; pass points.detach()")
     if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2:
-        raise ValueError(f"points must be (B, N, 2) with B = {batch}, got {tuple(points.shape)}")
+        remedy = "; for those of a single image: points[None]" if points.ndim == 2 and batch == 1 else ""
+        raise ValueError(f"points must be (B, N, 2) with B = {batch}, got {tuple(points.shape)}{remedy}")
     if points.device != features.device:
         raise ValueError(f"points are on {points.device}, the features on {features.device}; move them with .to()")
     x, y = points[..., 0], points[..., 1]

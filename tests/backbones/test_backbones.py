@@ -286,13 +286,24 @@ def test_preprocess_resizes_antialiased():
         ),
         (torch.zeros(3, 0, 4, dtype=torch.uint8), ValueError, r"W\), got \(3, 0, 4\)"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), ValueError, r"W\), got \(0, 3, 4, 4\)"),
-        (7, TypeError, "a PIL image, a path or a uint8 tensor, got int"),
+        (
+            numpy.zeros((3, 4, 4), numpy.uint8),
+            ValueError,
+            r"array .* uint8 \(H, W, 3\) in RGB, got uint8 of shape \(3, 4, 4\)",
+        ),
+        (numpy.zeros((4, 4, 3)), ValueError, r"must be uint8 \(H, W, 3\) in RGB, got float64 of shape"),
+        (7, TypeError, "a PIL image, a path, a uint8 array or a uint8 tensor, got int"),
         ("no/such/picture.png", FileNotFoundError, "no/such/picture.png"),
     ],
 )
 def test_preprocess_refuses_other_sources(source, error, text):
     with pytest.raises(error, match=text):
         wrap(vit()).preprocess(source)
+
+
+def test_preprocess_takes_arrays_as_cameras_give_them():
+    backbone, picture = wrap(vit()), numpy.random.default_rng(0).integers(0, 256, (40, 60, 3), numpy.uint8)
+    torch.testing.assert_close(backbone.preprocess(picture), backbone.preprocess(Image.fromarray(picture)))
 
 
 class Up(nn.Module):

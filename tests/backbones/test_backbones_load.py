@@ -210,7 +210,9 @@ def test_weights_from_the_hub(hub, resnet):
 
 
 def test_hub_without_the_weights_and_no_hub(hub):
-    text = r"could not load timm's weights for 'test_resnet' from the Hub .*load_backbone\(name, weights=path\), or wei"
+    text = (
+        r"could not load timm's weights for 'test_resnet' from the Hub .*load_backbone\(name, weights=path\) or --backb"
+    )
     with pytest.raises(LoftUpError, match=text):
         load_backbone("test_resnet")
     hub.close()

@@ -304,7 +304,7 @@ def test_a_network_is_moved_and_counted(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "create", lambda spec, backbone, trust_remote_code: Network(2, 3))
     comparison = Comparison("efficiency", None, mean_colours(), {}, {}, tmp_path)
     comparison.function = lambda backbone, up, config: Result({"seconds": [1.0]})
-    assert comparison.run("net", lambda text: None) == 0
+    assert comparison.run("net=bilinear", lambda text: None) == 0
     assert moved == ["cpu"]
     assert comparison.rows["net"]["parameters"] == 9
 
@@ -353,3 +353,11 @@ def test_the_help_of_a_task_explains_all_its_settings(capsys, name):
     assert not any(":class:" in line or "``" in line for line in lines)
     settings = {key: value for key, value in TASKS[name].quick.items() if key not in vars(config)}
     assert not settings
+
+
+def test_a_misspelt_upsampler_is_found_before_any_work(camvid, colours, tmp_path, capsys):
+    words = ["segmentation", "--dataset", camvid, "--backbone", "x", *SMALL, "-o", tmp_path / "out"]
+    assert call(*words, "--upsampler", "bilinear,billinear") == 2
+    err = capsys.readouterr().err
+    assert "there is no upsampler 'billinear'; did you mean 'bilinear'" in err
+    assert "mIoU" not in err

@@ -387,7 +387,8 @@ class Backbone(nn.Module):
 
         Args:
             source: a PIL image or the path of a picture (EXIF orientation is applied, any mode of 8 or 16 bits a
-                channel becomes RGB), or a uint8 tensor (3, H, W) or (B, 3, H, W).
+                channel becomes RGB), a uint8 array (H, W, 3) in RGB, or a uint8 tensor (3, H, W) or
+                (B, 3, H, W).
             size: (H', W') to resize to, or an int for a square; bicubic, antialiased. None keeps the size.
 
         Returns:
@@ -396,8 +397,8 @@ class Backbone(nn.Module):
 
         Raises:
             TypeError: another kind of source.
-            ValueError: a tensor of another shape or empty, a picture whose values have no fixed range (modes I and F),
-                or a size that is no positive integer or pair of them.
+            ValueError: a tensor or an array of another shape or empty, a picture whose values have no fixed range
+                (modes I and F), or a size that is no positive integer or pair of them.
             OSError: the path cannot be read as a picture.
         """
         image = read_picture(source).float() / 255

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,11 +61,16 @@ def resolve_size(size: Any, image: Tensor) -> tuple[int, int]:
 
 
 def read_picture(source: Any) -> Tensor:
-    """Pixels of a PIL image, a path or a uint8 tensor as uint8 (B, 3, H, W)."""
+    """Pixels of a PIL image, a path, a uint8 array (H, W, 3) or a uint8 tensor as uint8 (B, 3, H, W)."""
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            got = f"{source.dtype} of shape {source.shape}"
+            raise ValueError(f"an array to preprocess must be uint8 (H, W, 3) in RGB, got {got}")
+        return torch.from_numpy(source.copy()).permute(2, 0, 1)[None]
     if isinstance(source, Tensor):
         subject = "a tensor to preprocess must be"
         if source.dtype != torch.uint8:
-            raise TypeError(f"{subject} uint8 in 0..255, got {source.dtype}; normalise it yourself")
+            raise TypeError(f"{subject} uint8 in 0..255, got {source.dtype}; for [0, 1]: backbone.normalise(image)")
         if source.ndim not in (3, 4) or source.shape[-3] != 3 or source.numel() == 0:
             raise ValueError(f"{subject} (3, H, W) or (B, 3, H, W), got {tuple(source.shape)}")
         return source if source.ndim == 4 else source[None]
@@ -75,6 +81,8 @@ def read_picture(source: Any) -> Tensor:
     elif isinstance(source, Image.Image):
         picture = to_rgb(source)
     else:
-        raise TypeError(f"a picture must be a PIL image, a path or a uint8 tensor, got {type(source).__name__}")
+        raise TypeError(
+            f"a picture must be a PIL image, a path, a uint8 array or a uint8 tensor, got {type(source).__name__}"
+        )
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)

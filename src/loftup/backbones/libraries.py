@@ -82,8 +82,12 @@ def build_open_clip(name: str, weights: Any, options: dict[str, Any]) -> nn.Modu
         got = f"no tag {tag!r}" if tag else "no tag for the weights"
         raise LoftUpError(f"open_clip's {kind!r} has {got}; give one of {', '.join(f'{kind}/{each}' for each in tags)}")
     pretrained = {} if weights is False else {"pretrained": tag if weights is None else os.fspath(weights)}
+    # Weights of OpenAI's and some others learned with it, whatever the model's name says.
+    quick = bool((open_clip.get_pretrained_cfg(kind, tag) or {}).get("quick_gelu")) if tag in tags else False
     try:
-        return open_clip.create_model(kind, load_weights=weights is not False, **pretrained)  # type: ignore[no-any-return]
+        return open_clip.create_model(  # type: ignore[no-any-return]
+            kind, load_weights=weights is not False, force_quick_gelu=quick, **pretrained
+        )
     except Exception as error:  # the Hub's, pickle's and torch's
         raise LoftUpError(f"open_clip cannot build {name!r}: {one_line(error)[:300]}") from error
 

@@ -92,11 +92,15 @@ def build_tiny(name: str, weights: WeightsSource, options: dict[str, Any]) -> tu
 
         convolutions = build(trunk["timm"], False, trunk["options"])
         settings["embed_layer"] = functools.partial(HybridEmbed, backbone=Stages(convolutions))
-    return build(config["timm"], file, settings), (config["mean"], config["std"])
+    subject = f"{name!r} with the options {options}" if options else repr(name)
+    return build(config["timm"], file, settings, subject), (config["mean"], config["std"])
 
 
-def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Module:
-    """Build a timm model that takes images of any size where timm can make it so; see :func:`load_backbone`."""
+def build(name: str, weights: WeightsSource, options: dict[str, Any], subject: str = "") -> nn.Module:
+    """Build a timm model that takes images of any size where timm can make it so; see :func:`load_backbone`.
+
+    ``subject`` is what errors call it.
+    """
     for option in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"):
         if option in options:
             raise LoftUpError(f"{option} is not taken: timm may run what a pickle holds. Pass weights=PATH instead")
@@ -107,7 +111,7 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         overlay = {"state_dict": _read_weights(Path(weights).expanduser()), "source": ""}
     else:
         raise TypeError(f"weights must be a path, None (from the Hub) or False (random), got {weights!r}")
-    subject = f"{name!r} with the options {options}" if options else repr(name)
+    subject = subject or (f"{name!r} with the options {options}" if options else repr(name))
     try:
         hub = cache_alone_if_unreachable(f"timm/{name}") if weights is None else contextlib.nullcontext()
         with hub, _Copies() as copies:
@@ -128,9 +132,10 @@ def build(name: str, weights: WeightsSource, options: dict[str, Any]) -> nn.Modu
         else:
             message = (
                 f"could not load timm's weights for {subject} from the Hub ({_shorten(error, 200)}). Without the Hub, "
-                "give a local file, load_backbone(name, weights=path), or weights=False for random ones"
+                "give a local file, load_backbone(name, weights=path) or --backbone-weights FILE, or weights=False for "
+                "random ones"
             )
-        raise LoftUpError(message) from error
+        raise LoftUpError(message) from (error if refusal else None)
     # timm keeps the configuration, and with it a second copy of all weights.
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
     # Where the number of classes differs, timm loads loosely and leaves random what it does not find.

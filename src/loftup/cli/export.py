@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("upsampler", nargs="?", default=ANY, type=word, help="name, repository, folder or file (default: %(default)s)")
     add("-o", "--output", required=True, type=place, metavar="FOLDER", help="for the files")
-    add_backbone_options(parser, None)
+    add_backbone_options(parser, None, "none, the upsampler alone is written")
     add("--parts", default="all", choices=("all", "upsampler", "backbone", "whole"), help="default: %(default)s")
     add("--size", nargs=2, type=positive, metavar=("H", "W"), help="that the graphs take alone; default: any")
     add("--format", default="onnx", choices=("onnx", "pt2"), help="default: %(default)s")

@@ -22,10 +22,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICE = "torch device; default: cuda where there is one, else cpu"
 
 
-def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = "dinov2_vits14") -> None:
-    """Options that name a backbone and a device; with no default, what comes in the package is meant."""
+def add_backbone_options(
+    parser: argparse.ArgumentParser, default: str | None = "dinov2_vits14", without: str = ""
+) -> None:
+    """Options that name a backbone and a device.
+
+    Args:
+        parser: to add them to.
+        default: the backbone; None is what comes in the package, or ``without``.
+        without: what is done without a backbone.
+    """
     add = parser.add_argument
-    said = "%(default)s" if default else "tiny, which comes with the package"
+    said = "%(default)s" if default else without or "tiny, which comes with the package"
     add("--backbone", default=default, type=word, metavar="NAME", help=f"loftup's or timm's name (default: {said})")
     add(
         "--backbone-weights",
@@ -38,7 +46,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, default: str | None = 
     mean, std = "image mean of the backbone; default: its own", "image deviation of the backbone; default: its own"
     add("--mean", nargs=3, type=number, metavar=("R", "G", "B"), help=mean)
     add("--std", nargs=3, type=positive_number, metavar=("R", "G", "B"), help=std)
-    said = "%(default)s" if default else "4 of tiny where no --backbone is named, else 1"
+    said = "%(default)s" if default else "1" if without else "4 of tiny where no --backbone is named, else 1"
     several = f"shifted views of each picture, for a finer grid: 1, 4, 9 or 16 passes of the backbone (default: {said})"
     add("--views", type=views, default=1 if default else None, metavar="N", help=several)
     add("--device", type=word, help=DEVICE)

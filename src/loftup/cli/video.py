@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     said = f"a video ({kinds}), or a folder for one PNG a frame: there a run that was cut off goes on"
     add("-o", "--output", required=True, type=place, metavar="FILE|FOLDER", help=said)
     add_model_options(parser, backbone=None)
-    add("--point", nargs=2, type=int, metavar=("X", "Y"), help="of the result's first frame: show the likeness to it")
+    add("--point", nargs=2, type=int, metavar=("X", "Y"), help="of the first frame: show the likeness to it")
     add(
         "--fit",
         type=positive,
@@ -86,11 +86,12 @@ def _run(arguments: argparse.Namespace) -> int:
         write_atomically(arguments.output / SETTINGS, settings)
         if pca is not None:
             pca.save(arguments.output / STATE)
-    written = 0
+    written = skipped = 0
     everything = itertools.chain(first, frames)
     with _writer(arguments.output, rate) as write:
         for index, frame in enumerate(track(everything, "video", count, unit="frames")):
             if not write.wants(index):
+                skipped += 1
                 continue
             low, dense = maps(frame)
             size = (dense.shape[2], dense.shape[3])
@@ -101,6 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
             picture.paste(Image.fromarray(shown.movedim(0, -1).numpy()), (size[1], 0))
             write(index, picture)
             written += 1
+    if skipped:
+        print(f"{skipped} frames are finished already")
     print(f"{written} frames: image | bilinear | upsampled; wrote {arguments.output}")
     return 0
 
@@ -132,11 +135,10 @@ def _painter(
 
     if arguments.point is not None:
         _, dense = maps(first[0])
-        x, y = arguments.point
-        if not (0 <= x < dense.shape[3] and 0 <= y < dense.shape[2]):
-            raise ValueError(
-                f"--point {x} {y} is outside the result's {dense.shape[3]} columns and {dense.shape[2]} rows"
-            )
+        (x, y), (width, height) = arguments.point, first[0].size
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(f"--point {x} {y} is outside the video's {width} columns and {height} rows")
+        x, y = x * dense.shape[3] // width, y * dense.shape[2] // height
         wanted = dense[0, :, y, x]
         least = float(torch.cosine_similarity(dense[0], wanted[:, None, None], dim=0).quantile(0.02))
 

@@ -31,7 +31,7 @@ from .datasets.base import Dataset, thinned
 from .features import remembering
 from .figure import figure
 from .table import markdown, read_file
-from .upsamplers import Upsampler, create
+from .upsamplers import Upsampler, check_name, create
 
 __all__ = ["Comparison"]
 
@@ -115,6 +115,9 @@ class Comparison:
 
     def _run(self, upsamplers: str, say: Callable[[str], None]) -> int:
         failed, specs = 0, _specs(upsamplers)
+        for label, spec in specs:  # not only when the ones before are done
+            if label not in self.rows and spec != "perfect":
+                check_name(spec, trust_remote_code=self.trust_remote_code)
         if self.rows:
             self._write_views()  # a killed run may have left them out
         for label, spec in specs:

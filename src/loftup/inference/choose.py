@@ -48,6 +48,7 @@ def explain(up: Any, backend: str | None = None) -> Choice:
         backend: as for :meth:`loftup.LoftUp.forward`.
 
     Raises:
+        TypeError: no LoftUp.
         ValueError: there is no such backend.
         LoftUpError: ``backend`` cannot run here.
 
@@ -59,6 +60,8 @@ def explain(up: Any, backend: str | None = None) -> Choice:
         torch: can run
         triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)
     """
+    if not hasattr(up, "upsampler"):
+        raise TypeError(f"explain takes a LoftUp, got {type(up).__name__}; a backbone has backbone.explain()")
     return choose(up.upsampler, backend)
 
 

@@ -153,12 +153,12 @@ class UniversalNetwork(nn.Module):
         r = self.radius
         around = (0, 0, r, r, r, r)
         directions = F.pad(directions, around)
-        own = mean.new_empty(*mean.shape[:-1], 0)
+        own = []
         if self.local is not None:
-            extra, own = self.local(self.likeness(directions)).split([1 + self.heads, 1 + 2 * self.heads], -1)
-            constant = constant + extra
-        padded = (F.pad(mean, around), F.pad(constant, around, value=FAR), F.pad(own, around))
-        return Prepared(torch.cat(padded, -1), directions, F.pad(values, around), settings)
+            extra, widths = self.local(self.likeness(directions)).split([1 + self.heads, 1 + 2 * self.heads], -1)
+            constant, own = constant + extra, [F.pad(widths, around)]
+        keys = torch.cat([F.pad(mean, around), F.pad(constant, around, value=FAR), *own], -1)
+        return Prepared(keys, directions, F.pad(values, around), settings)
 
     def likeness(self, directions: Tensor) -> Tensor:
         """How alike each cell is to those of its window, of padded directions: (B, h, w, K + 3).

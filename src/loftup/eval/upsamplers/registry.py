@@ -10,7 +10,7 @@ from torch import Tensor
 from ...backbones import Backbone
 from ...errors import LoftUpError, suggest
 
-__all__ = ["Factory", "Make", "Upsampler", "create", "names", "register"]
+__all__ = ["Factory", "Make", "Upsampler", "check_name", "create", "names", "register"]
 
 
 class Upsampler(Protocol):
@@ -96,8 +96,16 @@ def create(spec: str, backbone: Backbone, *, trust_remote_code: bool = False) ->
         LoftUpError: there is no such name, it runs the code of another repository and that is not asked for, or its
             factory refuses the argument or the backbone.
     """
+    check_name(spec, trust_remote_code=trust_remote_code)
     name, _, argument = spec.partition(":")
-    choices = names()
+    if name in _AROUND:
+        return _FACTORIES[name](backbone, argument, partial(create, trust_remote_code=trust_remote_code))
+    return _FACTORIES[name](backbone, argument)
+
+
+def check_name(spec: str, *, trust_remote_code: bool = False) -> None:
+    """Raise the errors of :func:`create` that need no backbone: an unknown name, code that is not trusted."""
+    name, choices = spec.partition(":")[0], names()
     if name not in choices:
         hint = suggest(name, choices, 3).rstrip() or f"expected {', '.join(choices)}"
         raise LoftUpError(f"there is no upsampler {name!r}; {hint}")
@@ -106,6 +114,3 @@ def create(spec: str, backbone: Backbone, *, trust_remote_code: bool = False) ->
             f"the upsampler {name!r} runs code of {_REMOTE[name]}, which is not loftup's; read it, and if you trust it "
             "give --trust-remote-code (in Python: trust_remote_code=True)"
         )
-    if name in _AROUND:
-        return _FACTORIES[name](backbone, argument, partial(create, trust_remote_code=trust_remote_code))
-    return _FACTORIES[name](backbone, argument)

@@ -118,7 +118,9 @@ def _backbone(section: BackboneConfig) -> str:
 def how_to_load(config: TrainConfig, folder: Path) -> str:
     """The expression that loads the weights of a run's folder."""
     if not config.model.baseline:
-        return f"LoftUp.from_pretrained({str(folder)!r})"
+        # A relative path is told from a repository of the Hub by its dot.
+        path = str(folder) if folder.is_absolute() or str(folder).startswith(".") else f"./{folder}"
+        return f"LoftUp.from_pretrained({path!r})"
     return f"loftup.eval.upsamplers.create({f'{config.model.architecture}:{folder}'!r}, backbone)"
 
 
