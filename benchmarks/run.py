@@ -1,7 +1,7 @@
 """Time and memory of loftup against the published way, scaled_dot_product_attention and bilinear interpolation.
 
     python benchmarks/run.py [--device cpu|cuda] [--quick] [--cases NAME...] [-o results.csv]
-    python benchmarks/run.py --busy [--cases NAME] [-o busy.csv]
+    python benchmarks/run.py --busy [CONTENDER...] [--cases NAME] [-o busy.csv]
 
 Before anything else the machine's peaks are measured, in GFLOP/s: a matrix product, a 3x3 convolution and attention
 of LoftUp's shapes, by PyTorch. The floor of a case is the sum of its three parts at these rates; "over_floor" is the
@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -147,7 +147,7 @@ def main() -> None:
     )
     for rival in ("anyup", "jafar"):
         parser.add_argument(f"--{rival}", metavar="WEIGHTS@FOLDER", help="run that project's code beside ours")
-    parser.add_argument("--busy", action="store_true", help="beside other processes, on a CPU")
+    parser.add_argument("--busy", nargs="*", metavar="CONTENDER", help="beside other processes, on a CPU")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     by_name = {case.name: case for case in CASES}
@@ -156,8 +156,9 @@ def main() -> None:
         case, name = arguments.memory_of
         print(json.dumps(measure_memory(by_name[case], name, arguments.device)))
         return
-    if arguments.busy:
-        busy(by_name[(arguments.cases or ["c384_448_32x32_b1"])[0]], arguments.output or Path("busy.csv"))
+    if arguments.busy is not None:
+        case = by_name[(arguments.cases or ["c384_448_32x32_b1"])[0]]
+        busy(case, arguments.busy or BUSY, arguments.output or Path("busy.csv"))
         return
     chosen = [by_name[name] for name in arguments.cases] if arguments.cases else list(CASES)
     if arguments.quick and not arguments.cases:
@@ -226,11 +227,12 @@ while True:
 """
 
 
-def busy(case: Case, output: Path, rounds: int = 3) -> None:
+BUSY = ("bilinear:float32", "any:float32", "loftup:cpu:float32", "loftup:torch:bfloat16")
+
+
+def busy(case: Case, names: Sequence[str], output: Path, rounds: int = 3) -> None:
     """Time contenders alone and beside other processes, which are stopped in between; writes a table."""
     up, (features, image) = make_loftup(case.channels, "cpu"), make_inputs(case, "cpu")
-    names = ["bilinear:float32", "any:float32", "loftup:cpu:float32", "loftup:torch:float32"]
-    names += ["loftup:cpu:bfloat16", "loftup:torch:bfloat16", "published_sdpa:float32"]
     columns = ["case", "contender", "alone_s", "beside_s", "over_alone", "two_of_its_kind_s", "two_over_alone"]
     about = describe("cpu")
     table = Table(output, [*columns, *about])

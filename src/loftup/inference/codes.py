@@ -70,9 +70,14 @@ def cut_blocks(axis: CellAxis, side: int, dtype: torch.dtype) -> Blocks:
     )
 
 
-def rectangles(tall: int, wide: int, most: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a table into rectangles of at most ``most`` entries, at least 1: whole rows, or parts of one row."""
+def rectangles(tall: int, wide: int, most: int, count: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Cut a table into rectangles of at most ``most`` entries, at least 1: whole rows, or parts of one row.
+
+    Where it can be, their number is a multiple of ``count``, so that as many workers end together.
+    """
     rows, columns = max(1, most // wide), min(wide, max(1, most))
+    if columns == wide:
+        rows = next((n for n in range(min(rows, tall), 0, -1) if -(-tall // n) % count == 0), rows)
     for top in range(0, tall, rows):
         for left in range(0, wide, columns):
             yield slice(top, top + rows), slice(left, left + columns)

@@ -136,7 +136,7 @@ class Job:
         self.count = max(1, min(count, limit // piece))
         self.limit = limit // 2 // self.count
         if features.device.type == "cpu":
-            self.limit = max(piece // 2, min(self.limit, IN_CACHE // self.count))
+            self.limit = max(piece // 2, min(self.limit, IN_CACHE))
         self.points_at_once = max(1, self.limit // (item * (tables + pixels)))
         self.codes = encode(net, channels_last(net.scale(image).to(dtype)), limit, factor)
         self.down, self.across = down.with_pixels(), across.with_pixels()
@@ -150,7 +150,7 @@ class Job:
         h, w = features.shape[-2:]
         mean = self.codes.coarse.new_zeros(h, w, depth)
         square = mean.new_zeros(h, w, 1 + net.heads)
-        areas = list(rectangles(len(down), len(across), self.limit // self.code_bytes))
+        areas = list(rectangles(len(down), len(across), self.limit // self.code_bytes, self.count))
         stored, sums = [mean] * len(areas), threading.Lock()
 
         def add(index: int, tall: slice, wide: slice) -> None:
@@ -189,7 +189,7 @@ class Job:
                     piece = self._attend(x[rows, columns], down.part(rows), across.part(columns))
                 take(piece)
 
-        areas = rectangles(len(self.down), len(self.across), self.limit // self.code_bytes)
+        areas = rectangles(len(self.down), len(self.across), self.limit // self.code_bytes, self.count)
         run_all((partial(attend, index, *area) for index, area in enumerate(areas)), self.count)
 
     def _run(self, tasks: Iterable[Callable[[], None]]) -> None:
