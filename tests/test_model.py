@@ -7,7 +7,7 @@ import numpy
 import plain
 import pytest
 import torch
-from material import LEARNABLE, SINE, inputs, randomised, shared, universal
+from material import LEARNABLE, SINE, inputs, new_compiler, randomised, shared, universal
 from PIL import Image
 from safetensors.torch import load_file
 from torch.autograd import forward_ad
@@ -214,6 +214,7 @@ def test_gradient_through_the_features_is_the_derivative():
 
 
 @pytest.mark.slow
+@new_compiler
 def test_compiled_results_agree():
     up = randomised(SINE)
     features, image = inputs()

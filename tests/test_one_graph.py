@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from material import SINE, randomised, universal
+from material import SINE, new_compiler, randomised, universal
 from torch._dynamo.utils import counters
 
 from loftup import LoftUp
@@ -10,6 +10,7 @@ from loftup import LoftUp
 SIZES = (((8, 9), (112, 144)), ((16, 16), (224, 224)), ((5, 7), (64, 150)), ((12, 20), (168, 280)), ((10, 6), (99, 61)))
 
 
+@new_compiler
 @pytest.mark.parametrize(
     ("make", "tolerance"),
     [(lambda: randomised(SINE), 2e-3), (universal, 5e-5), (lambda: LoftUp.from_pretrained("any"), 5e-5)],

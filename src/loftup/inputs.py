@@ -37,7 +37,7 @@ def output_size(size: Size, image: Tensor) -> tuple[int, int]:
     wrong = f"size must be an int or a pair (height, width) of ints, got {size!r}"
     if len(pair) != 2 or any(isinstance(n, bool) for n in pair):
         raise ValueError(wrong)
-    if not all(isinstance(n, int | torch.SymInt) for n in pair):
+    if not all(isinstance(n, (int, torch.SymInt)) for n in pair):
         with translate(TypeError, wrong, ValueError):  # which torch.compile cannot see through
             pair = tuple(map(operator.index, pair))
     if min(pair) < 1:

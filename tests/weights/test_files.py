@@ -233,6 +233,7 @@ def test_damaged_pickles_are_named(content, tmp_path):
         LoftUp.from_pretrained(tmp_path / "x.pt")
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="this torch always writes checksums")
 @pytest.mark.parametrize("sums", [True, False])
 def test_a_flipped_bit_is_found_by_the_checksum(sums, up, tmp_path):
     torch.serialization.set_crc32_options(sums)

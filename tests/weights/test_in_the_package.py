@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from material import new_compiler
 
 from loftup import LoftUp, LoftUpError, UniversalConfig, load_backbone
 from loftup.weights.catalogue import FOLDER, IN_PACKAGE, TINY_BACKBONES
@@ -109,6 +110,7 @@ def test_the_backbones_in_the_package_go_with_any(name, any_up):
     assert dense.max() <= features.max() + 1e-4
 
 
+@new_compiler
 @torch.inference_mode()
 def test_any_compiles_and_exports_whole(any_up):
     image, features, _ = edge(channels=3)
@@ -120,6 +122,7 @@ def test_any_compiles_and_exports_whole(any_up):
         torch.testing.assert_close(exported(features.clone(), image.clone()), whole.clone(), atol=2e-5, rtol=0)
 
 
+@new_compiler
 def test_any_exports_for_any_batch(any_up):
     image, features, _ = edge(channels=3)
     batch = torch.export.Dim("batch", min=1, max=16)

@@ -179,7 +179,8 @@ def as_head(head: Any, features: Tensor) -> Any:
         linear.weight = nn.Parameter(head, requires_grad=False)
         return linear
     width = head.in_features if isinstance(head, nn.Linear) else getattr(head, "in_channels", None)
-    if isinstance(head, nn.Linear | nn.Conv2d) and width not in (channels, 0):  # 0: lazy, it takes what comes
+    # Pairs, not unions, in what torch.compile sees: torch 2.4's does not know them.
+    if isinstance(head, (nn.Linear, nn.Conv2d)) and width not in (channels, 0):  # 0: lazy, it takes what comes
         raise ValueError(f"head takes {width} channels, the features have {channels}; give one that was made for them")
     return head
 
