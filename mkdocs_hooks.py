@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from loftup.weights.catalogue import CATALOGUE
@@ -23,9 +24,12 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Make README's addresses those of the site."""
-    return PAGES.sub(r"\1", OWN.sub("", markdown))
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Take README as the first page, with its addresses as those of the site, which mkdocs then checks."""
+    if page.file.src_uri != "index.md":
+        return markdown
+    readme = (Path(__file__).parent / "README.md").read_text("utf-8")
+    return PAGES.sub(r"\1", OWN.sub("", readme))
 
 
 def on_page_content(html: str, *, page: Any, config: Any, **_: Any) -> str:
