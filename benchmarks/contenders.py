@@ -57,9 +57,10 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
 
     Args:
         name: ``bilinear:DTYPE``; ``published:DTYPE``, ``published_sdpa:DTYPE`` or ``published_autocast:DTYPE``;
-            ``untiled:DTYPE``, the network on the whole image; ``loftup:BACKEND:DTYPE``, the public call, where the
-            backend may also be "cpu_direct", for :class:`DirectEngine`; ``any:DTYPE``, the packaged weights on features
-            of that dtype; a name of RIVALS.
+            ``untiled:DTYPE``, the network on the whole image; ``compiled:DTYPE``, the same by torch.compile (on a CPU
+            by its "eager" backend, which needs no C++ compiler and is no faster); ``loftup:BACKEND:DTYPE``, the public
+            call, where the backend may also be "cpu_direct", for :class:`DirectEngine`; ``any:DTYPE``, the packaged
+            weights on features of that dtype; a name of RIVALS.
         up: the weights, in float32; those of "any" too, but for the published ways.
         case: tells of head and points.
     """
@@ -80,6 +81,9 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
     ours = copy.deepcopy(up).to(dtype)
     if kind == "untiled":
         return lambda features, image: untiled(ours, features.to(dtype), image)
+    if kind == "compiled":
+        compiled = torch.compile(ours, backend="inductor" if up.device.type == "cuda" else "eager")
+        return lambda features, image: compiled(features.to(dtype), image)  # type: ignore[no-any-return]
     head = nn.Conv2d(case.channels, case.head, 1).to(up.device, dtype) if case.head else None
     if backend == ["cpu_direct"]:
         return _direct(ours, head)

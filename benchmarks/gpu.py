@@ -28,8 +28,8 @@ from loftup import LoftUp, load_backbone
 CASES = (Case(384, 224, 16), Case(384, 448, 32), Case(384, 1024, 73))
 DRY_CASES = (Case(24, 9, 2), Case(24, 14, 3))
 UPSAMPLERS = {
-    "loftup": ("loftup:torch", "loftup:triton", "untiled", "published", "published_sdpa"),
-    "any": ("loftup:torch", "untiled"),
+    "loftup": ("loftup:torch", "loftup:triton", "untiled", "compiled", "published", "published_sdpa"),
+    "any": ("loftup:torch", "untiled", "compiled"),
 }
 
 
