@@ -105,6 +105,7 @@ class TestTrainedOn:
             warnings.simplefilter("error")
             Upsampled(self.backbone(), self.upsampler(layer=2, views=1, options={}))
             Upsampled(self.backbone(), self.upsampler())  # not known
+            Upsampled(self.backbone(drop_rate=0.0), self.upsampler(layer=2, views=1, options={"drop_rate": 0.0}))
             # Of a model that was built elsewhere nobody knows the options.
             Upsampled(wrap(self.backbone().model, layer=2), self.upsampler(layer=2, views=1, options={"x": 1}))
 

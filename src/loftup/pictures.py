@@ -43,7 +43,9 @@ def picture_size(path: "str | os.PathLike[str]") -> tuple[int, int]:
         check_regular(path)
         with pil.open(path) as picture:
             width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) >= 5  # on its side
+            # A PNG would be decoded to look for what its header does not hold.
+            exif = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
+            turned = exif.get(0x0112, 1) >= 5  # on its side
     except FileNotFoundError:
         raise
     except Exception as error:  # as in open_picture

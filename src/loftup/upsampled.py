@@ -1,5 +1,6 @@
 """A backbone and its upsampler together."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -161,7 +162,9 @@ def _differences(backbone: Backbone, config: Any) -> str:
     if trained_on is None or config.backbone != backbone.name:
         return ""
     have: dict[str, Any] = {"layer": backbone.layer, "views": backbone.views}
-    have |= {} if backbone.options is None else {"options": backbone.options}
+    # As JSON has it, where tuples are lists.
+    have |= {} if backbone.options is None else {"options": json.loads(json.dumps(backbone.options, default=str))}
+    trained_on = json.loads(json.dumps(dict(trained_on), default=str))
     names = [name for name, value in trained_on.items() if have.get(name, value) != value]
     if not names:
         return ""

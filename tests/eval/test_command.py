@@ -329,7 +329,7 @@ def test_who_names_no_setting_gets_the_quick_protocol(camvid, colours, tmp_path,
     assert call(*common, tmp_path / "quick") == 0
     assert "the quick protocol, for a first look: training=samples, output=0.5" in capsys.readouterr().err
     results = json.loads((tmp_path / "quick" / "results.json").read_text())
-    assert results["dataset"] == "camvid, 1 of 2"
+    assert results["dataset"] == "camvid, 1 of 2 to learn, of 1 to judge"
     assert results["config"]["training"] == "samples"
     assert call(*common, tmp_path / "set", *SMALL) == 0
     assert "quick" not in capsys.readouterr().err

@@ -8,8 +8,9 @@ import pytest
 import torch
 from material import SINE, inputs, randomised, universal
 
+from loftup import LoftUpError
 from loftup.inference import workers as module
-from loftup.inference.workers import run_all, workers
+from loftup.inference.workers import enough, run_all, workers
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,7 @@ def test_tasks_run_at_once_with_one_thread_of_pytorchs_each():
         together.wait()  # so that three are running
         seen.append((torch.get_num_threads(), threading.current_thread().name))
 
+    module._POOLS.clear()
     run_all([task] * 6, 3)
     assert {count for count, _ in seen} == {1}
     assert all(name.startswith("loftup") for _, name in seen)
@@ -92,6 +94,54 @@ def test_a_call_uses_them_and_a_head_of_the_users_own_is_called_here(make, monke
 
         up(features, image, head=head)
         assert seen == {threading.current_thread()}
+
+
+def test_triton_stays_in_one_thread():
+    up, (features, image) = randomised(SINE), inputs(size=(4, 160))
+    with torch.inference_mode():
+        try:
+            dense = up(features, image, backend="triton")
+        except LoftUpError as error:
+            pytest.skip(f"Triton cannot run here: {error}")
+        torch.testing.assert_close(dense, up(features, image), atol=1e-4, rtol=0)
+
+
+def test_where_most_would_be_idle_operations_are_split_as_ever(monkeypatch):
+    assert [enough(count, 8) for count in (1, 5, 6, 8)] == [False, False, True, True]
+    assert not enough(1, 1)
+    monkeypatch.setattr(module, "_pool", lambda count: pytest.fail(f"{count} threads"))
+    torch.set_num_threads(16)
+    up, (features, image) = randomised(SINE), inputs(size=(40, 130))  # wide enough for two strips
+    with torch.inference_mode():
+        up(features, image)
+
+
+def test_cells_in_several_areas_are_summed_in_order():
+    up, (features, image) = universal(), inputs(grid=(4, 4), size=(448, 448))
+    torch.set_num_threads(4)
+    with torch.inference_mode():
+        first = up(features, image)
+        assert all(torch.equal(up(features, image), first) for _ in range(4))
+
+
+def test_where_no_thread_can_be_made_tasks_run_here(monkeypatch):
+    class Pool(module.ThreadPoolExecutor):
+        def submit(self, *arguments):
+            if self._work_queue.qsize() + len(self._threads) > 1:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*arguments)
+
+    monkeypatch.setattr(module, "_POOLS", {})
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    seen = []
+    run_all([lambda: seen.append(threading.current_thread())] * 3, 3)
+    assert seen == [threading.current_thread()] * 3
+    assert torch.get_num_threads() == 3
+
+
+def test_the_profiler_sees_everything():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert workers(torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("make", [lambda: randomised(SINE), universal], ids=["loftup", "any"])

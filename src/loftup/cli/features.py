@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     subfolders = {str(target.parent.relative_to(arguments.output)) for target in targets.values()}
     with alone_in(arguments.output, subfolders - {"."}):
         backbone, up = load_models(arguments)
-        if not _agreed(arguments, backbone.channels, waiting):
+        if not _agreed(arguments, backbone.channels, waiting, [targets[image] for image in waiting]):
             return 1
         for image in track(waiting, arguments.backbone, len(waiting), unit="images"):
             try:
@@ -90,14 +90,15 @@ def _features(
     return save({"features": half.cpu().contiguous()}, metadata=metadata)
 
 
-def _agreed(arguments: argparse.Namespace, channels: int, images: Sequence[Path]) -> bool:
+def _agreed(arguments: argparse.Namespace, channels: int, images: Sequence[Path], targets: Sequence[Path]) -> bool:
     """Tell how much the files will hold; whether to write them, which takes --yes or an answer if that is much.
 
     Raises:
         LoftUpError: it is much, and there is nobody to ask.
     """
     need = _bytes(arguments, channels, images)
-    free = shutil.disk_usage(arguments.output).free
+    replaced = sum(target.stat().st_size for target in targets if os.path.exists(target)) if arguments.overwrite else 0
+    free = shutil.disk_usage(arguments.output).free + replaced
     text = f"{len(images)} files of {channels} channels in float16: about {_size(need)}"
     if need >= free:
         text += f", and {_size(free)} are free"
@@ -118,7 +119,7 @@ def _bytes(arguments: argparse.Namespace, channels: int, images: Sequence[Path])
     from ..pictures import picture_size
     from .models import result_size
 
-    step = max(1, len(images) // SAMPLES)
+    step = max(1, -(-len(images) // SAMPLES))
     pixels = []
     for image in images[::step]:
         with contextlib.suppress(OSError):  # it fails later, by its name

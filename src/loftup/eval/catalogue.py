@@ -68,7 +68,7 @@ _ENTRIES = (
         "interactive",
         "InteractiveConfig",
         data="objects",
-        quick={"head": "similarity", "output": 0.5, "seeds": 1},
+        quick={"head": "similarity", "output": 0.5, "seeds": 1, "objects": 100},
         most=100,
     ),
     Task("efficiency", "parameters, time and memory; needs no dataset", "efficiency", "EfficiencyConfig"),

@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace, backbone_of: Callable[[argparse.Namespace
     from .run import Comparison
 
     settings, every = dict(arguments.set), getattr(arguments, "every", None)
-    # Who names a setting has a protocol in mind.
-    protocol = arguments.protocol or ("paper" if settings or every or arguments.seeds else "quick")
+    # Who names a setting has a protocol in mind; data is none.
+    protocol = arguments.protocol or ("paper" if set(settings) - {"train"} or every or arguments.seeds else "quick")
     if protocol == "quick":
         settings = {**TASKS[arguments.task].quick, **settings}
     settings["device"] = arguments.device

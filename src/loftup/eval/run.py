@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import re
 import subprocess
@@ -92,13 +91,16 @@ class Comparison:
                 for name, value in dataclasses.asdict(self.config).items()
             },
         }
-        if self.dataset is not None and not every:
-            longest = max(len(self.dataset.train), len(self.dataset.val))
-            every = math.ceil(longest / TASKS[task].most)
-        if self.dataset is not None and every > 1:
-            self.dataset = thinned(self.dataset, every)
-            # Part of the name, so that tables tell it apart from the whole.
-            self.identity["dataset"] = f"{self.identity['dataset']}, 1 of {every}"
+        if self.dataset is not None and every != 1:
+            lengths, most = (len(self.dataset.train), len(self.dataset.val)), TASKS[task].most
+            steps = (every, every) if every else (max(1, -(-lengths[0] // most)), max(1, -(-lengths[1] // most)))
+            if max(steps) > 1:
+                self.dataset = thinned(self.dataset, steps)
+                # Part of the name, so that tables tell it apart from the whole.
+                said = (
+                    f"1 of {steps[0]}" if steps[0] == steps[1] else f"1 of {steps[0]} to learn, of {steps[1]} to judge"
+                )
+                self.identity["dataset"] = f"{self.identity['dataset']}, {said}"
         self.rows: dict[str, dict[str, Any]] = {}
         if not overwrite:
             self._resume()

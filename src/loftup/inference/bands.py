@@ -17,7 +17,7 @@ from ..networks.loftup import LoftUpNetwork
 from .canvas import Canvas, budget, sample, too_small
 from .engine import FoldedEngine
 from .engine_modules import ModuleEngine
-from .workers import run_all, workers
+from .workers import enough, run_all, workers
 
 __all__ = ["Bands", "Cut", "cut"]
 
@@ -98,8 +98,8 @@ class Bands:
         """How the image is cut, and how many strips are computed at once."""
         height, width = canvas.size
         limit = budget(memory, device)
-        count = workers(device) if canvas.in_threads and isinstance(self.engine, FoldedEngine) else 1
-        while count > 1:
+        count = most = workers(device) if canvas.in_threads and self.engine.in_threads else 1
+        while enough(count, most):
             columns = -(-width // count)
             rows = self.engine.rows(columns + 2 * self.engine.halo, limit // count)
             if columns >= NARROWEST and rows:

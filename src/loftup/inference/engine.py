@@ -37,6 +37,8 @@ class FoldedEngine:
         stem_dtype: for the convolutions, where it differs.
     """
 
+    in_threads = True  # whether several threads may use it at once
+
     def __init__(self, weights: FoldedNetwork, dtype: torch.dtype, stem_dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.stem_dtype = stem_dtype or dtype

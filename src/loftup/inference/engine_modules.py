@@ -30,6 +30,8 @@ class ModuleEngine:
         network: for which :func:`fits_bands` has no objection.
     """
 
+    in_threads = False  # hooks and modules of the user's own may not bear it
+
     def __init__(self, network: LoftUpNetwork) -> None:
         self.network = network
         self.channels, self.width = network.config.channels, network.config.width

@@ -28,6 +28,8 @@ class TritonEngine(FoldedEngine):
         dtype: float16, bfloat16 or float32.
     """
 
+    in_threads = False  # the interpreter of Triton may not bear it
+
     def __init__(self, weights: FoldedNetwork, dtype: torch.dtype) -> None:
         super().__init__(weights, dtype)
         ones = torch.ones(self.width, dtype=dtype, device=weights.code[0].device)

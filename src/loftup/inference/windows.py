@@ -10,7 +10,6 @@ Attention itself is :meth:`loftup.networks.universal.UniversalNetwork.attend`.
 """
 
 import copy
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from ..networks.layers import Box
 from ..networks.universal import Settings, UniversalNetwork, make_axis
 from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
 from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
-from .workers import run_all, workers
+from .workers import enough, run_all, workers
 
 __all__ = ["Windows"]
 
@@ -133,7 +132,8 @@ class Job:
             if longest <= SHORTEST:
                 raise too_small(memory, limit, "piece of this network's work, a few pixels a side", needed)
             longest //= 2
-        self.count = max(1, min(count, limit // piece))
+        fitting = min(count, limit // piece)
+        self.count = fitting if enough(fitting, count) else 1
         self.limit = limit // 2 // self.count
         if features.device.type == "cpu":
             self.limit = max(piece // 2, min(self.limit, IN_CACHE))
@@ -151,7 +151,7 @@ class Job:
         mean = self.codes.coarse.new_zeros(h, w, depth)
         square = mean.new_zeros(h, w, 1 + net.heads)
         areas = list(rectangles(len(down), len(across), self.limit // self.code_bytes, self.count))
-        stored, sums = [mean] * len(areas), threading.Lock()
+        stored, sums = [mean] * len(areas), [(mean, mean)] * len(areas)
 
         def add(index: int, tall: slice, wide: slice) -> None:
             rows, columns = down.part(tall), across.part(wide)
@@ -159,13 +159,14 @@ class Job:
             if self.stored is not None:
                 stored[index] = x
             weights = (rows.weights[:, None, :, None] * columns.weights[:, None, :]).view(len(x), 1, -1)
-            where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), -1)
-            means, squares = weights @ x, (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
-            with sums:  # a cell may be in two areas
-                mean.index_put_(where, means.view(shape), accumulate=True)
-                square.index_put_(where, squares.view(shape), accumulate=True)
+            sums[index] = weights @ x, (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
 
         self._run(partial(add, index, *area) for index, area in enumerate(areas))
+        for (tall, wide), both in zip(areas, sums, strict=True):  # in order, as a cell may be in two areas
+            rows, columns = down.part(tall), across.part(wide)
+            where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), -1)
+            for target, part in zip((mean, square), both, strict=True):
+                target.index_put_(where, part.view(shape), accumulate=True)
         if self.stored is not None:
             self.stored = stored
         prepared = net.assemble(features, mean[None], square[None])

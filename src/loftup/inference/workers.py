@@ -13,10 +13,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-__all__ = ["run_all", "workers"]
+__all__ = ["enough", "run_all", "workers"]
 
 Task = Callable[[], None]
-_POOLS: dict[int, ThreadPoolExecutor] = {}
+_POOLS: dict[str, tuple[int, ThreadPoolExecutor]] = {}  # one at most, with its number of threads
 _LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_POOLS.clear)
@@ -30,10 +30,17 @@ def _openmp() -> bool:
 
 def workers(device: torch.device) -> int:
     """How many pieces may be computed at once in the caller's context; 1 where they go one after another."""
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()  # modes see their own thread
+    # Modes and the profiler see their own thread alone.
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    watched = watched or torch._C._autograd._profiler_enabled()
     if device.type != "cpu" or watched or torch.is_autocast_enabled("cpu") or not _openmp():
         return 1
     return torch.get_num_threads()
+
+
+def enough(count: int, most: int) -> bool:
+    """Whether ``count`` pieces at once use the cores better than operations that are split among all of ``most``."""
+    return count > 1 and 4 * count >= 3 * most
 
 
 def run_all(tasks: Iterable[Task], count: int) -> None:
@@ -42,23 +49,24 @@ def run_all(tasks: Iterable[Task], count: int) -> None:
     Tasks are taken from the iterable, in this thread, as others end. After an error no further one begins, and none is
     running when it is raised.
     """
-    if count == 1:
+    if count == 1 or (found := _pool(count)) is None:
         for task in tasks:
             task()
         return
-    pool = _pool(count)
+    size, pool = found
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(task: Task) -> None:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             task()
 
+    at_once = 2 * count if count == size else count  # twice, so that no worker waits for this thread
     running: set[Future[None]] = set()
     waiting: Iterator[Task] = iter(tasks)
     try:
         for task in waiting:
             running.add(pool.submit(run, task))
-            if len(running) == 2 * count:  # so that no worker waits for this thread
+            if len(running) == at_once:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for each in done:
                     each.result()
@@ -71,21 +79,30 @@ def run_all(tasks: Iterable[Task], count: int) -> None:
         raise
 
 
-def _pool(count: int) -> ThreadPoolExecutor:
-    """The threads, made once and kept, each of which has one thread of PyTorch's."""
+def _pool(count: int) -> tuple[int, ThreadPoolExecutor] | None:
+    """The threads, made once and kept, each of which has one thread of PyTorch's; None where none can be made."""
     with _LOCK:
-        if count not in _POOLS:
+        size, pool = _POOLS.get("", (0, None))
+        if pool is None or size < count:
             before = torch.get_num_threads()
-            pool = ThreadPoolExecutor(count, "loftup")
-            together = threading.Barrier(count)
+            size = max(count, before)
+            pool, together = ThreadPoolExecutor(size, "loftup"), threading.Barrier(size)
 
             def begin() -> None:
                 torch.set_num_threads(1)
                 torch.get_num_threads()  # a thread takes the number of all at its first operation: let that be this
                 together.wait()
 
-            for each in [pool.submit(begin) for _ in range(count)]:
-                each.result()
-            torch.set_num_threads(before)  # of this thread, and of threads to come
-            _POOLS[count] = pool
-        return _POOLS[count]
+            try:
+                for each in [pool.submit(begin) for _ in range(size)]:
+                    each.result()
+            except BaseException as error:
+                together.abort()
+                pool.shutdown(wait=False)
+                if isinstance(error, RuntimeError):  # the system gives no more threads
+                    return None
+                raise
+            finally:
+                torch.set_num_threads(before)  # of this thread, and of threads to come
+            _POOLS[""] = size, pool
+        return size, pool

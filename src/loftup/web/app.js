@@ -65,9 +65,11 @@ async function load() {
     upsampler: await download("models/upsampler.onnx", 70, 80),
   };
   say("Starting the runtime", 85);
+  const kind = (await gpu()) ? "webgpu" : "wasm";
   try {
-    await start((await gpu()) ? "webgpu" : "wasm", models);
+    await start(kind, models);
   } catch (error) {
+    if (kind === "wasm") throw error;
     console.warn(`WebGPU: ${error.message}`);
     await start("wasm", models);
     processor += ", as the GPU failed";

@@ -136,7 +136,8 @@ class Dataset(Generic[T]):
             raise ValueError(f"{self.name} names no classes, expected one name for every label")
 
 
-def thinned(dataset: Dataset[T], every: int) -> Dataset[T]:
-    """Every Nth sample of both splits, beginning with the first."""
-    train, val = (Samples(range(0, len(split), every), split.__getitem__) for split in (dataset.train, dataset.val))
+def thinned(dataset: Dataset[T], every: tuple[int, int]) -> Dataset[T]:
+    """Every Nth sample of the training split and of the validation split, beginning with the first."""
+    splits = zip((dataset.train, dataset.val), every, strict=True)
+    train, val = (Samples(range(0, len(split), step), split.__getitem__) for split, step in splits)
     return replace(dataset, train=train, val=val)

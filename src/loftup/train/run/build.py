@@ -108,7 +108,7 @@ def _published(config: TrainConfig, backbone: Backbone) -> LoftUp:
                 heads=model.heads,
                 blocks=model.blocks,
                 backbone=backbone.name,
-                trained_on=_features(config),
+                trained_on=_features(config, backbone),
             )
         )
     except ValueError as error:
@@ -140,14 +140,14 @@ def _pretrained(name: str, config: TrainConfig, backbone: Backbone) -> LoftUp:
         return _grown(up, config.model)
     if isinstance(up.config, LoftUpConfig):
         Upsampled(backbone, up)  # refuses a pair that does not fit
-        up.config = dataclasses.replace(up.config, backbone=backbone.name, trained_on=_features(config))
+        up.config = dataclasses.replace(up.config, backbone=backbone.name, trained_on=_features(config, backbone))
     return up
 
 
-def _features(config: TrainConfig) -> dict[str, Any]:
+def _features(config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
     """What tells the features of a run's backbone from others of its name, for the weights' config."""
     section = config.backbone
-    return {"layer": section.layer, "views": section.views, "options": dict(section.options)}
+    return {"layer": section.layer, "views": section.views, "options": backbone.options or {}}
 
 
 def _grown(up: LoftUp, model: ModelConfig) -> LoftUp:
