@@ -1,6 +1,8 @@
 """Reading pictures: any file and any mode that Pillow knows, upright and in RGB."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,33 +26,33 @@ def open_picture(path: "str | os.PathLike[str]") -> "Image.Image":
             Pillow.
         LoftUpError: see :func:`to_rgb`.
     """
-    pil = require_pillow()
-    try:
-        check_regular(path)
-        with pil.open(path) as picture:
-            picture.load()
-            return to_rgb(picture, os.fspath(path))
-    except (FileNotFoundError, LoftUpError):
-        raise
-    except Exception as error:  # a damaged file raises SyntaxError, struct.error, DecompressionBombError and others
-        raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+    with _opened(path) as picture:
+        picture.load()
+        return to_rgb(picture, os.fspath(path))
 
 
 def picture_size(path: "str | os.PathLike[str]") -> tuple[int, int]:
     """(H, W) of a picture as :func:`open_picture` gives it, from its header alone; OSError if it has none."""
+    with _opened(path) as picture:
+        width, height = picture.size
+        # A PNG would be decoded to look for what its header does not hold.
+        exif = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
+        turned = exif.get(0x0112, 1) >= 5  # on its side
+    return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(path: "str | os.PathLike[str]") -> "Iterator[Image.Image]":
+    """Open a picture, with whatever goes wrong as an OSError that names it."""
     pil = require_pillow()
     try:
         check_regular(path)
         with pil.open(path) as picture:
-            width, height = picture.size
-            # A PNG would be decoded to look for what its header does not hold.
-            exif = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
-            turned = exif.get(0x0112, 1) >= 5  # on its side
-    except FileNotFoundError:
+            yield picture
+    except (FileNotFoundError, LoftUpError):
         raise
-    except Exception as error:  # as in open_picture
+    except Exception as error:  # a damaged file raises SyntaxError, struct.error, DecompressionBombError and others
         raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
-    return (width, height) if turned else (height, width)
 
 
 def to_rgb(picture: "Image.Image", name: str = "the picture") -> "Image.Image":

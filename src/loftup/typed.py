@@ -1,4 +1,4 @@
-"""What type checkers are to know of a module's call, which torch declares as anything."""
+"""Types of modules' calls for type checkers; torch declares them as anything."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

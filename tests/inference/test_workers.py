@@ -131,7 +131,7 @@ def test_where_no_thread_can_be_made_tasks_run_here(monkeypatch):
                 raise RuntimeError("can't start new thread")
             return super().submit(*arguments)
 
-    monkeypatch.setattr(module, "_POOLS", {})
+    monkeypatch.setattr(module, "_POOLS", [])
     monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
     seen = []
     run_all([lambda: seen.append(threading.current_thread())] * 3, 3)

@@ -91,7 +91,7 @@ def _features(
 
 
 def _agreed(arguments: argparse.Namespace, channels: int, images: Sequence[Path], targets: Sequence[Path]) -> bool:
-    """Tell how much the files will hold; whether to write them, which takes --yes or an answer if that is much.
+    """Say how much the files will hold, and ask whether to write them if that is much and --yes is not given.
 
     Raises:
         LoftUpError: it is much, and there is nobody to ask.
@@ -102,10 +102,7 @@ def _agreed(arguments: argparse.Namespace, channels: int, images: Sequence[Path]
     text = f"{len(images)} files of {channels} channels in float16: about {_size(need)}"
     if need >= free:
         text += f", and {_size(free)} are free"
-    elif need <= MOST:
-        print(text, file=sys.stderr)
-        return True
-    if arguments.yes:
+    if arguments.yes or need <= min(MOST, free - 1):
         print(text, file=sys.stderr)
         return True
     if not sys.stdin.isatty():

@@ -80,7 +80,7 @@ class Canvas:
 
     @property
     def in_threads(self) -> bool:
-        """Whether boxes may be painted from several threads at once: a head of the user's own is called in one."""
+        """Tell whether boxes may be painted from several threads at once: a head of the user's own is called in one."""
         return self.head is None
 
     def paint(

@@ -10,7 +10,7 @@ Attention itself is :meth:`loftup.networks.universal.UniversalNetwork.attend`.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -151,24 +151,25 @@ class Job:
         mean = self.codes.coarse.new_zeros(h, w, depth)
         square = mean.new_zeros(h, w, 1 + net.heads)
         areas = list(rectangles(len(down), len(across), self.limit // self.code_bytes, self.count))
-        stored, sums = [mean] * len(areas), [(mean, mean)] * len(areas)
+        sums = [(mean, mean)] * len(areas)
+        if self.stored is not None:
+            self.stored = [mean] * len(areas)
 
         def add(index: int, tall: slice, wide: slice) -> None:
-            rows, columns = down.part(tall), across.part(wide)
-            x = self.codes.blocks(rows, columns)
-            if self.stored is not None:
-                stored[index] = x
-            weights = (rows.weights[:, None, :, None] * columns.weights[:, None, :]).view(len(x), 1, -1)
-            sums[index] = weights @ x, (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
+            with self.arithmetic():
+                rows, columns = down.part(tall), across.part(wide)
+                x = self.codes.blocks(rows, columns)
+                if self.stored is not None:
+                    self.stored[index] = x
+                weights = (rows.weights[:, None, :, None] * columns.weights[:, None, :]).view(len(x), 1, -1)
+                sums[index] = weights @ x, (weights @ x.square()).view(len(x), -1, net.depth).sum(-1)
 
-        self._run(partial(add, index, *area) for index, area in enumerate(areas))
+        run_all((partial(add, index, *area) for index, area in enumerate(areas)), self.count)
         for (tall, wide), both in zip(areas, sums, strict=True):  # in order, as a cell may be in two areas
             rows, columns = down.part(tall), across.part(wide)
             where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), -1)
             for target, part in zip((mean, square), both, strict=True):
                 target.index_put_(where, part.view(shape), accumulate=True)
-        if self.stored is not None:
-            self.stored = stored
         prepared = net.assemble(features, mean[None], square[None])
         r = net.radius
         table = prepared.values
@@ -192,15 +193,6 @@ class Job:
 
         areas = rectangles(len(self.down), len(self.across), self.limit // self.code_bytes, self.count)
         run_all((partial(attend, index, *area) for index, area in enumerate(areas)), self.count)
-
-    def _run(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Run tasks that compute."""
-
-        def run(task: Callable[[], None]) -> None:
-            with self.arithmetic():
-                task()
-
-        run_all((partial(run, task) for task in tasks), self.count)
 
     def at(self, y: Tensor, x: Tensor) -> Tensor:
         """The output (n, C) at pixels, rows ``y`` and columns ``x``, (n,) int64."""

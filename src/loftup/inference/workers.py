@@ -8,7 +8,7 @@ take whole pieces, and PyTorch's operations inside them are not split any furthe
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
@@ -16,7 +16,7 @@ import torch
 __all__ = ["enough", "run_all", "workers"]
 
 Task = Callable[[], None]
-_POOLS: dict[str, tuple[int, ThreadPoolExecutor]] = {}  # one at most, with its number of threads
+_POOLS: list[tuple[int, ThreadPoolExecutor]] = []  # one at most, with its number of threads
 _LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_POOLS.clear)
@@ -24,7 +24,7 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
 
 @functools.cache
 def _openmp() -> bool:
-    """Whether a thread can have a number of PyTorch's threads for itself."""
+    """Tell whether a thread can have a number of PyTorch's threads for itself."""
     return "parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
@@ -39,7 +39,7 @@ def workers(device: torch.device) -> int:
 
 
 def enough(count: int, most: int) -> bool:
-    """Whether ``count`` pieces at once use the cores better than operations that are split among all of ``most``."""
+    """Tell whether ``count`` pieces at once use the cores better than operations split among all of ``most``."""
     return count > 1 and 4 * count >= 3 * most
 
 
@@ -62,15 +62,14 @@ def run_all(tasks: Iterable[Task], count: int) -> None:
 
     at_once = 2 * count if count == size else count  # twice, so that no worker waits for this thread
     running: set[Future[None]] = set()
-    waiting: Iterator[Task] = iter(tasks)
     try:
-        for task in waiting:
+        for task in tasks:
             running.add(pool.submit(run, task))
             if len(running) == at_once:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for each in done:
                     each.result()
-        for each in list(running):
+        for each in running:
             each.result()
     except BaseException:
         for each in running:
@@ -82,7 +81,7 @@ def run_all(tasks: Iterable[Task], count: int) -> None:
 def _pool(count: int) -> tuple[int, ThreadPoolExecutor] | None:
     """The threads, made once and kept, each of which has one thread of PyTorch's; None where none can be made."""
     with _LOCK:
-        size, pool = _POOLS.get("", (0, None))
+        size, pool = _POOLS[0] if _POOLS else (0, None)
         if pool is None or size < count:
             before = torch.get_num_threads()
             size = max(count, before)
@@ -104,5 +103,5 @@ def _pool(count: int) -> tuple[int, ThreadPoolExecutor] | None:
                 raise
             finally:
                 torch.set_num_threads(before)  # of this thread, and of threads to come
-            _POOLS[""] = size, pool
+            _POOLS[:] = [(size, pool)]
         return size, pool

@@ -145,7 +145,7 @@ def _pretrained(name: str, config: TrainConfig, backbone: Backbone) -> LoftUp:
 
 
 def _features(config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    """What tells the features of a run's backbone from others of its name, for the weights' config."""
+    """Facts that tell the features of a run's backbone from others of its name, for the weights' config."""
     section = config.backbone
     return {"layer": section.layer, "views": section.views, "options": backbone.options or {}}
 
