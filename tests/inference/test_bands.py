@@ -58,6 +58,21 @@ def test_every_band_height_and_strip_width_gives_the_same(backend, heights, colu
             assert (up(features, image, backend=backend) - expected).abs().max() <= 1e-5, rows
 
 
+@pytest.mark.parametrize("matrix_unit", [False, True])
+def test_bfloat16_with_and_without_a_matrix_unit(matrix_unit, monkeypatch):
+    monkeypatch.setattr("loftup.inference.engine_cpu.has_matrix_unit", lambda: matrix_unit)
+    monkeypatch.setattr("loftup.inference.choose.has_matrix_unit", lambda: matrix_unit)
+    up, (features, image) = randomised(SINE), inputs(size=(19, 26))
+    expected = untiled(up, features, image)
+    up.to(torch.bfloat16)
+    allowed = (untiled(up, features, image) - expected).abs().mean()
+    assert ("matrix unit" if matrix_unit else "Winograd") in str(explain(up))
+    for columns, rows in ((26, 19), (26, 8), (9, 4)):
+        force(monkeypatch, columns, rows)
+        with torch.inference_mode():
+            assert (up(features, image, backend="cpu") - expected).abs().mean() <= 1.5 * allowed
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_real_width(backend):
     up = randomised(WIDE)

@@ -12,6 +12,7 @@ from ..errors import LoftUpError
 from ..networks.guidance import GuidanceEncoder
 from ..networks.loftup import LoftUpNetwork
 from ..networks.universal import UniversalNetwork
+from ..ops.cpu import has_matrix_unit
 from .bands import Bands
 from .engine import FoldedEngine
 from .engine_cpu import CpuEngine
@@ -91,6 +92,9 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
         if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
             notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
         chosen = backend or ("torch" if reasons["cpu"] else "cpu")
+        if chosen == "cpu" and dtype == torch.bfloat16:
+            how = "by this processor's matrix unit" if has_matrix_unit() else "in float32 by Winograd's algorithm"
+            notes.append(f"convolutions {how}")
     else:
         kind = "the network of 'any'" if type(network) is UniversalNetwork else f"a {type(network).__name__}"
         reasons = dict.fromkeys(BACKENDS, f"it has no engine for {kind}")

@@ -1,7 +1,8 @@
 """The CPU engine: Winograd convolutions and cache-sized tiles of pixels, in float32 or bfloat16.
 
 The stem runs in float32 for both dtypes: there Winograd in float32 beat a direct bfloat16 convolution on two AVX-512
-cores with bfloat16 arithmetic. Linear layers and attention are those of :mod:`loftup.ops.cpu`.
+cores with bfloat16 arithmetic. Where the processor has a matrix unit for bfloat16, the direct convolution beats
+Winograd by far and takes its place. Linear layers and attention are those of :mod:`loftup.ops.cpu`.
 """
 
 import torch
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..networks.layers import axis_coordinates
-from ..ops.cpu import attend, linear, padded_width
+from ..ops.cpu import Direct, attend, has_matrix_unit, linear, padded_width
 from ..ops.reference import Pair
 from ..ops.winograd import TILE, Winograd, Workspace
 from .engine import FoldedEngine, KeyValue
@@ -28,12 +29,15 @@ class CpuEngine(FoldedEngine):
     Args:
         weights: folded weights on the CPU.
         dtype: of the blocks and the head, float32 or bfloat16.
+        matrix_unit: whether bfloat16 is computed for one; None means where the processor has one.
     """
 
-    def __init__(self, weights: FoldedNetwork, dtype: torch.dtype) -> None:
-        super().__init__(weights, dtype, stem_dtype=torch.float32)
+    def __init__(self, weights: FoldedNetwork, dtype: torch.dtype, matrix_unit: bool | None = None) -> None:
+        matrix_unit = dtype == torch.bfloat16 and (has_matrix_unit() if matrix_unit is None else matrix_unit)
+        super().__init__(weights, dtype, stem_dtype=dtype if matrix_unit else torch.float32)
         depth = self.width // self.heads
-        self.padding = padded_width(depth, dtype) - depth
+        self.padding = padded_width(depth, dtype, matrix_unit) - depth
+        self.fused = matrix_unit or dtype == torch.float32
         for block in self.blocks:
             block["query"] = self._pad_heads(block["query"][0]), self._pad_heads(block["query"][1])
             block["out"] = self._pad_heads(block["out"][0].mT).mT.contiguous(), block["out"][1]
@@ -42,8 +46,13 @@ class CpuEngine(FoldedEngine):
         self.phases = phases.reshape(2, count, 5).transpose(1, 2).contiguous()  # (2, 5, F), by value
         order = _by_axis(count)
         self.stem_norm = self.code_norm[0][order], self.code_norm[1][order]
-        self.layer1 = Winograd(weights.conv1[0][:, order], weights.conv1[1])
-        self.layer2 = Winograd(*weights.conv2)
+        self.layer1: Direct | Winograd
+        self.layer2: Direct | Winograd
+        if matrix_unit:
+            self.layer1, self.layer2 = Direct(self.conv1[0][:, order], self.conv1[1]), Direct(*self.conv2)
+        else:
+            self.layer1 = Winograd(weights.conv1[0][:, order], weights.conv1[1])
+            self.layer2 = Winograd(*weights.conv2)
 
     def _pad_heads(self, x: Tensor) -> Tensor:
         """(heads * d, ...) with zeros behind every head, where attention runs faster on a rounder width."""
@@ -58,7 +67,7 @@ class CpuEngine(FoldedEngine):
         """See :meth:`FoldedEngine.rows`."""
         wide = _padded(width)
         code = self.code_norm[0].numel()
-        scratch = max(Winograd.bytes_per_pixel(code, self.width), Winograd.bytes_per_pixel(self.width, self.width))
+        scratch = max(self.layer1.bytes_per_pixel(), self.layer2.bytes_per_pixel())
         stem = scratch + 4 * (4 * code + 2 * self.width)
         block = self.dtype.itemsize * (6 * self.width + 2 * self.channels)
         most = max(TILE, BLOCK_PIXELS // wide // TILE * TILE)
@@ -69,9 +78,9 @@ class CpuEngine(FoldedEngine):
         )
         return next(fitting, 0)
 
-    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "WinogradStem":  # type: ignore[override]
+    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "RollingStem":  # type: ignore[override]
         """See :meth:`FoldedEngine.stem`."""
-        return WinogradStem(self, scaled, left, right, band)
+        return RollingStem(self, scaled, left, right, band)
 
     def linear(self, x: Tensor, weights: Pair) -> Tensor:
         """(M, K) to (M, N)."""
@@ -79,10 +88,10 @@ class CpuEngine(FoldedEngine):
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See :meth:`FoldedEngine.attend`."""
-        return attend(queries, keys, values)
+        return attend(queries, keys, values, self.fused)
 
 
-class WinogradStem:
+class RollingStem:
     """Rows of the stem's output, from the top; the rows that the next ones need are kept, nothing is computed twice."""
 
     def __init__(self, engine: CpuEngine, scaled: Tensor, left: int, right: int, band: int) -> None:
@@ -102,9 +111,10 @@ class WinogradStem:
         self.raw = self.colours.new_empty(self.step, self.width, code)
         self.raw[..., 2 * count : 4 * count] = self._axis_code(columns, 1)
         # Code rows y-1 .. y+step and first-layer rows y-1 .. y+step+3, with a column of zero padding at each side.
-        self.code = self.colours.new_zeros(self.step + 2, padded, code)
-        self.hidden = self.colours.new_zeros(self.step + TILE + 1, padded, engine.width)
-        self.result = self.colours.new_empty(self.step, padded - 2, engine.width)
+        dtype = engine.layer1.dtype
+        self.code = self.colours.new_zeros(self.step + 2, padded, code, dtype=dtype)
+        self.hidden = self.colours.new_zeros(self.step + TILE + 1, padded, engine.width, dtype=dtype)
+        self.result = self.colours.new_empty(self.step, padded - 2, engine.width, dtype=dtype)
         self.space = Workspace()
         self.coded = self.layered = 0  # rows of the image that have been coded, and been through the first layer
         self._code_rows(1, 1)
