@@ -11,7 +11,7 @@ from torch import nn
 from loftup.inference import windows as universal_streaming
 from loftup.inference.codes import cut_blocks, encode, least_tile, rectangles
 from loftup.inputs import resize_guidance
-from loftup.networks.universal import make_axis
+from loftup.networks.cells import make_axis
 
 MIB = 2**20
 

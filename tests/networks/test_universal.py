@@ -10,6 +10,7 @@ from material import FARSIGHTED, inputs, universal
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, UniversalConfig, Upsampled, load_backbone
 from loftup.inference.choose import explain
+from loftup.networks.cells import window_cosines
 from loftup.networks.config import read_config
 
 
@@ -184,7 +185,7 @@ def test_the_parts_that_see_farther_begin_as_nothing():
 def test_likeness_is_the_cosine_to_the_cells_around():
     net = universal(radius=2, **FARSIGHTED).upsampler
     directions = F.normalize(torch.randn(2, 4, 5, 6), dim=-1)
-    made = net.likeness(F.pad(directions, (0, 0, 2, 2, 2, 2)))
+    made = net.likeness(window_cosines(F.pad(directions, (0, 0, 2, 2, 2, 2)), 2))
     assert made.shape == (2, 4, 5, 28)
     for (y, x), (down, right) in itertools.product([(0, 0), (2, 3), (3, 4)], [(-2, 1), (0, 0), (1, 1), (2, -2)]):
         there = 0 <= y + down < 4 and 0 <= x + right < 5
@@ -344,19 +345,21 @@ def test_two_backends_mean_the_same(backend):
         assert torch.equal(up(FEATURES, IMAGE, backend=backend), up(FEATURES, IMAGE))
 
 
-def test_other_backends_are_refused():
+def test_other_backends_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     up = universal()
     with torch.inference_mode():
-        with pytest.raises(LoftUpError, match="cannot run here: it has no engine for the network of 'any'"):
+        with pytest.raises(LoftUpError, match="cannot run here: Triton kernels need CUDA tensors, these are on cpu"):
             up(FEATURES, IMAGE, backend="triton")
         with pytest.raises(ValueError, match="unknown backend 'cuda'"):
             up(FEATURES, IMAGE, backend="cuda")
 
 
-def test_explain_says_what_runs():
+def test_explain_says_what_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert str(explain(universal())) == (
         "runs on backend 'torch'\ncpu: can run\ntorch: can run\n"
-        "triton: it has no engine for the network of 'any'\n"
+        "triton: Triton kernels need CUDA tensors, these are on cpu (set TRITON_INTERPRET=1 to test on a CPU)\n"
         "'cpu' and 'torch' are the same plain PyTorch here"
     )
 

@@ -66,6 +66,9 @@ def main(widths: list[int], dtype: torch.dtype) -> None:
 
     JITFunction.run = compile_only
     from flat import attention_block, feed_forward, guidance, head_norm
+    from test_windows import make
+
+    from loftup.ops import triton_windows
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -79,6 +82,11 @@ def main(widths: list[int], dtype: torch.dtype) -> None:
         head_norm(zeros(1, 512, hidden), zeros(hidden), zeros(hidden), zeros(1, hidden, 16, 32))
     floats = [torch.zeros(shape) for shape in ((1, 3, 16, 32), (16,), (32,), (20,), (2, 5, 20))]
     guidance(*floats, zeros(203), zeros(203), dtype=dtype)
+    size, exact = (112, 140), dtype == torch.float32
+    codes, shares, cells = make(3, 3, 8, 384, (8, 10), size)
+    triton_windows.windows(codes, shares, cells, (0, 0, *size), size, zeros(384, *size), exact)
+    triton_windows.pool(codes, (0, 0, *size), size, *torch.zeros(2, 8, 10, 32))
+    triton_windows.likeness(cells.directions[None], 3)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Where results go: ``out=``, ``head=``, points, memory budgets. Every stream writes through it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +37,15 @@ def too_small(memory: int | None, limit: int, piece: str, needed: int) -> ValueE
 
 @contextmanager
 def plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """The context to compute in where the dtype is settled: no gradients, no autocast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """The context to compute in where the dtype is settled: no gradients, no autocast.
+
+    On CUDA the device is the current one, which Triton launches its kernels on.
+    """
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
         yield
 
 

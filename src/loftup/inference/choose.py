@@ -24,6 +24,8 @@ from .windows import Windows
 __all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "compute_dtype", "explain", "open_stream"]
 
 
+WIDEST = 5  # radius of windows that the Triton kernel holds in registers
+
 Stream = Bands | Windows | Whole  # a network ready for inference
 
 
@@ -97,12 +99,13 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
             notes.append(f"convolutions {how}")
     else:
         kind = "the network of 'any'" if type(network) is UniversalNetwork else f"a {type(network).__name__}"
-        reasons = dict.fromkeys(BACKENDS, f"it has no engine for {kind}")
-        reasons |= {"cpu": _why_no_cpu(device), "torch": None}
+        reasons = {"cpu": _why_no_cpu(device), "torch": None, "triton": f"it has no engine for {kind}"}
+        if type(network) is UniversalNetwork:
+            reasons["triton"] = _why_no_triton_windows(network, device, dtype)
         if not _fits_windows(network):
             notes.append(f"the whole image at once: a part of {kind} was replaced or has forward hooks")
         notes.append("'cpu' and 'torch' are the same plain PyTorch here")
-        chosen = "torch"
+        chosen = backend if backend == "triton" else "torch"
     if backend is not None and (reason := reasons[backend]):
         raise LoftUpError(f"backend={backend!r} cannot run here: {reason}; leave backend out for one that can")
     if reasons["triton"] is None and backend != "triton":
@@ -114,7 +117,7 @@ def open_stream(network: nn.Module, backend: str | None) -> Stream:
     """A network as it is now, ready for inference on the backend that :func:`choose` gives; raises as that does."""
     name, dtype = choose(network, backend).backend, compute_dtype(network)
     if type(network) is UniversalNetwork and _fits_windows(network):
-        return Windows(network)
+        return _triton_windows(network) if name == "triton" else Windows(network)
     if type(network) is not LoftUpNetwork or (why_not_folded(network) and not fits_bands(network)):
         return Whole(network)
     if why_not_folded(network):
@@ -162,6 +165,20 @@ def _why_no_triton(device: torch.device) -> str | None:
     if major < 8:
         return f"this GPU has compute capability {major}.{minor}, the Triton kernels need 8.0 (Ampere) or newer"
     return None
+
+
+def _why_no_triton_windows(network: UniversalNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
+    if (reason := can_run("triton", device, dtype)) is not None:
+        return reason
+    if network.radius > WIDEST:
+        return f"a pixel looks {network.radius} cells far, the Triton kernel holds windows of at most {WIDEST}"
+    return None if _fits_windows(network) else "its kernel takes the network as it is built alone"
+
+
+def _triton_windows(network: UniversalNetwork) -> Windows:
+    from .windows_triton import TritonWindows
+
+    return TritonWindows(network)
 
 
 def _triton_engine(weights: FoldedNetwork, dtype: torch.dtype) -> FoldedEngine:

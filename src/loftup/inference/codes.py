@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..networks.universal import CellAxis, UniversalNetwork
+from ..networks.cells import CellAxis
+from ..networks.universal import UniversalNetwork
 
 __all__ = ["Blocks", "Codes", "channels_last", "cut_blocks", "encode", "least_tile", "rectangles"]
 

@@ -20,9 +20,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..inputs import resize_guidance
+from ..networks.cells import Settings, make_axis
 from ..networks.guidance import finer_image
 from ..networks.layers import Box
-from ..networks.universal import Settings, UniversalNetwork, make_axis
+from ..networks.universal import UniversalNetwork
 from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
 from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
 from .workers import enough, run_all, workers

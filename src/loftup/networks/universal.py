@@ -17,8 +17,9 @@ features of a large receptive field are smooth, blur outlines over more cells, a
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,11 +27,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..ops.reference import Cells
+from .cells import (
+    CellAxis,
+    Prepared,
+    Settings,
+    cell_of,
+    cut_axis,
+    gather_cells,
+    make_axis,
+    window_cosines,
+)
 from .config import UniversalConfig
 from .guidance import GuidanceEncoder, finer_image, silence
 from .layers import Box, MinMaxScale, run
 
-__all__ = ["CellAxis", "Prepared", "UniversalNetwork", "make_axis"]
+__all__ = ["UniversalNetwork"]
 
 FAR = -1e9  # the score of a cell outside the grid
 SHARPEST = 1e-6  # floor of the window's bell: its logarithm must stay finite
@@ -39,67 +51,18 @@ LOCAL_WIDTH, LOCAL_STATISTICS = 48, 3  # of the network that looks at a cell's l
 SHORTEST_MEAN = 1e-2  # squared length of a mean direction below which agreement fades
 
 
-@dataclass(frozen=True)
-class CellAxis:
-    """How the pixels of one axis belong to its cells."""
-
-    pixels: Tensor  # (n, P) int64, the pixels of every cell, filled up by repeating; a cell without any has its nearest
-    weights: Tensor  # (n, P) float32, that average them; 0 for what was filled up
-    offsets: Tensor  # (n, P) float32, of the pixels' centres from the cell's, in cells
-    places: Tensor  # (N,) int64, where each pixel is in the flattened (n, P)
-
-
-def cell_of(pixel: Any, length: int, cells: int) -> Any:
-    """The cell that a pixel's centre lies in, of whole numbers or a tensor of them."""
-    return (2 * pixel + 1) * cells // (2 * length)
-
-
-def _first_pixel(cell: Tensor, length: int, cells: int) -> Tensor:
-    """The first pixel whose centre lies in a cell or a later one."""
-    return (2 * length * cell + cells - 1) // (2 * cells)
-
-
-def make_axis(length: int, cells: int, device: torch.device | None = None) -> CellAxis:
-    """Assign ``length`` pixels to ``cells`` cells, each to the cell that its centre lies in."""
-    pixel = torch.arange(length, device=device)
-    cell = cell_of(pixel, length, cells)
-    index = torch.arange(cells, device=device)
-    first = _first_pixel(index, length, cells)
-    count = _first_pixel(index + 1, length, cells) - first
-    most = max(1, (length + cells - 1) // cells)
-    slot = torch.arange(most, device=device)
-    nearest = ((2 * index + 1) * length // (2 * cells)).clamp(max=length - 1)
-    pixels = torch.where(count[:, None] > 0, first[:, None] + slot.minimum(count[:, None] - 1), nearest[:, None])
-    weights = (slot < count[:, None].clamp(min=1)).float() / count[:, None].clamp(min=1).float()
-    offsets = ((2 * pixels + 1) * cells - (2 * index[:, None] + 1) * length).float() / (2 * length)
-    return CellAxis(pixels, weights, offsets, cell * most + pixel - first[cell])
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Keys and values of one batch for attention, per cell; padded by the radius at every side."""
-
-    keys: Tensor  # (B, h + 2r, w + 2r, D + 1 + heads), mean codes, each head's constant; then the cell's own settings
-    directions: Tensor  # (B, h + 2r, w + 2r, C), standardised features of length 1
-    values: Tensor  # (B, h + 2r, w + 2r, C), the features
-    settings: "Settings"  # of every picture, not padded
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The heads' settings that follow from a picture's statistics."""
-
-    sharpness: Tensor  # (B, 1 + heads), 1 / (2 width^2) of the bells in cells
-    strength: Tensor  # (B, heads), factor on the agreement
-    shares: Tensor  # (B, heads), added to what the pixels' codes say of each head's share
-
-
 class UniversalNetwork(nn.Module):
-    """The network behind ``LoftUp.from_pretrained("any")``; see the module's text."""
+    """The network behind ``LoftUp.from_pretrained("any")``; see the module's text.
+
+    Attributes:
+        in_triton: whether :meth:`forward` computes the attention in a Triton kernel, on CUDA alone. Its backward pass
+            computes the attention again, in PyTorch.
+    """
 
     def __init__(self, config: UniversalConfig) -> None:
         super().__init__()
         self.config = config
+        self.in_triton = False
         self.heads, self.radius, self.depth = config.heads, config.radius, config.code_width
         rounds = 1 + self.heads  # the first round has one head
         self.scale = MinMaxScale()
@@ -135,8 +98,17 @@ class UniversalNetwork(nn.Module):
         squares = x.unflatten(-1, (-1, self.depth)).square().sum(-1)
         return (weights @ x)[..., 0, :], (weights @ squares)[..., 0, :]
 
-    def assemble(self, features: Tensor, mean: Tensor, square: Tensor) -> Prepared:
-        """Keys and values of all cells, of features (B, C, h, w) and :meth:`pool`'s results for the whole grid."""
+    def assemble(
+        self,
+        features: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        cosines: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> Prepared:
+        """Keys and values of all cells, of features (B, C, h, w) and :meth:`pool`'s results for the whole grid.
+
+        ``cosines`` is a faster :func:`loftup.ops.reference.likeness`.
+        """
         values = features.movedim(1, -1).to(mean.dtype)
         length = mean.unflatten(-1, (-1, self.depth)).square().sum(-1)
         spread = (square - length).clamp(min=0)
@@ -155,23 +127,19 @@ class UniversalNetwork(nn.Module):
         directions = F.pad(directions, around)
         own = []
         if self.local is not None:
-            extra, widths = self.local(self.likeness(directions)).split([1 + self.heads, 1 + 2 * self.heads], -1)
+            likeness = self.likeness((cosines or window_cosines)(directions, r))
+            extra, widths = self.local(likeness).split([1 + self.heads, 1 + 2 * self.heads], -1)
             constant, own = constant + extra, [F.pad(widths, around)]
         keys = torch.cat([F.pad(mean, around), F.pad(constant, around, value=FAR), *own], -1)
         return Prepared(keys, directions, F.pad(values, around), settings)
 
-    def likeness(self, directions: Tensor) -> Tensor:
-        """How alike each cell is to those of its window, of padded directions: (B, h, w, K + 3).
+    def likeness(self, cosines: Tensor) -> Tensor:
+        """How alike each cell is to those of its window, of their cosines (B, h, w, K): (B, h, w, K + 3).
 
         The cosines, 0 beyond the border, less 0.4, which brings them to about 0; then their mean, least and deviation
         over the cell and the eight around it.
         """
         r, side = self.radius, 2 * self.radius + 1
-        h, w = (n - 2 * r for n in directions.shape[1:3])
-        own = directions[:, r : r + h, r : r + w]
-        steps = ((down, right) for down in range(side) for right in range(side))
-        # One after another, without all windows' directions in memory.
-        cosines = torch.stack([(own * directions[:, i : i + h, j : j + w]).sum(-1) for i, j in steps], -1)
         near = cosines.unflatten(-1, (side, side))[..., r - 1 : r + 2, r - 1 : r + 2].flatten(-2)
         deviation, average = torch.std_mean(near, -1, keepdim=True)
         likeness: Tensor = torch.cat([cosines - 0.4, average, near.amin(-1, keepdim=True), deviation], -1)
@@ -183,6 +151,27 @@ class UniversalNetwork(nn.Module):
         # 0.4 and 3 bring them to about 0 and 1.
         width, shares, strength = self.adapt(alike - 0.4).mul(3).split([1 + self.heads, self.heads, self.heads], -1)
         return Settings(0.5 * torch.exp(-2 * (self.log_width + width)), F.softplus(self.agreement + strength), shares)
+
+    def tables(self, prepared: Prepared) -> list[Cells]:
+        """What the pixels of every picture look at, as the kernels take it."""
+        r, codes = self.radius, (1 + self.heads) * self.depth
+        keys, constants, own = prepared.keys.split(
+            [codes, 1 + self.heads, prepared.keys.shape[-1] - codes - 1 - self.heads], -1
+        )
+        h, w = (n - 2 * r for n in keys.shape[1:3])
+        settings = prepared.settings
+        sharpness = settings.sharpness[:, None, None].expand(-1, h, w, -1)
+        strength = settings.strength[:, None, None].expand(-1, h, w, -1)
+        if self.local is not None:
+            widths, strengths = own[:, r : r + h, r : r + w].exp().split([1 + self.heads, self.heads], -1)
+            sharpness, strength = sharpness * widths, strength * strengths
+        each = zip(keys, constants, sharpness, strength, prepared.directions, prepared.values, strict=True)
+        return [Cells(*tensors) for tensors in each]
+
+    def mix(self, codes: Tensor, shares: Tensor) -> Tensor:
+        """Shares of the heads in the pixels' weights: codes (..., D) and the picture's (heads,) to (..., heads)."""
+        mixed: Tensor = (self.gate(codes) + shares).softmax(-1)
+        return mixed
 
     def window(self, grid: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
         """Windows of a padded grid (B, h + 2r, w + 2r, E) around cells: (B, rows, columns, K, E)."""
@@ -315,6 +304,24 @@ class UniversalNetwork(nn.Module):
         if values is not None:
             r = self.radius
             prepared = replace(prepared, values=F.pad(values.movedim(1, -1).to(codes.dtype), (0, 0, r, r, r, r)))
+        if self.in_triton:
+            from .universal_triton import attend
+
+            return attend(self, codes, prepared, rows, columns, box or (0, 0, height, width))
+        return self.look(codes, prepared, rows, columns, box, checkpointing)
+
+    def look(
+        self,
+        codes: Tensor,
+        prepared: Prepared,
+        rows: CellAxis,
+        columns: CellAxis,
+        box: Box | None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """The output's pixels, or a box of them, of all codes (B, D, H, W)."""
+        height, width = codes.shape[-2:]
+        h, w = len(rows.pixels), len(columns.pixels)
         if box is None:  # also told apart so that a graph for any size keeps simple sizes
             x = run(checkpointing, self.cells, codes, prepared, rows, columns, (0, h), (0, w))
             return x.index_select(2, rows.places).index_select(3, columns.places)
@@ -374,15 +381,3 @@ def _autocorrelation(directions: Tensor, step: int) -> Tensor:
         total = total + (a * b).sum((1, 2, 3)) / count.clamp(min=1)
         axes = axes + count.clamp(max=1)
     return (total + (1 - axes).clamp(min=0)) / axes.clamp(min=1)
-
-
-def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:
-    """The cells from ``first`` to ``last`` (excluded) alone; pixels keep their numbers."""
-    return CellAxis(axis.pixels[first:last], axis.weights[first:last], axis.offsets[first:last], axis.places)
-
-
-def gather_cells(x: Tensor, rows: CellAxis, columns: CellAxis) -> Tensor:
-    """Pixels of (B, E, H, W) by cells: (B, n, m, P, Q, E)."""
-    (n, p), (m, q) = rows.pixels.shape, columns.pixels.shape
-    x = x.index_select(2, rows.pixels.flatten()).index_select(3, columns.pixels.flatten())
-    return x.view(*x.shape[:2], n, p, m, q).permute(0, 2, 4, 3, 5, 1)

@@ -242,6 +242,27 @@ def test_a_run_from_beginning_to_end(config, tmp_path, capsys):
     assert "backbones:\n- name: test_efficientnet\n  weights: backbone.safetensors\n" in card
 
 
+def test_attention_in_triton_changes_no_loss_but_by_rounding(config):
+    """In the interpreter, or on a GPU."""
+    config.steps, losses = 2, []
+    for config.triton in (False, True):
+        config.output = f"{config.output}_again"
+        with (train(config) / "log.csv").open() as stream:
+            losses.append([float(row["loss"]) for row in csv.DictReader(stream)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_triton_is_for_any_alone_and_needs_a_gpu(config, monkeypatch):
+    config.triton = True
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(LoftUpError, match="backend='triton' cannot run here: Triton kernels need CUDA tensors"):
+            train(config)
+    config.model.architecture, config.model.channel_dropout, config.backbones = "loftup", 0.0, []
+    with pytest.raises(LoftUpError, match="triton=true is for model.architecture=any, not loftup; set triton=false"):
+        check(config)
+
+
 def test_batches_follow_the_draw(config):
     config.steps = 8
     backbones = build_backbones(config)

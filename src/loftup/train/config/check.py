@@ -210,6 +210,8 @@ def _conflicts(config: TrainConfig) -> Iterator[str]:
         )
     if config.compile and model.baseline:
         yield f"compile=true knows LoftUp alone, not {model.architecture}; set compile=false"
+    if config.triton and not model.universal:
+        yield f"triton=true is for model.architecture=any, not {model.architecture}; set triton=false"
     if config.window is not None and model.architecture == "loftup" and model.batch_norm == "batch":
         yield (
             f"model.batch_norm=batch with window={config.window}: the statistics of a window hold the mean of its "

@@ -351,6 +351,8 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"  # the latter by autocast
     compile: bool = False  # the network, by torch.compile; of "any" the part that looks at images
     checkpointing: bool = False  # compute activations twice to save memory
+    # The attention of "any" in a Triton kernel, on CUDA, and once more in PyTorch in the backward pass.
+    triton: bool = False
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0  # of everything random
     save_every: Count = 500  # steps between checkpoints
     keep: Count = 2  # checkpoints, beside the best

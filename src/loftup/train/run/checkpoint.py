@@ -34,7 +34,7 @@ PLACES = (
     "output", "hub", "data.path", "data.cache", "backbone.weights", "backbones.weights",
     "objective.imitation.upsampler",
 )  # fmt: skip
-PACE = ("steps", "save_every", "log_every", "keep", "data.workers", "compile", "checkpointing", "validation")
+PACE = ("steps", "save_every", "log_every", "keep", "data.workers", "compile", "checkpointing", "triton", "validation")
 ENTRIES = (
     "step", "state_dict", "objective", "optimizer", "progress", "random", "config", "pictures", "training_pictures",
     "loftup_config",

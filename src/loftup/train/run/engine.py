@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import LoftUpError
 from ...files import refuse_others, write_atomically
+from ...inference.choose import explain
 from ...networks.config import LoftUpConfig
 from ...networks.universal import UniversalNetwork
 from ..config import TrainConfig, check
@@ -99,6 +100,9 @@ class _Run:
         # A resumed run gets its weights from the checkpoint; what it started from need not be there any more.
         up = rebuild(state["loftup_config"]) if state else build_upsampler(config, first)
         up.to(processes.device).activation_checkpointing = config.checkpointing
+        if config.triton:
+            explain(up, "triton")  # raises where it cannot run
+            up.upsampler.in_triton = True
         self.progress = read_progress(state["progress"]) if state else Progress()
         published = config.model.architecture == "loftup"
         random = published and config.model.pretrained is None and config.model.start == "random"
