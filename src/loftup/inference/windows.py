@@ -26,12 +26,13 @@ from ..networks.layers import Box
 from ..networks.universal import UniversalNetwork
 from .canvas import Canvas, budget, plain_arithmetic, sample, too_small
 from .codes import Blocks, channels_last, cut_blocks, encode, least_tile, rectangles
-from .workers import enough, run_all, workers
+from .workers import enough, run_all, scratch, workers
 
 __all__ = ["Windows"]
 
 LONGEST, SHORTEST = 32, 4  # sides of a block of pixels
 IN_CACHE = 24 * 2**20  # bytes that one step works on, on a CPU
+PRODUCT = 2**20  # elements of the output that are made at once there
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Grid:
 class Piece:
     """The output of a rectangle of blocks."""
 
-    values: Tensor  # (n, m, E, P, Q)
+    weights: Tensor  # (n * m, K, P * Q), of the cells of a window
+    values: Tensor  # (n * m, K, E), of these cells
     down: Blocks  # the n blocks
     across: Blocks  # the m blocks
 
@@ -69,11 +71,29 @@ class Piece:
 
     def write(self, target: Tensor) -> None:
         """Write into (E, rows, columns), the rectangle's pixels alone."""
+        blocks, _, pixels = self.weights.shape
+        channels = self.values.shape[-1]
+        if target.device.type != "cpu" or self.weights.device.type != "cpu":
+            self._copy(self.values.mT @ self.weights, target)
+            return
+        # Some channels at a time, through a small buffer that stays in the cache: the product of all would be written
+        # to memory and read again, and its memory be new each time.
+        parts = -(-channels * blocks * pixels // PRODUCT)
+        step = -(-channels // parts)
+        for first in range(0, channels, step):
+            values = self.values[..., first : first + step]
+            product = scratch((blocks, values.shape[-1], pixels), values.dtype)
+            torch.bmm(values.mT, self.weights, out=product)
+            self._copy(product, target[first : first + step])
+
+    def _copy(self, product: Tensor, target: Tensor) -> None:
+        """(n * m, e, P * Q) into (e, rows, columns)."""
         top, left = self.down.spans[0][0], self.across.spans[0][0]
-        m, wide = self.values.shape[1], self.values.shape[-1]
+        m, wide = len(self.across), self.across.pixels.shape[1]
+        values = product.view(len(self.down), m, product.shape[1], -1, wide)
         even = all(count == wide for _, count in self.across.spans)
         for index, (row, tall) in enumerate(self.down.spans):
-            blocks, rows = self.values[index, :, :, :tall], target[:, row - top : row - top + tall]
+            blocks, rows = values[index, :, :, :tall], target[:, row - top : row - top + tall]
             if even:
                 rows.unflatten(2, (m, wide)).copy_(rearrange(blocks, "m e p q -> e p m q"))
                 continue
@@ -202,21 +222,22 @@ class Job:
             for axis, pixels in zip(self.axes, (y, x), strict=True)
         )
         offsets = down.to(self.grid.keys.dtype)[:, None], across.to(self.grid.keys.dtype)[:, None, None]
-        return self._average(self.codes.at(y, x)[:, None], rows, columns, *offsets)[..., 0]
+        weights, values = self._weigh(self.codes.at(y, x)[:, None], rows, columns, *offsets)
+        return (values.mT @ weights)[..., 0]
 
     def _attend(self, x: Tensor, down: Blocks, across: Blocks) -> Piece:
         rows, columns = down.cells[:, None], across.cells
-        values = self._average(x.flatten(0, 1), rows, columns, down.offsets, across.offsets[None])
-        shape = (len(down), len(across), -1, down.pixels.shape[1], across.pixels.shape[1])
-        return Piece(values.view(shape), down, across)
+        return Piece(*self._weigh(x.flatten(0, 1), rows, columns, down.offsets, across.offsets[None]), down, across)
 
-    def _average(self, codes: Tensor, rows: Tensor, columns: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        """Attention of pixels to the windows around their cells: (n * m, E, P * Q)."""
+    def _weigh(
+        self, codes: Tensor, rows: Tensor, columns: Tensor, down: Tensor, across: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pixels' weights on the windows around their cells, (n * m, K, P * Q), and the windows' values."""
         grid = self.grid
         keys, directions, values = (
             grid.windows(table, rows, columns) for table in (grid.keys, grid.directions, grid.values)
         )
-        return values.mT @ self.net.attend(codes, keys, directions, down, across, grid.settings)
+        return self.net.attend(codes, keys, directions, down, across, grid.settings), values
 
 
 class Windows:

@@ -6,18 +6,21 @@ take whole pieces, and PyTorch's operations inside them are not split any furthe
 """
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
+from torch import Tensor
 
-__all__ = ["enough", "run_all", "workers"]
+__all__ = ["enough", "run_all", "scratch", "workers"]
 
 Task = Callable[[], None]
 _POOLS: list[tuple[int, ThreadPoolExecutor]] = []  # one at most, with its number of threads
 _LOCK = threading.Lock()
+_OWN = threading.local()  # .memory, of each thread
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_POOLS.clear)
 
@@ -36,6 +39,16 @@ def workers(device: torch.device) -> int:
     if device.type != "cpu" or watched or torch.is_autocast_enabled("cpu") or not _openmp():
         return 1
     return torch.get_num_threads()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU, the same for every call of a thread: no pages to be made, warm in its cache."""
+    size = math.prod(shape) * dtype.itemsize
+    memory: Tensor | None = getattr(_OWN, "memory", None)
+    if memory is None or len(memory) < size:
+        with torch.inference_mode(False):
+            memory = _OWN.memory = torch.empty(size, dtype=torch.uint8)
+    return memory[:size].view(dtype).view(shape)
 
 
 def enough(count: int, most: int) -> bool:
