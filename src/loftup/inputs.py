@@ -79,7 +79,13 @@ def resize_guidance(image: Tensor, size: tuple[int, int], oversampling: int = 1)
 
 
 def check_inputs(
-    features: Tensor, image: Tensor, channels: int | None, device: torch.device, backbone: str = "", stacklevel: int = 5
+    features: Tensor,
+    image: Tensor,
+    channels: int | None,
+    device: torch.device,
+    backbone: str = "",
+    stacklevel: int = 5,
+    values: bool = True,
 ) -> None:
     """Raise TypeError or ValueError, with got, expected and remedy, unless the two fit each other and the weights.
 
@@ -92,6 +98,8 @@ def check_inputs(
         device: of the weights.
         backbone: that the weights belong to, for the message; may be empty.
         stacklevel: of the warning; 5 for the caller of a module, whose call goes through three functions of PyTorch's.
+        values: whether to look at the values, for which the processor waits for a GPU; not while a CUDA graph is
+            captured.
     """
     for name, tensor, shape in (("features", features, "B, C, h, w"), ("image", image, "B, 3, H, W")):
         if not isinstance(tensor, Tensor):
@@ -150,26 +158,33 @@ def check_inputs(
                 "and weights may stay in half precision",
                 stacklevel=stacklevel,
             )
-        seen = image.detach().float()  # as the networks see it
-        low, high = seen.amin((-2, -1)), seen.amax((-2, -1))
-        for name, tensor, finite in (
-            ("features hold", features, features.isfinite()),
-            ("the image holds", seen, low.isfinite() & high.isfinite()),
-        ):
-            if not bool(finite.all()):
-                remedy = f"look where they come from, or replace them: torch.nan_to_num({name.split()[-2]})"
-                if tensor.dtype == torch.float16:
-                    remedy = "float16 overflows past 65504: run the backbone in bfloat16 or float32"
-                raise ValueError(f"{name} {int((~tensor.isfinite()).sum())} values that are not finite; {remedy}")
-        flat = (high - low < FLAT).all(1)
-        rounding = 64 * torch.finfo(torch.float32).eps * torch.maximum(high.abs(), low.abs())
-        if bool((flat & (high - low > rounding).any(1)).any()):
-            warnings.warn(
-                f"the image's channels range over {float((high - low)[flat].max()):.1g} at most; below {FLAT:g} they "
-                "count as flat, so that it guides little. Was it divided by 255 twice? Pass it in [0, 1], 0..255 or "
-                "normalised",
-                stacklevel=stacklevel,
-            )
+        if values and not (features.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _check_values(features, image, stacklevel + 1)
+
+
+def _check_values(features: Tensor, image: Tensor, stacklevel: int) -> None:
+    seen = image.detach().float()  # as the networks see it
+    low, high = seen.amin((-2, -1)), seen.amax((-2, -1))
+    flat = (high - low < FLAT).all(1)
+    rounding = 64 * torch.finfo(torch.float32).eps * torch.maximum(high.abs(), low.abs())
+    faint = flat & (high - low > rounding).any(1)
+    # Once to the processor, as a GPU is waited for every time.
+    finite, seen_finite, guides = torch.stack(
+        [features.isfinite().all(), (low.isfinite() & high.isfinite()).all(), ~faint.any()]
+    ).tolist()
+    for name, tensor, good in (("features hold", features, finite), ("the image holds", seen, seen_finite)):
+        if not good:
+            remedy = f"look where they come from, or replace them: torch.nan_to_num({name.split()[-2]})"
+            if tensor.dtype == torch.float16:
+                remedy = "float16 overflows past 65504: run the backbone in bfloat16 or float32"
+            raise ValueError(f"{name} {int((~tensor.isfinite()).sum())} values that are not finite; {remedy}")
+    if not guides:
+        warnings.warn(
+            f"the image's channels range over {float((high - low)[flat].max()):.1g} at most; below {FLAT:g} they "
+            "count as flat, so that it guides little. Was it divided by 255 twice? Pass it in [0, 1], 0..255 or "
+            "normalised",
+            stacklevel=stacklevel,
+        )
 
 
 _CHANNELS_LAST = "; where its channels are last: {0}.permute(0, 3, 1, 2)"

@@ -53,6 +53,8 @@ class LoftUp(nn.Module):
 
     Attributes:
         activation_checkpointing: save memory in training by computing activations twice.
+        check_values: whether every call looks for values that are not finite, and for an image without contrast. A GPU
+            is waited for once a call for that; with False it is never waited for.
     """
 
     def __init__(self, config: Config | int) -> None:
@@ -66,6 +68,7 @@ class LoftUp(nn.Module):
         self.upsampler = build_network(self.config)
         self.channelnorm = build_norm(self.config)
         self.activation_checkpointing = False
+        self.check_values = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +145,7 @@ class LoftUp(nn.Module):
         """
         if others:
             refuse_names(others, ("size", "head", "out", "memory", "backend"))
-        check_inputs(features, image, self.config.channels, self.device, self.config.backbone)
+        check_inputs(features, image, self.config.channels, self.device, self.config.backbone, values=self.check_values)
         function: Head | None = as_head(head, features)
         size, memory = output_size(size, image), check_options(function, memory, backend)
         reason = self._why_whole(features, image)
@@ -180,7 +183,8 @@ class LoftUp(nn.Module):
         if torch.compiler.is_compiling():
             return normalised
         dtype = compute_dtype(self.upsampler)
-        narrower = torch.finfo(dtype).max < torch.finfo(features.dtype).max
+        narrower = self.check_values and torch.finfo(dtype).max < torch.finfo(features.dtype).max
+        narrower = narrower and not (features.is_cuda and torch.cuda.is_current_stream_capturing())
         if narrower and not bool(normalised.detach().to(dtype).isfinite().all()):
             raise LoftUpError(
                 f"features up to {float(features.detach().abs().max()):.3g} overflow in {dtype}, in which this LoftUp "
@@ -215,7 +219,9 @@ class LoftUp(nn.Module):
             TypeError: as for :meth:`forward`; or points are no real numbers.
             LoftUpError: as for :meth:`forward`.
         """
-        check_inputs(features, image, self.config.channels, self.device, self.config.backbone, stacklevel=3)
+        check_inputs(
+            features, image, self.config.channels, self.device, self.config.backbone, 3, values=self.check_values
+        )
         height, width = output_size(size, image)
         check_options(None, None, backend)
         check_points(points, features, height, width)

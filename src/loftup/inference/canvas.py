@@ -1,5 +1,8 @@
 """Where results go: ``out=``, ``head=``, points, memory budgets. Every stream writes through it."""
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,6 +21,7 @@ __all__ = ["Canvas", "Head", "apply_head", "as_head", "budget", "plain_arithmeti
 Head = Callable[[Tensor], Tensor]
 MEMORY = {"cuda": 384 * 2**20}
 MEMORY_ELSEWHERE = 96 * 2**20
+HUGE = 2**24  # bytes of a result from which huge pages pay
 SAMPLES = 64  # pixels that a head is tried on
 ELSEWHERE = "apply it to the result: head(up(features, image))"
 
@@ -137,7 +141,7 @@ class Canvas:
         shape = (len(self.features), *channels, *self.size)
         if self.result is None:
             with torch.inference_mode(False):
-                self.result = torch.empty(shape, dtype=dtype, device=device) if self.out is None else self.out
+                self.result = _new(shape, dtype, device) if self.out is None else self.out
         if tuple(self.result.shape) != shape:
             raise ValueError(f"out has shape {tuple(self.result.shape)}, the result needs {shape}")
         if not torch.can_cast(dtype, self.result.dtype):
@@ -163,6 +167,20 @@ class Canvas:
                 f"{int(lost.sum())} values of the result or more do not fit into out's {target.dtype}; give an out of "
                 f"{self.dtype}"
             )
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor; a large one on the CPU in huge pages, where the system (Linux) has them.
+
+    Making 75 000 pages of 4 kB takes a third of the time of interpolating 384 channels to 448x448.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def as_head(head: Any, features: Tensor) -> Any:

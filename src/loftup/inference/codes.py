@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..networks.cells import CellAxis
+from ..networks.cells import CellAxis, first_pixel
 from ..networks.universal import UniversalNetwork
 
 __all__ = ["Blocks", "Codes", "channels_last", "cut_blocks", "encode", "least_tile", "rectangles"]
@@ -56,15 +56,20 @@ def cut_blocks(axis: CellAxis, side: int, dtype: torch.dtype) -> Blocks:
     parts = -(-most // side)
     length = -(-most // parts)
     slots = torch.arange(parts * length, device=axis.pixels.device).clamp(max=most - 1)
-    counts = torch.bincount(axis.places // most, minlength=cells)
-    starts = length * torch.arange(parts, device=axis.pixels.device)
-    counts = (counts[:, None] - starts).clamp(0, length)
+    size = len(axis.places)
+    spans = []
+    for cell in range(cells):  # by numbers, as a GPU would have to be waited for
+        first, last = first_pixel(cell, size, cells), first_pixel(cell + 1, size, cells)
+        nearest = min((2 * cell + 1) * size // (2 * cells), size - 1)
+        for start in range(0, parts * length, length):
+            place = min(first + start, last - 1) if last > first else nearest
+            spans.append((place, max(0, min(length, last - first - start))))
     weights = axis.weights[:, slots]
     weights[:, most:] = 0
     pixels = axis.pixels[:, slots].view(-1, length)
     return Blocks(
         torch.arange(cells, device=slots.device).repeat_interleave(parts),
-        list(zip(pixels[:, 0].tolist(), counts.flatten().tolist(), strict=True)),
+        spans,
         pixels,
         weights.view(-1, length).to(dtype),
         axis.offsets[:, slots].view(-1, length).to(dtype),

@@ -12,6 +12,7 @@ __all__ = [
     "Settings",
     "cell_of",
     "cut_axis",
+    "first_pixel",
     "gather_cells",
     "make_axis",
     "window_cosines",
@@ -33,8 +34,8 @@ def cell_of(pixel: Any, length: int, cells: int) -> Any:
     return (2 * pixel + 1) * cells // (2 * length)
 
 
-def _first_pixel(cell: Tensor, length: int, cells: int) -> Tensor:
-    """The first pixel whose centre lies in a cell or a later one."""
+def first_pixel(cell: Any, length: int, cells: int) -> Any:
+    """The first pixel whose centre lies in a cell or a later one, of whole numbers or a tensor of them."""
     return (2 * length * cell + cells - 1) // (2 * cells)
 
 
@@ -43,8 +44,8 @@ def make_axis(length: int, cells: int, device: torch.device | None = None) -> Ce
     pixel = torch.arange(length, device=device)
     cell = cell_of(pixel, length, cells)
     index = torch.arange(cells, device=device)
-    first = _first_pixel(index, length, cells)
-    count = _first_pixel(index + 1, length, cells) - first
+    first = first_pixel(index, length, cells)
+    count = first_pixel(index + 1, length, cells) - first
     most = max(1, (length + cells - 1) // cells)
     slot = torch.arange(most, device=device)
     nearest = ((2 * index + 1) * length // (2 * cells)).clamp(max=length - 1)
