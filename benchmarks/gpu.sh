@@ -11,7 +11,7 @@
 #   WHEELS     a folder of wheels to install from, in place of the package index
 #   MATERIAL   a folder with weights/ and data/, as tests/material.py has it; by default "shared" beside or in the checkout
 #   COMMIT     written down where the checkout has no git
-#   STAGES     those to run, by default "environment tests upsamplers end_to_end training"
+#   STAGES     those to run, by default "environment tests upsamplers end_to_end training training_any"
 # Exit status: 0 if every stage did its work, 1 if one failed or was skipped, 2 if there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -92,7 +92,7 @@ fi
 # Without a GPU no test may be left, which pytest calls 5.
 none=$([ -n "$dry" ] && echo 0 || echo 5)
 
-# Budgets: 25 + 105 + 110 + 40 + 185 = 465 s.
+# Budgets: 25 + 105 + 120 + 45 + 110 + 60 = 465 s.
 stage environment 25 "$python" benchmarks/gpu_environment.py "$OUT" $install
 signal=INT stage tests 105 bash -c '"$@"; code=$?; [ $code != 5 ] || code='"$none"'; exit $code' - \
     "$python" -m pytest -m gpu -v -rfE --tb=short --continue-on-collection-errors -p no:cacheprovider \
@@ -100,10 +100,11 @@ signal=INT stage tests 105 bash -c '"$@"; code=$?; [ $code != 5 ] || code='"$non
 if [ -n "$dry" ]; then
     export TRITON_INTERPRET=1
 fi
-stage upsamplers 110 "$python" benchmarks/gpu.py upsamplers "$OUT" $dry
-stage end_to_end 40 "$python" benchmarks/gpu.py end_to_end "$OUT" $dry
+stage upsamplers 120 "$python" benchmarks/gpu.py upsamplers "$OUT" $dry
+stage end_to_end 45 "$python" benchmarks/gpu.py end_to_end "$OUT" $dry
+stage training_any 60 "$python" benchmarks/gpu_training.py "$OUT" $dry --any --seconds 45
 unset TRITON_INTERPRET
-stage training 185 "$python" benchmarks/gpu_training.py "$OUT" $dry --seconds 165
+stage training 110 "$python" benchmarks/gpu_training.py "$OUT" $dry --seconds 90
 
 "$python" benchmarks/gpu.py summary "$OUT" || worst=1
 echo "results are in $OUT"

@@ -1,11 +1,12 @@
-"""Last stage of benchmarks/gpu.sh: the first minutes of the ready config gpu_25min, stopped as a user would stop it.
+"""Last stages of benchmarks/gpu.sh: the first minutes of a ready config, stopped as a user would stop it.
 
-    python benchmarks/gpu_training.py FOLDER [--seconds N] [--dry]
+    python benchmarks/gpu_training.py FOLDER [--any] [--seconds N] [--dry]
 
-Writes training.csv in FOLDER: the run's log.csv, every row with the seconds since the start, and on NVIDIA GPUs what
-nvidia-smi says of their use. Pictures and the backbone's weights come from the folder MATERIAL, or ``shared`` beside
-the checkout or in it; where they are not there, crops of the packaged photograph and random weights take their place,
-which cost as much. ``--dry`` trains two steps of quick_cpu.
+The config is gpu_25min, or with ``--any`` the network for any backbone with the attention in its Triton kernel. Writes
+training.csv or training_any.csv in FOLDER: the run's log.csv, every row with the seconds since the start, and on NVIDIA
+GPUs what nvidia-smi says of their use. Pictures and the backbone's weights come from the folder MATERIAL, or ``shared``
+beside the checkout or in it; where they are not there, crops of the packaged photograph and random weights take their
+place, which cost as much. ``--dry`` trains two steps of quick_cpu.
 """
 
 import argparse
@@ -28,6 +29,7 @@ NEEDED = ("timm", "safetensors", "omegaconf", "pydantic", "tensorboard", "accele
 SKIPPED = 77
 BACKBONE = "mobilenetv2_100"  # the one of gpu_25min and quick_cpu
 DRY = ("steps=2", "batch=1", "window=32", "precision=float32", "data.sizes=[64]", "data.workers=0", "save_every=1")
+ANY = ("model.architecture=any", "model.heads=3", "model.radius=3", "triton=true")
 PHOTO = Path(loftup.__file__).parent / "bundled" / "photo" / "photo.jpg"
 
 
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="for the results")
     parser.add_argument("--seconds", type=float, default=165, help="until SIGTERM, loading included")
     parser.add_argument("--dry", action="store_true", help="two small steps on the CPU")
+    parser.add_argument("--any", action="store_true", help="train the network for any backbone")
     given = parser.parse_args()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -133,11 +136,15 @@ def main() -> int:
         scratch = Path(folder)
         entries = [f"output={scratch / 'run'}", *pictures(scratch, given.dry), *weights(scratch)]
         entries += [*DRY, "log_every=1"] if given.dry else ["log_every=10"]
+        if given.any:
+            entries += ANY
         command = [sys.executable, "-m", "loftup.cli", "train", "quick_cpu" if given.dry else "gpu_25min", *entries]
         print(" ".join(command), flush=True)
         process = subprocess.Popen(command)
         try:
-            count = follow(process, scratch / "run" / "log.csv", given.folder / "training.csv", given.seconds)
+            count = follow(
+                process, scratch / "run" / "log.csv", given.folder / f"training{'_any' * given.any}.csv", given.seconds
+            )
         finally:
             if process.poll() is None:
                 process.kill()

@@ -10,7 +10,8 @@ median over it. (Winograd computes less than the direct convolution and may come
 of PyTorch's that keeps one core busy, and beside a second process of its own.
 
 All contenders of a case run in one process, in turn, round after round. On the CPU, backend "cpu_direct" is "cpu"
-without Winograd, and "torch" is plain PyTorch on folded weights, in bands; the CSV gives the 20th, 50th and 80th
+without its stem (Winograd, and rows that are computed once), "cpu_winograd" is "cpu" as on a processor without a matrix
+unit, and "torch" is plain PyTorch on folded weights, in bands; the CSV gives the 20th, 50th and 80th
 percentile of the rounds. Before anything is timed every contender runs once; where the published way takes part, the
 results are compared with its, and a difference ends the run. Memory is measured in a process of its own for each
 contender: the peak above inputs, weights and prepared weights, without the result; on the CPU from the kernel's
@@ -101,11 +102,11 @@ def warm_up(case: Case, runs: dict[str, Run], features: Tensor, image: Tensor) -
     torch.backends.cudnn.allow_tf32 = tf32
 
 
-def measure_time(case: Case, device: str, rounds: int) -> dict[str, list[float]]:
+def measure_time(case: Case, device: str, rounds: int, names: Sequence[str]) -> dict[str, list[float]]:
     """Seconds a call of every contender, in turn, round after round."""
     up, (features, image) = make_loftup(case.channels, device), make_inputs(case, device)
     with torch.inference_mode():
-        runs = {name: contender(name, up, case) for name in contender_names(case, device)}
+        runs = {name: contender(name, up, case) for name in names}
         warm_up(case, runs, features, image)
         calls = {name: functools.partial(run, features, image) for name, run in runs.items()}
         return in_turns(calls, device, rounds)
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the main cases, fewer rounds")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these alone, as the CSV names them")
     parser.add_argument("--rounds", type=int, help="rounds of every case; by default as many as its size allows")
     parser.add_argument(
         "-o", "--output", type=Path, help="default: results/DEVICE.csv for all cases, else ./benchmark.csv"
@@ -176,7 +178,8 @@ def main() -> None:
         rounds = arguments.rounds or (
             50 if arguments.device == "cuda" else 3 if case.gflop > 1000 or arguments.quick else 7
         )
-        for name, seconds in measure_time(case, arguments.device, rounds).items():
+        names = arguments.contenders or contender_names(case, arguments.device)
+        for name, seconds in measure_time(case, arguments.device, rounds, names).items():
             memory = memory_in_own_process(case, name, arguments.device)
             low, middle, high = percentiles(seconds)
             computed = not case.points and name.startswith(("published", "loftup"))

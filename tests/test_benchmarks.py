@@ -1,5 +1,6 @@
 """The benchmarks' own parts: contenders that agree, tables that keep what was measured, and stages without a GPU."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -199,3 +200,18 @@ def test_the_stages_say_that_there_is_no_gpu(tmp_path) -> None:
     wrong = subprocess.run([*command, "--fast"], env=environment, capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert wrong.stderr == "unknown option --fast; there are --dry and --no-install\n"
+
+
+def test_every_stage_runs_dry(tmp_path) -> None:
+    """All but the tests, in Triton's interpreter where there is no GPU."""
+    stages = ["environment", "upsamplers", "end_to_end", "training", "training_any"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "STAGES": " ".join(stages)}
+    command = ["bash", str(FOLDER / "gpu.sh"), "--dry"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    with (tmp_path / "stages.csv").open() as stream:
+        ended = {row["stage"]: row["status"] for row in csv.DictReader(stream)}
+    assert ended == dict.fromkeys(stages, "ok")
+    assert {"upsamplers.csv", "end_to_end.csv", "training.csv", "training_any.csv"} <= {
+        p.name for p in tmp_path.iterdir()
+    }

@@ -538,7 +538,7 @@ def test_the_default_dtype_does_not_matter(default):
 
 
 def test_notes_on_slow_bfloat16(monkeypatch):
-    monkeypatch.setattr("loftup.inference.choose._has_bfloat16", lambda: False)
+    monkeypatch.setattr("loftup.inference.choose.has_bfloat16", lambda: False)
     assert "no bfloat16 arithmetic: float32 will be faster" in str(explain(randomised(SINE).bfloat16()))
 
 

@@ -12,7 +12,7 @@ from ..errors import LoftUpError
 from ..networks.guidance import GuidanceEncoder
 from ..networks.loftup import LoftUpNetwork
 from ..networks.universal import UniversalNetwork
-from ..ops.cpu import has_matrix_unit
+from ..ops.cpu import has_bfloat16, has_matrix_unit
 from .bands import Bands
 from .engine import FoldedEngine
 from .engine_cpu import CpuEngine
@@ -91,7 +91,7 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
             notes.append(f"{'module by module' if fits_bands(network) else 'the whole image at once'}: {unfolded}")
             folding = "it takes folded weights alone"
             reasons = {name: reason if name == "torch" else reason or folding for name, reason in reasons.items()}
-        if device.type == "cpu" and dtype == torch.bfloat16 and not _has_bfloat16():
+        if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16():
             notes.append("this processor has no bfloat16 arithmetic: float32 will be faster")
         chosen = backend or ("torch" if reasons["cpu"] else "cpu")
         if chosen == "cpu" and dtype == torch.bfloat16:
@@ -222,7 +222,3 @@ def _fits_windows(network: nn.Module) -> bool:
     if type(network) is not UniversalNetwork or type(network.encoder) is not GuidanceEncoder:
         return False
     return network.encoder.halo is not None and all(map(is_plain, (network, network.encoder, network.scale)))
-
-
-def _has_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

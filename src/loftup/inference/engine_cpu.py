@@ -1,8 +1,8 @@
 """The CPU engine: Winograd convolutions and cache-sized tiles of pixels, in float32 or bfloat16.
 
 The stem runs in float32 for both dtypes: there Winograd in float32 beat a direct bfloat16 convolution on two AVX-512
-cores with bfloat16 arithmetic. Where the processor has a matrix unit for bfloat16, the direct convolution beats
-Winograd by far and takes its place. Linear layers and attention are those of :mod:`loftup.ops.cpu`.
+cores with bfloat16 arithmetic. Where the processor has a matrix unit for bfloat16, the direct convolution is three
+times as fast as Winograd, and the stem is the plain engine's. Attention is that of :mod:`loftup.ops.cpu`.
 """
 
 import torch
@@ -11,10 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..networks.layers import axis_coordinates
-from ..ops.cpu import Direct, attend, has_matrix_unit, linear, padded_width
-from ..ops.reference import Pair
+from ..ops.cpu import attend, has_bfloat16, has_matrix_unit
 from ..ops.winograd import TILE, Winograd, Workspace
-from .engine import FoldedEngine, KeyValue
+from .engine import FoldedEngine, KeyValue, StemReader
 from .fold import FoldedNetwork
 
 __all__ = ["CpuEngine"]
@@ -35,24 +34,21 @@ class CpuEngine(FoldedEngine):
     def __init__(self, weights: FoldedNetwork, dtype: torch.dtype, matrix_unit: bool | None = None) -> None:
         matrix_unit = dtype == torch.bfloat16 and (has_matrix_unit() if matrix_unit is None else matrix_unit)
         super().__init__(weights, dtype, stem_dtype=dtype if matrix_unit else torch.float32)
-        depth = self.width // self.heads
-        self.padding = padded_width(depth, dtype, matrix_unit) - depth
-        self.fused = matrix_unit or dtype == torch.float32
+        self.matrix_unit = matrix_unit
+        self.padding = -(self.width // self.heads) % 16 if matrix_unit else 0
+        self.fused = matrix_unit or dtype == torch.float32 or not has_bfloat16()
         for block in self.blocks:
             block["query"] = self._pad_heads(block["query"][0]), self._pad_heads(block["query"][1])
             block["out"] = self._pad_heads(block["out"][0].mT).mT.contiguous(), block["out"][1]
+        if matrix_unit:
+            return  # without Winograd
         self.frequencies, phases = weights.code
         count = self.frequencies.numel()
         self.phases = phases.reshape(2, count, 5).transpose(1, 2).contiguous()  # (2, 5, F), by value
         order = _by_axis(count)
         self.stem_norm = self.code_norm[0][order], self.code_norm[1][order]
-        self.layer1: Direct | Winograd
-        self.layer2: Direct | Winograd
-        if matrix_unit:
-            self.layer1, self.layer2 = Direct(self.conv1[0][:, order], self.conv1[1]), Direct(*self.conv2)
-        else:
-            self.layer1 = Winograd(weights.conv1[0][:, order], weights.conv1[1])
-            self.layer2 = Winograd(*weights.conv2)
+        self.layer1 = Winograd(weights.conv1[0][:, order], weights.conv1[1])
+        self.layer2 = Winograd(*weights.conv2)
 
     def _pad_heads(self, x: Tensor) -> Tensor:
         """(heads * d, ...) with zeros behind every head, where attention runs faster on a rounder width."""
@@ -65,9 +61,11 @@ class CpuEngine(FoldedEngine):
 
     def rows(self, width: int, budget: int) -> int:
         """See :meth:`FoldedEngine.rows`."""
+        if self.matrix_unit:
+            return super().rows(width, budget)
         wide = _padded(width)
         code = self.code_norm[0].numel()
-        scratch = max(self.layer1.bytes_per_pixel(), self.layer2.bytes_per_pixel())
+        scratch = max(Winograd.bytes_per_pixel(code, self.width), Winograd.bytes_per_pixel(self.width, self.width))
         stem = scratch + 4 * (4 * code + 2 * self.width)
         block = self.dtype.itemsize * (6 * self.width + 2 * self.channels)
         most = max(TILE, BLOCK_PIXELS // wide // TILE * TILE)
@@ -78,20 +76,18 @@ class CpuEngine(FoldedEngine):
         )
         return next(fitting, 0)
 
-    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "RollingStem":  # type: ignore[override]
+    def stem(self, scaled: Tensor, left: int, right: int, band: int) -> "StemReader | WinogradStem":  # type: ignore[override]
         """See :meth:`FoldedEngine.stem`."""
-        return RollingStem(self, scaled, left, right, band)
-
-    def linear(self, x: Tensor, weights: Pair) -> Tensor:
-        """(M, K) to (M, N)."""
-        return linear(x, *weights)
+        if self.matrix_unit:
+            return super().stem(scaled, left, right, band)
+        return WinogradStem(self, scaled, left, right, band)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See :meth:`FoldedEngine.attend`."""
         return attend(queries, keys, values, self.fused)
 
 
-class RollingStem:
+class WinogradStem:
     """Rows of the stem's output, from the top; the rows that the next ones need are kept, nothing is computed twice."""
 
     def __init__(self, engine: CpuEngine, scaled: Tensor, left: int, right: int, band: int) -> None:
@@ -111,10 +107,9 @@ class RollingStem:
         self.raw = self.colours.new_empty(self.step, self.width, code)
         self.raw[..., 2 * count : 4 * count] = self._axis_code(columns, 1)
         # Code rows y-1 .. y+step and first-layer rows y-1 .. y+step+3, with a column of zero padding at each side.
-        dtype = engine.layer1.dtype
-        self.code = self.colours.new_zeros(self.step + 2, padded, code, dtype=dtype)
-        self.hidden = self.colours.new_zeros(self.step + TILE + 1, padded, engine.width, dtype=dtype)
-        self.result = self.colours.new_empty(self.step, padded - 2, engine.width, dtype=dtype)
+        self.code = self.colours.new_zeros(self.step + 2, padded, code)
+        self.hidden = self.colours.new_zeros(self.step + TILE + 1, padded, engine.width)
+        self.result = self.colours.new_empty(self.step, padded - 2, engine.width)
         self.space = Workspace()
         self.coded = self.layered = 0  # rows of the image that have been coded, and been through the first layer
         self._code_rows(1, 1)

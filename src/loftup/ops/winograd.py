@@ -50,13 +50,12 @@ class Winograd:
         g = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
         self.weight = torch.einsum("ia,jb,nkab->ijkn", g, g, weight).flatten(0, 1).float().contiguous()  # (36, K, N)
         self.bias = bias.float()
-        self.dtype = torch.float32
         inverse = [[float(point**power) for point in POINTS] + [float(power == TILE - 1)] for power in range(TILE)]
         self.inverse = torch.tensor(inverse, dtype=torch.float32, device="cpu")  # (4, 6)
 
-    def bytes_per_pixel(self) -> int:
-        """Scratch for each output pixel."""
-        _, inputs, outputs = self.weight.shape
+    @staticmethod
+    def bytes_per_pixel(inputs: int, outputs: int) -> int:
+        """Scratch for each output pixel, for K inputs and N outputs."""
         return 4 * (36 * inputs + max(46 * inputs, 36 * outputs) + max(14 * inputs, 24 * outputs) + 16 * outputs) // 16
 
     def __call__(self, x: Tensor, y: Tensor, space: Workspace) -> None:
