@@ -46,6 +46,8 @@ def contender_names(case: Case, device: str) -> list[str]:
     if case.points:
         backends = [name for name in backends if name != "cpu_direct"]  # Winograd has no part in points
     ours = [f"loftup:{backend}:{dtype}" for backend in backends for dtype in ("float32", "bfloat16")]
+    if "cpu_direct" in backends:
+        ours.append("loftup:cpu_winograd:bfloat16")
     if case.ours_only or case.head or case.points:
         return ours
     published = ["published:float32", "published_sdpa:float32"]
@@ -230,7 +232,7 @@ while True:
 """
 
 
-BUSY = ("bilinear:float32", "any:float32", "loftup:cpu:float32", "loftup:torch:bfloat16")
+BUSY = ("bilinear:float32", "any:float32", "loftup:cpu:float32", "loftup:cpu:bfloat16")
 
 
 def busy(case: Case, names: Sequence[str], output: Path, rounds: int = 3) -> None:

@@ -25,7 +25,7 @@ LABELS = {
     "anyup:float32": "AnyUp",
     "jafar:float32": "JAFAR",
     "loftup:cpu:float32": "LoftUp by loftup",
-    "loftup:torch:bfloat16": "LoftUp by loftup, bfloat16",
+    "loftup:cpu:bfloat16": "LoftUp by loftup, bfloat16",
     "any:float32": "any by loftup",
     "bilinear:float32": "bilinear interpolation",
 }
