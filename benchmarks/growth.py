@@ -2,14 +2,15 @@
 
     python benchmarks/growth.py [-o docs/growth.png] [--quick]
 
-Every point is a process of its own: the median of some calls, and the peak of the process's memory above what was there
-before the call, without the result (Linux). ``any`` and LoftUp have 384 channels and a linear head of 21 classes where
-pixels grow, so that the result fits into memory. The last row is a picture of 4000x3000 pixels from the image to the
-logits: DINOv2's ViT-S/14 (random weights, which cost as much) on 1344x1008 pixels, then ``any``. Writes
-benchmarks/results/growth.csv.
+Every point is a process of its own: the median of five calls, where they take long a single one, and the peak of the
+process's memory above what was there before the call, without the result (Linux). ``any`` and LoftUp have 384 channels,
+and a linear head of 21 classes where pixels grow, so that the result fits into memory. The last row is a picture of
+4000x3000 pixels from the image to the logits: DINOv2's ViT-S/14 (random weights, which cost as much) on 1344x1008
+pixels, then ``any``. Writes benchmarks/results/growth.csv.
 """
 
 import argparse
+import csv
 import ctypes
 import gc
 import json
@@ -41,7 +42,6 @@ SERIES: dict[str, tuple[str, dict[str, int], tuple[int, ...]]] = {  # what grows
     "batch": ("batch", {"size": 224, "grid": 16}, (1, 2, 4, 8, 16)),
 }
 LOFTUP = {"pixels": (224, 448, 896), "cells": (8, 16, 32, 64), "batch": (1, 2, 4)}  # its values, of those
-X = {"pixels": lambda n: n * n, "cells": lambda n: n * n, "channels": lambda n: n, "batch": lambda n: n}
 
 
 def measure(run: Callable[[], Tensor], rounds: int) -> dict[str, float]:
@@ -108,25 +108,29 @@ def main() -> None:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("growth.png"))
-    parser.add_argument("--table", type=Path, default=Path(__file__).parent / "results" / "growth.csv")
+    parser.add_argument("--table", type=Path, help="default: results/growth.csv, with --quick ./growth.csv")
     parser.add_argument("--quick", action="store_true", help="the two smallest values of each series")
+    parser.add_argument("--draw", type=Path, metavar="CSV", help="draw a table again, without measuring")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.draw:
+        with arguments.draw.open(newline="") as stream:
+            draw(list(csv.DictReader(stream)), arguments.output)
+        return
     if arguments.point:
         with torch.inference_mode():
             print(json.dumps(point(arguments.point)))
         return
     about = describe("cpu")
-    table = Table(arguments.table, ["network", "series", *START, "s", "working_mib", "process_mib", *about])
-    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    results = Path("growth.csv") if arguments.quick else Path(__file__).parent / "results" / "growth.csv"
+    table = Table(arguments.table or results, ["network", "series", *START, "s", "working_mib", "process_mib", *about])
 
-    def add(given: dict[str, Any], series: str) -> dict[str, float]:
+    def add(given: dict[str, Any], series: str) -> None:
         result = in_own_process(given)
         numbers = {name: f"{value:.4g}" for name, value in result.items()}
         row = {"network": given["network"], "series": series, **{name: given.get(name, "") for name in START}}
         table.add({name: str(value) for name, value in row.items()} | numbers | about)
         print(*row.values(), numbers, flush=True)
-        return result
 
     for network in ("any", "loftup"):
         for series, (name, others, values) in SERIES.items():
@@ -134,15 +138,20 @@ def main() -> None:
             for value in chosen[:2] if arguments.quick else chosen:
                 given = {**START, **others, name: value, "network": network}
                 given["rounds"] = 5 if network == "any" and value < 1000 else 1
-                result = add(given, series)
-                found.setdefault((network, series), []).append((X[series](value), result["s"], result["working_mib"]))
+                add(given, series)
     if not arguments.quick:
         add({"network": "picture", "size": "3000x4000", "head": 21, "channels": 384, "batch": 1}, "12 MP")
-    draw(found, arguments.output)
+    draw(table.rows, arguments.output)
 
 
-def draw(found: Mapping[tuple[str, str], list[tuple[float, float, float]]], output: Path) -> None:
+def draw(rows: Sequence[Mapping[str, str]], output: Path) -> None:
     """Time above, memory below; a panel for each series."""
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for line in rows:
+        if series := SERIES.get(line["series"]):
+            x = float(line[series[0]]) ** (2 if line["series"] in ("pixels", "cells") else 1)
+            point = (x, float(line["s"]), float(line["working_mib"]))
+            found.setdefault((line["network"], line["series"]), []).append(point)
     figure, panels = plt.subplots(2, len(SERIES), figsize=(14, 6.5), layout="constrained", sharex="col")
     for column, series in enumerate(SERIES):
         for row, (unit, axes) in enumerate(zip(("seconds", "MiB beside the result"), panels[:, column], strict=True)):
@@ -156,7 +165,10 @@ def draw(found: Mapping[tuple[str, str], list[tuple[float, float, float]]], outp
                     label += f", slope {slope(x, y[0]):.2f}"
                 axes.loglog(x, [max(1.0, each) if row else each for each in y[row]], "o-", color=colour, label=label)
             axes.grid(alpha=0.3)
-            axes.legend(frameon=False, fontsize=9)
+            axes.legend(frameon=False, fontsize=9, loc="lower right" if row else "upper left")
+            axes.margins(y=0.3)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
             if column == 0:
                 axes.set_ylabel(unit)
             if row:

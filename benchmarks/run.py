@@ -168,7 +168,8 @@ def main() -> None:
     if arguments.quick and not arguments.cases:
         chosen = [case for case in chosen if case.quick]
     results = Path(__file__).parent / "results" / f"{arguments.device}.csv"
-    output = arguments.output or (results if len(chosen) == len(CASES) else Path("benchmark.csv"))
+    complete = len(chosen) == len(CASES) and not arguments.contenders
+    output = arguments.output or (results if complete else Path("benchmark.csv"))
     about = describe(arguments.device)
     table: Table | None = None
     rates = {name: peaks(arguments.device, DTYPES[name]) for name in ("float32", "bfloat16")}

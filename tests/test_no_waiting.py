@@ -34,7 +34,8 @@ def test_no_value_is_read(make, size, dtype, meta):
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             up(features.to(dtype), image, size)
         up.check_values = False
-        assert up(features.to(dtype), image, size).shape == (2, 24, *(size or (33, 46)))
+        for _ in range(2):  # weights are folded at the first call
+            assert up(features.to(dtype), image, size).shape == (2, 24, *(size or (33, 46)))
 
 
 def test_without_the_check_values_that_are_not_finite_go_through():
@@ -43,6 +44,15 @@ def test_without_the_check_values_that_are_not_finite_go_through():
     up.check_values = False
     with torch.inference_mode():
         assert up(features, image).isnan().any()
+
+
+def test_without_the_check_counted_changes_of_weights_are_seen():
+    up, (features, image) = randomised(LoftUpConfig(24)).requires_grad_(False), inputs()
+    up.check_values = False
+    first = up(features, image)
+    assert torch.equal(up(features, image), first)
+    next(up.upsampler.first_conv.parameters()).mul_(1.5)
+    assert not torch.equal(up(features, image), first)
 
 
 class TestOnAGpu:

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
+from material import FARSIGHTED, LEARNABLE, SINE, inputs, randomised, universal
 from PIL import Image
 
-from loftup import LoftUpError
+from loftup import LoftUpConfig, LoftUpError, viz
 from loftup.viz import compare, pca_image
 
 
@@ -99,3 +101,55 @@ def test_without_pillow_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(LoftUpError, match=r'pip install "loftup\[viz\]"'):
         compare(torch.rand(3, 8, 8), {})
+
+
+class TestAttention:
+    @pytest.mark.parametrize("make", [lambda: randomised(SINE), lambda: randomised(LEARNABLE), universal])
+    def test_maps_are_weights_of_the_cells(self, make):
+        up, (features, image) = make(), inputs()
+        maps = viz.attention_maps(up, features, image, [(0, 0), (45, 32), (20, 11)])
+        assert maps.shape == (3, 5, 7)
+        assert (maps >= 0).all()
+        torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3))
+        assert viz.attention_maps(up, features, image, []).shape == (0, 5, 7)
+
+    @pytest.mark.parametrize("size", [None, (20, 31)])
+    def test_those_of_any_make_its_output(self, size):
+        up, (features, image) = universal(heads=3, radius=3, **FARSIGHTED), inputs()
+        weights = viz.attention_maps(up, features, image, [(7, 13)], size)[0]
+        with torch.inference_mode():
+            expected = up(features, image, size)[0, :, 13, 7]
+        torch.testing.assert_close((weights * features[0]).sum((1, 2)), expected, atol=1e-5, rtol=1e-5)
+
+    def test_those_of_the_published_network_make_its_last_block(self):
+        up, (features, image) = randomised(LoftUpConfig(24, blocks=1, heads=1)), inputs()
+        net, attention = up.upsampler, up.upsampler.ca_transformer.layers[-1][0].attention
+        seen = {}
+        attention.register_forward_hook(lambda module, given, out: seen.update(tokens=given[1], out=out))
+        with torch.inference_mode():
+            net(up.channelnorm(features), image)
+            width = seen["tokens"].shape[-1]
+            values = F.linear(
+                seen["tokens"], attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
+            )
+            weights = viz.attention_maps(up, features, image, [(7, 13)])[0]
+            ours = attention.out_proj(weights.flatten() @ values[0])
+        torch.testing.assert_close(ours, seen["out"][0, 13 * 46 + 7], atol=1e-5, rtol=1e-4)
+
+    def test_the_picture(self):
+        up, (features, image) = universal(), inputs()
+        image[..., 20:] = 1
+        sheet = viz.attention(up, features, image, [(3, 4), (40, 30)], height=66)
+        assert sheet.size == (2 * 92 + 4, 66)
+        first, second = (numpy.asarray(sheet)[40:, start + 60 : start + 92].mean() for start in (0, 96))
+        assert first == pytest.approx(0.45 * 255, abs=1)  # white, but dark
+        assert second > 1.2 * first  # lit by the second point
+
+    def test_refusals(self):
+        up, (features, image) = universal(), inputs(2)
+        with pytest.raises(ValueError, match="one image, got a batch of 2"):
+            viz.attention_maps(up, features, image, [(0, 0)])
+        with pytest.raises(ValueError, match=r"point \(46, 0\) lies outside the output of 46x33 pixels"):
+            viz.attention_maps(up, features[:1], image[:1], [(46, 0)])
+        with pytest.raises(ValueError, match="no points given"):
+            viz.attention(up, features[:1], image[:1], [])

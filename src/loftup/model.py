@@ -15,6 +15,7 @@ from .errors import LoftUpError
 from .graphs import Input, write_graph
 from .inference.canvas import Canvas, Head, apply_head, as_head
 from .inference.choose import compute_dtype, open_stream
+from .inference.fold import capturing
 from .inputs import (
     Size,
     check_inputs,
@@ -53,9 +54,12 @@ class LoftUp(nn.Module):
 
     Attributes:
         activation_checkpointing: save memory in training by computing activations twice.
-        check_values: whether every call looks for values that are not finite, and for an image without contrast. A GPU
-            is waited for once a call for that; with False it is never waited for.
+        check_values: whether every call looks for values that are not finite or overflow, for an image without
+            contrast, and whether the weights are those that were folded, for which a GPU is waited for. With False it
+            is not, and changes of weights that PyTorch does not count (fused optimizers, ``.data``) are missed.
     """
+
+    check_values: bool = True
 
     def __init__(self, config: Config | int) -> None:
         super().__init__()
@@ -68,7 +72,6 @@ class LoftUp(nn.Module):
         self.upsampler = build_network(self.config)
         self.channelnorm = build_norm(self.config)
         self.activation_checkpointing = False
-        self.check_values = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,7 +153,7 @@ class LoftUp(nn.Module):
         size, memory = output_size(size, image), check_options(function, memory, backend)
         reason = self._why_whole(features, image)
         if reason is None:
-            stream = open_stream(self.upsampler, backend)
+            stream = open_stream(self.upsampler, backend, self.check_values)
             canvas = Canvas(features, size, function, check_out(out, features, image))
             stream.upsample(self._normalise(features), image, canvas, memory)
             result = canvas.finish()
@@ -183,9 +186,9 @@ class LoftUp(nn.Module):
         if torch.compiler.is_compiling():
             return normalised
         dtype = compute_dtype(self.upsampler)
-        narrower = self.check_values and torch.finfo(dtype).max < torch.finfo(features.dtype).max
-        narrower = narrower and not (features.is_cuda and torch.cuda.is_current_stream_capturing())
-        if narrower and not bool(normalised.detach().to(dtype).isfinite().all()):
+        narrower = torch.finfo(dtype).max < torch.finfo(features.dtype).max
+        looks = self.check_values and not capturing(features.device)
+        if narrower and looks and not bool(normalised.detach().to(dtype).isfinite().all()):
             raise LoftUpError(
                 f"features up to {float(features.detach().abs().max()):.3g} overflow in {dtype}, in which this LoftUp "
                 "computes; use a wider dtype: up.to(torch.float32)"
@@ -230,7 +233,7 @@ class LoftUp(nn.Module):
                 f"up.at is for inference, but {reason}. With gradients, sample the map: up(features, image, size)[..., "
                 "y, x]"
             )
-        stream = open_stream(self.upsampler, backend)
+        stream = open_stream(self.upsampler, backend, self.check_values)
         with torch.inference_mode(False):
             vectors = features.new_empty(*points.shape[:2], features.shape[1])
         if vectors.numel():

@@ -1,4 +1,4 @@
-"""Pictures of feature maps: principal components as colours, and maps side by side."""
+"""Pictures of feature maps: principal components as colours, maps side by side, and what a pixel attends to."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .errors import translate
 from .files import MADE_BY, write_atomically
+from .inputs import check_inputs, output_size, resize_guidance
 from .pictures import require_pillow, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PCA", "compare", "pca_image"]
+__all__ = ["PCA", "attention", "attention_maps", "compare", "pca_image"]
 
 SAMPLES_PER_MAP = 16_384
 
@@ -217,6 +218,103 @@ def compare(
         left = index * (width + gap)
         draw.text((left + width // 2, size), name, fill="black", font=font, anchor="mm")
         sheet.paste(panel, (left, 2 * size))
+    return sheet  # type: ignore[no-any-return]
+
+
+def attention_maps(
+    up: Any,
+    features: Tensor,
+    image: Tensor,
+    points: Sequence[Sequence[int]],
+    size: "int | tuple[int, int] | None" = None,
+) -> Tensor:
+    """How output pixels weigh the backbone's cells.
+
+    With "any" these weights make the output: it is their average of the features. With the published network they are
+    those of its last block, the mean of its heads (paper, section 3.1).
+
+    Args:
+        up: a :class:`loftup.LoftUp`.
+        features: (1, C, h, w), as for its call.
+        image: (1, 3, H, W), as for its call.
+        points: (x, y) of N output pixels, whole numbers.
+        size: of the output, as for its call; None means the image's.
+
+    Returns:
+        (N, h, w) float32, not negative, each with sum 1.
+
+    Raises:
+        ValueError: features or image do not fit, hold more than one image, or a point lies outside the output.
+        TypeError: features or image are no float tensors.
+    """
+    check_inputs(features, image, up.config.channels, up.device, up.config.backbone, stacklevel=3)
+    height, width = output_size(size, image)
+    if len(features) != 1:
+        raise ValueError(f"attention shows one image, got a batch of {len(features)}; choose one: features[:1]")
+    guidance = resize_guidance(image, (height, width), up.config.oversampling)
+    maps = []
+    with torch.inference_mode():
+        normal = up.channelnorm(features).to(up.upsampler.dtype)
+        for x, y in points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise ValueError(f"point {(x, y)} lies outside the output of {width}x{height} pixels (x, y)")
+            maps.append(up.upsampler.attention(normal, guidance, int(y), int(x))[0].float())
+        return torch.stack(maps) if maps else features.new_empty(0, *features.shape[2:], dtype=torch.float32)
+
+
+def attention(
+    up: Any,
+    features: Tensor,
+    image: Tensor,
+    points: Sequence[Sequence[int]],
+    *,
+    picture: "Image.Image | Tensor | None" = None,
+    height: int = 336,
+) -> "Image.Image":
+    """Draw what output pixels attend to over the photograph: a panel for each, its pixel in a ring.
+
+    Cells shine as their weight does, the heaviest fully.
+
+    Args:
+        up: see :func:`attention_maps`.
+        features: see there.
+        image: see there; the output has its size.
+        points: (x, y) of pixels of ``image``.
+        picture: to draw over, a PIL image or a tensor as for :func:`compare`; None means ``image``.
+        height: of the panels in pixels.
+
+    Returns:
+        A PIL image.
+
+    Raises:
+        LoftUpError: Pillow is missing (extra ``viz``).
+        ValueError: see :func:`attention_maps`; or there are no points.
+        TypeError: see there.
+    """
+    pil = require_pillow()
+    from PIL import ImageDraw
+
+    maps = attention_maps(up, features, image, points)
+    if not len(maps):
+        raise ValueError("no points given, expected at least one (x, y)")
+    photo = _picture(pil, image if picture is None else picture)
+    size, gap = (round(height * photo.width / photo.height), height), max(4, height // 60)
+    photo = photo.resize(size, pil.Resampling.BICUBIC)
+    dark = photo.convert("L").point(lambda value: value * 0.45).convert("RGB")
+    sheet = pil.new("RGB", (len(maps) * (size[0] + gap) - gap, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    ring, line = max(4, height // 50), max(2, height // 160)
+    for index, ((x, y), weights) in enumerate(zip(points, maps, strict=True)):
+        left = index * (size[0] + gap)
+        light = (weights / weights.max() * 255).round().to(torch.uint8).cpu().numpy()
+        mask = pil.fromarray(light).resize(size, pil.Resampling.NEAREST)
+        sheet.paste(pil.composite(photo, dark, mask), (left, 0))
+        middle = left + (x + 0.5) * size[0] / image.shape[-1], (y + 0.5) * height / image.shape[-2]
+        around = [middle[0] - ring, middle[1] - ring, middle[0] + ring, middle[1] + ring]
+        draw.ellipse(
+            [*(n - line for n in around[:2]), *(n + line for n in around[2:])], outline="black", width=3 * line
+        )
+        draw.ellipse(around, outline="white", width=line)
     return sheet  # type: ignore[no-any-return]
 
 

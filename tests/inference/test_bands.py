@@ -12,6 +12,7 @@ from torch import nn
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError
 from loftup.inference.bands import Cut, cut
+from loftup.inference.canvas import HUGE
 from loftup.inference.choose import can_run, explain
 from loftup.inference.engine import FoldedEngine
 from loftup.inference.engine_cpu import CpuEngine
@@ -94,6 +95,20 @@ def test_threads_change_nothing(make, threads):
     finally:
         torch.set_num_threads(before)
     assert (streamed - untiled(up, features, image)).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_result_is_an_ordinary_tensor(dtype):
+    """It lies in huge pages, which nothing else may show."""
+    up, (features, image) = universal(), inputs(size=(500, 720))
+    with torch.inference_mode():
+        result = up(features.to(dtype), image)
+    assert result.nbytes > HUGE
+    assert result._base is None
+    assert not result.is_inference()
+    assert torch.equal(copy.deepcopy(result), result)
+    result.requires_grad_().sum().backward()
+    result.detach_()
 
 
 def test_another_size_and_a_batch():

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 from material import SINE, inputs, randomised, universal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftup import LoftUpError
 from loftup.inference import workers as module
-from loftup.inference.workers import enough, run_all, workers
+from loftup.inference.workers import enough, run_all, scratch, workers
 
 
 @pytest.fixture(autouse=True)
@@ -205,3 +206,23 @@ def test_calls_from_several_threads_at_once():
         caller.join()
     for result in results:
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+
+def test_scratch_is_the_threads_own_and_no_modes():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    first = scratch((3, 4), torch.float32)
+    assert first.shape == (3, 4)
+    assert scratch((2, 2), torch.float64).data_ptr() == first.data_ptr()
+    with torch.device("meta"):
+        assert scratch((1000, 1000), torch.float32).device.type == "cpu"
+    kept = scratch((2, 2), torch.float32).data_ptr()
+    with Mode():
+        assert scratch((2, 2), torch.float32).data_ptr() != kept
+    others = []
+    thread = threading.Thread(target=lambda: others.append(scratch((3, 4), torch.float32).data_ptr()))
+    thread.start()
+    thread.join()
+    assert others[0] != scratch((3, 4), torch.float32).data_ptr()

@@ -10,7 +10,7 @@ from material import FARSIGHTED, inputs, universal
 
 from loftup import LoftUp, LoftUpConfig, LoftUpError, UniversalConfig, Upsampled, load_backbone
 from loftup.inference.choose import explain
-from loftup.networks.cells import window_cosines
+from loftup.networks.cells import strip_cosines, window_cosines
 from loftup.networks.config import read_config
 
 
@@ -194,6 +194,13 @@ def test_likeness_is_the_cosine_to_the_cells_around():
     near = made[0, 1:3, 1:3, :25].unflatten(-1, (5, 5))[..., 1:4, 1:4].flatten(-2) + 0.4
     expected = torch.stack([near.mean(-1), near.amin(-1), near.std(-1)], -1)
     torch.testing.assert_close(made[0, 1:3, 1:3, 25:], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 31), (3, 32), (5, 70)])
+@pytest.mark.parametrize("radius", [1, 3])
+def test_cosines_by_strips(grid, radius):
+    directions = torch.randn(2, grid[0] + 2 * radius, grid[1] + 2 * radius, 6)
+    torch.testing.assert_close(strip_cosines(directions, radius), window_cosines(directions, radius))
 
 
 @pytest.mark.parametrize(("grid", "silent"), [((5, 7), 3), ((1, 1), 0), ((1, 2), 24)])

@@ -66,7 +66,7 @@ def main(widths: list[int], dtype: torch.dtype) -> None:
 
     JITFunction.run = compile_only
     from flat import attention_block, feed_forward, guidance, head_norm
-    from test_windows import make
+    from test_window_kernels import make
 
     from loftup.ops import triton_windows
 

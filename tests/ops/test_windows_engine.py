@@ -14,6 +14,21 @@ from loftup.inputs import resize_guidance
 PACKAGED = {"heads": 3, "radius": 3, **FARSIGHTED}
 
 
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """The kernel's calls, as (size of the box, exact): each test sees that it ran."""
+    seen = []
+    for module in ("loftup.inference.windows_triton", "loftup.networks.universal_triton"):
+        real = pytest.importorskip(module).windows
+
+        def spy(codes, shares, cells, box, size, out, exact=True, real=real):
+            seen.append((box[2] - box[0], box[3] - box[1], exact))
+            real(codes, shares, cells, box, size, out, exact)
+
+        monkeypatch.setattr(f"{module}.windows", spy)
+    return seen
+
+
 def on(device, *tensors):
     return [tensor.to(device) for tensor in tensors]
 
@@ -28,18 +43,19 @@ def untiled(up: LoftUp, features, image, size) -> torch.Tensor:
     ("grid", "size", "channels"),
     [((5, 7), (33, 46), 24), ((1, 1), (1, 1), 3), ((6, 3), (4, 50), 1), ((1, 9), (17, 5), 70)],
 )
-def test_it_errs_at_most_twice_as_much_as_pytorch(settings, grid, size, channels, device):
+def test_it_errs_at_most_twice_as_much_as_pytorch(settings, grid, size, channels, device, launches):
     up = universal(**settings).to(device)
     features, image = on(device, *inputs(2, grid, (37, 29), channels))
     with torch.no_grad():
         ours = up(features, image, size, backend="triton")
+    assert launches == 2 * [(*size, True)]
     truth = untiled(copy.deepcopy(up).double(), features.double(), image.double(), size)
     allowed = (untiled(up, features, image, size).double() - truth).abs().max()
     assert (ours.double() - truth).abs().max() <= 2 * allowed + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_rounds_once(dtype, device):
+def test_half_precision_rounds_once(dtype, device, launches):
     up = universal(**PACKAGED).to(device)
     features, image = on(device, *inputs(1, (4, 5), (30, 41)))
     features = features.to(dtype)
@@ -47,11 +63,12 @@ def test_half_precision_rounds_once(dtype, device):
         ours = up(features, image, backend="triton")
         exact = up(features.float(), image)
     assert ours.dtype == dtype
+    assert launches == [(30, 41, False)]
     # Half a unit in the last place from the rounding, and TF32's error in the weights on a GPU.
     assert (ours.float() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * features.abs().max() + 2e-3
 
 
-def test_layouts_heads_points_budgets_and_other_outputs(device):
+def test_layouts_heads_points_budgets_and_other_outputs(device, launches):
     up = universal(**PACKAGED).to(device)
     features, image = on(device, *inputs(1, (4, 3), (30, 33)))
     with torch.inference_mode():
@@ -66,8 +83,10 @@ def test_layouts_heads_points_budgets_and_other_outputs(device):
         torch.testing.assert_close(wide, dense.double().cpu(), atol=2e-5, rtol=0)
         with pytest.raises(ValueError, match=r"memory=10 bytes do not hold .* takes \d+ bytes") as caught:
             up(features, image, memory=10, backend="triton")
+        launches.clear()
         needed = int(str(caught.value).split(" takes ")[1].split()[0])
         torch.testing.assert_close(up(features, image, memory=needed, backend="triton"), dense, atol=2e-5, rtol=0)
+        assert len(launches) > 1
         points = torch.tensor([[[0.0, 0.0], [32.0, 29.0]]], device=device)
         at = up.at(features, image, points, backend="triton")
         torch.testing.assert_close(at[0], torch.stack([dense[0, :, 0, 0], dense[0, :, 29, 32]]), atol=2e-5, rtol=0)
@@ -76,7 +95,7 @@ def test_layouts_heads_points_budgets_and_other_outputs(device):
 
 @pytest.mark.parametrize("box", [None, (3, 5, 18, 41)])
 @pytest.mark.parametrize("settings", [PACKAGED, {"heads": 1}])
-def test_gradients(settings, box, device, monkeypatch):
+def test_gradients(settings, box, device, monkeypatch, launches):
     """Of features, image, values and all parameters, as those of the network; whatever the bands."""
     up = universal(**settings).to(device)
     features, image = on(device, *inputs(2, (5, 4), (33, 46)))
@@ -91,11 +110,14 @@ def test_gradients(settings, box, device, monkeypatch):
 
     truth = gradients(copy.deepcopy(up.upsampler).double(), torch.float64)
     plain = gradients(copy.deepcopy(up.upsampler), torch.float32)
-    for band in (1024, 4):
+    for band in (2**16, 300):
         monkeypatch.setattr("loftup.networks.universal_triton.BAND", band)
         network = copy.deepcopy(up.upsampler)
         network.in_triton = True
-        for ours, theirs, exact in zip(gradients(network, torch.float32), plain, truth, strict=True):
+        launches.clear()
+        found = gradients(network, torch.float32)
+        assert len(launches) == 2
+        for ours, theirs, exact in zip(found, plain, truth, strict=True):
             allowed = 2 * (theirs.double() - exact).abs().max() + 1e-5 * exact.abs().max() + 1e-6
             assert (ours.double() - exact).abs().max() <= allowed
 
@@ -113,11 +135,41 @@ def test_gradients_in_half_precision_and_of_some_inputs_alone(device):
     torch.testing.assert_close(ours, features.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_every_picture_of_a_batch_is_computed_alike(device, launches):
+    """Whatever dtype a head gives; features wider than float32 as exactly as those."""
+    up = universal(**PACKAGED).to(device)
+    features, image = on(device, *inputs(2, (3, 4), (16, 17)))
+    with torch.inference_mode():
+        up(features, image, head=lambda x: x.argmax(1), backend="triton")
+        up(features.double(), image, backend="triton")
+    assert [exact for *_, exact in launches] == 4 * [True]
+
+
+def test_a_head_of_ones_own_gets_boxes_that_fit_the_budget(device, launches):
+    up = universal().to(device)
+    features, image = on(device, *inputs(1, (3, 4), (30, 40), channels=600))
+    with torch.inference_mode():
+        expected = up(features, image, head=lambda x: x[:, :3].relu())
+        result = up(features, image, head=lambda x: x[:, :3].relu(), memory=2 * 2**20, backend="triton")
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=0)
+    assert max(tall * wide for tall, wide, _ in launches) * 600 * 4 < 2 * 2**20
+
+
+def test_training_refuses_other_dtypes(device):
+    network = universal().to(device).double().upsampler
+    network.in_triton = True
+    features, image = on(device, *inputs())
+    with pytest.raises(
+        LoftUpError, match=r"in_triton is for float32 on CUDA, .* torch.float64 .* set in_triton = False"
+    ):
+        network(features.double(), image)
+
+
 def test_what_it_does_not_run(device):
     up = universal().to(device)
     assert explain(up).backend == "torch"
     assert explain(up, "triton").backend == "triton"
-    assert "windows of at most 5" in str(explain(universal(radius=6).to(device)))
+    assert "windows of at most 3" in str(explain(universal(radius=4).to(device)))
     assert "not float64" in str(explain(universal().double().to(device)))
     up.upsampler.encoder.register_forward_hook(lambda *arguments: None)
     with pytest.raises(LoftUpError, match="takes the network as it is built alone"):

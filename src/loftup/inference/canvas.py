@@ -1,6 +1,5 @@
 """Where results go: ``out=``, ``head=``, points, memory budgets. Every stream writes through it."""
 
-import contextlib
 import math
 import mmap
 from collections.abc import Callable, Iterator
@@ -177,10 +176,12 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without them
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    except (OSError, OverflowError):  # no such pages, or no memory, which PyTorch says better
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(memory, dtype=dtype).view(shape).detach()
 
 
 def as_head(head: Any, features: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """The choice of how a network is computed in inference, and on which backend: the one place that decides."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .windows import Windows
 __all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "compute_dtype", "explain", "open_stream"]
 
 
-WIDEST = 5  # radius of windows that the Triton kernel holds in registers
+WIDEST = 3  # radius of windows that the Triton kernel holds in registers
 
 Stream = Bands | Windows | Whole  # a network ready for inference
 
@@ -113,8 +114,11 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
     return Choice(chosen, reasons, tuple(notes))
 
 
-def open_stream(network: nn.Module, backend: str | None) -> Stream:
-    """A network as it is now, ready for inference on the backend that :func:`choose` gives; raises as that does."""
+def open_stream(network: nn.Module, backend: str | None, compare: bool = True) -> Stream:
+    """A network as it is now, ready for inference on the backend that :func:`choose` gives; raises as that does.
+
+    ``compare`` is for :func:`loftup.inference.fold.cached`.
+    """
     name, dtype = choose(network, backend).backend, compute_dtype(network)
     if type(network) is UniversalNetwork and _fits_windows(network):
         return _triton_windows(network) if name == "triton" else Windows(network)
@@ -122,7 +126,8 @@ def open_stream(network: nn.Module, backend: str | None) -> Stream:
         return Whole(network)
     if why_not_folded(network):
         return Bands(network, ModuleEngine(network))
-    return Bands(network, cached(network, (name, dtype), lambda weights: BACKENDS[name].build(weights, dtype)))
+    make = functools.partial(BACKENDS[name].build, dtype=dtype)
+    return Bands(network, cached(network, (name, dtype), make, compare))
 
 
 def can_run(backend: str, device: torch.device, dtype: torch.dtype, head_width: int = 1) -> str | None:
@@ -197,7 +202,7 @@ class Backend:
         dtypes: that it computes in; none means all.
     """
 
-    build: Callable[[FoldedNetwork, torch.dtype], FoldedEngine]
+    build: Callable[..., FoldedEngine]
     why_not: Callable[[torch.device], str | None]
     dtypes: tuple[torch.dtype, ...] = ()
 

@@ -119,10 +119,6 @@ class FoldedEngine:
         code = fourier_code(values, self.guidance).to(self.code_norm[0].dtype)
         return F.layer_norm(code, code.shape[-1:], *self.code_norm).to(self.stem_dtype)
 
-    def linear(self, x: Tensor, weights: Pair) -> Tensor:
-        """(M, K) to (M, N)."""
-        return F.linear(x, *weights)
-
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of (M, heads * d) to (heads, T, d) with the scale in the queries already; (M, heads * d)."""
         split = rearrange(queries, "m (heads d) -> 1 heads m d", heads=self.heads)
@@ -140,16 +136,16 @@ class FoldedEngine:
     def refine(self, x: Tensor, memory: list[KeyValue]) -> Tensor:
         """The blocks: (M, D) to (M, D)."""
         for block, (keys, values) in zip(self.blocks, memory, strict=True):
-            attended = self.attend(self.linear(normalise(x), block["query"]), keys, values)
-            x = self.linear(attended, block["out"]).add_(x)
-            hidden = F.gelu(self.linear(normalise(x), block["up"]))
-            x = self.linear(hidden, block["down"]).add_(x)
+            attended = self.attend(F.linear(normalise(x), *block["query"]), keys, values)
+            x = F.linear(attended, *block["out"]).add_(x)
+            hidden = F.gelu(F.linear(normalise(x), *block["up"]))
+            x = F.linear(hidden, *block["down"]).add_(x)
         return x
 
     def project(self, x: Tensor) -> Tensor:
         """Final norm and 1x1 convolution: (M, D) to (M, C)."""
         if self.head is not None:
-            return self.linear(normalise(x), self.head)
+            return F.linear(normalise(x), *self.head)
         assert self.final_norm is not None
         return F.layer_norm(x, x.shape[-1:], *self.final_norm)
 

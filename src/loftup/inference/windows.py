@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..inputs import resize_guidance
-from ..networks.cells import Settings, make_axis
+from ..networks.cells import Settings, make_axis, strip_cosines
 from ..networks.guidance import finer_image
 from ..networks.layers import Box
 from ..networks.universal import UniversalNetwork
@@ -191,7 +191,7 @@ class Job:
             where, shape = (rows.cells[:, None], columns.cells), (len(rows), len(columns), -1)
             for target, part in zip((mean, square), both, strict=True):
                 target.index_put_(where, part.view(shape), accumulate=True)
-        prepared = net.assemble(features, mean[None], square[None])
+        prepared = net.assemble(features, mean[None], square[None], strip_cosines)
         r = net.radius
         table = prepared.values
         if values is not features:

@@ -45,6 +45,8 @@ class TritonWindows(Windows):
         image, factor = finer_image(guidance)
         depth = (1 + net.heads) * net.depth
         pixel = 4 * (factor**2 * (4 * depth + net.config.encoder_width) + 2 * depth)
+        if canvas.head is not None or canvas.out is not None:  # for which the output may be made apart
+            pixel += 2 * canvas.channels * net.dtype.itemsize
         limit, needed = budget(memory, image.device), least_tile(net, (factor * size[0], factor * size[1]), net.dtype)
         if limit < (needed := max(needed, LEAST * pixel)):
             raise too_small(memory, limit, "piece of this network's work, a few pixels a side", needed)
@@ -60,7 +62,7 @@ class TritonWindows(Windows):
         if values is not None:
             r = net.radius
             cells = cells._replace(values=F.pad(values[0].movedim(0, -1).to(net.dtype), (0, 0, r, r, r, r)))
-        exact = canvas.dtype == torch.float32
+        exact = canvas.features.dtype not in (torch.float16, torch.bfloat16)
         for box in boxes:
             part = _read(codes, box) if kept is None else kept
             shares = net.mix(part, prepared.settings.shares[0])

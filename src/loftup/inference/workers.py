@@ -43,11 +43,13 @@ def workers(device: torch.device) -> int:
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory on the CPU, the same for every call of a thread: no pages to be made, warm in its cache."""
+    if torch._C._len_torch_dispatch_stack():  # tensors of a mode are not to be kept
+        return torch.empty(shape, dtype=dtype, device="cpu")
     size = math.prod(shape) * dtype.itemsize
     memory: Tensor | None = getattr(_OWN, "memory", None)
     if memory is None or len(memory) < size:
         with torch.inference_mode(False):
-            memory = _OWN.memory = torch.empty(size, dtype=torch.uint8)
+            memory = _OWN.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return memory[:size].view(dtype).view(shape)
 
 

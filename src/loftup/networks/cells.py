@@ -15,8 +15,11 @@ __all__ = [
     "first_pixel",
     "gather_cells",
     "make_axis",
+    "strip_cosines",
     "window_cosines",
 ]
+
+STRIP = 32  # columns of cells, of which a product takes n (n + 2r) for n (2r + 1) results
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,24 @@ def window_cosines(directions: Tensor, radius: int) -> Tensor:
     own = directions[:, radius : radius + h, radius : radius + w]
     steps = ((down, right) for down in range(side) for right in range(side))
     return torch.stack([(own * directions[:, i : i + h, j : j + w]).sum(-1) for i, j in steps], -1)
+
+
+def strip_cosines(directions: Tensor, radius: int) -> Tensor:
+    """As :func:`window_cosines`, by matrix products of strips of columns, of which the diagonals are taken.
+
+    Nothing as large as the directions is made on the way: 49 of those, freed one after the other with small results in
+    between, can leave 49 holes in the heap.
+    """
+    batch, h, w = directions.shape[0], *(n - 2 * radius for n in directions.shape[1:3])
+    side, out = 2 * radius + 1, directions.new_empty(batch, h, w, 2 * radius + 1, 2 * radius + 1)
+    for left in range(0, w, STRIP):
+        n = min(STRIP, w - left)
+        own = directions[:, radius : radius + h, radius + left : radius + left + n]
+        for down in range(side):
+            products = own @ directions[:, down : down + h, left : left + n + 2 * radius].mT  # (B, h, n, n + 2r)
+            a, b, c, d = products.stride()
+            out[:, :, left : left + n, down] = products.as_strided((batch, h, n, side), (a, b, c + d, d))
+    return out.flatten(-2)
 
 
 def cut_axis(axis: CellAxis, first: int, last: int) -> CellAxis:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.attention import cross_attention
+from ..ops.reference import Box
 
 __all__ = [
     "Box",
@@ -34,7 +35,6 @@ __all__ = [
     "trim",
 ]
 
-Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, the last two excluded
 Margins = tuple[int, int, int, int]  # pixels beyond a box at its top, left, bottom and right
 
 LOWEST_LOG_FREQUENCY, HIGHEST_LOG_FREQUENCY = -2.0, 10.0
@@ -271,12 +271,23 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """Let ``queries`` (B, n, D) attend to ``tokens`` (B, t, D); returns (B, n, D)."""
+        q, k, v = self._project(queries, tokens)
+        return self.out_proj(rearrange(cross_attention(q, k, v, q.shape[-1] ** -0.5), "b heads n d -> b n (heads d)"))  # type: ignore[no-any-return]
+
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """What the queries take of each token: (B, heads, n, t)."""
+        q, k, _ = self._project(queries, tokens)
+        weights: Tensor = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return weights
+
+    def _project(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, heads, n or t, d)."""
         width = queries.shape[-1]
         q = F.linear(queries, self.in_proj_weight[:width], self.in_proj_bias[:width])
         kv = F.linear(tokens, self.in_proj_weight[width:], self.in_proj_bias[width:])
         q = rearrange(q, "b n (heads d) -> b heads n d", heads=self.heads)
         k, v = rearrange(kv, "b t (two heads d) -> two b heads t d", two=2, heads=self.heads)
-        return self.out_proj(rearrange(cross_attention(q, k, v, q.shape[-1] ** -0.5), "b heads n d -> b n (heads d)"))  # type: ignore[no-any-return]
+        return q, k, v
 
 
 class CrossAttention(nn.Module):
@@ -291,6 +302,10 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """(B, n, D) and (B, t, D) to (B, n, D)."""
         return self.attention(self.norm_q(queries), self.norm_kv(tokens))  # type: ignore[no-any-return]
+
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """As :meth:`Attention.weights`."""
+        return self.attention.weights(self.norm_q(queries), self.norm_kv(tokens))
 
 
 class FeedForward(nn.Module):

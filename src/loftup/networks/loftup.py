@@ -73,6 +73,18 @@ class LoftUpNetwork(nn.Module):
         queries = self.ca_transformer(queries, self.tokens(features), checkpointing)
         return self.head(queries, bottom - top, right - left)
 
+    def attention(self, features: Tensor, guidance: Tensor, row: int, column: int) -> Tensor:
+        """How an output pixel attends to the cells in the last block, the mean of its heads: (B, h, w), with sum 1.
+
+        Arguments are those of :meth:`forward`.
+        """
+        queries, tokens = self.queries(guidance, (row, column, row + 1, column + 1)), self.tokens(features)
+        for block in list(self.ca_transformer.layers)[:-1]:
+            queries = queries + block[0](queries, tokens)  # type: ignore[index]
+            queries = queries + block[1](queries)  # type: ignore[index]
+        weights: Tensor = self.ca_transformer.layers[-1][0].weights(queries, tokens)  # type: ignore[index]
+        return weights.mean(1).view(len(features), *features.shape[2:])
+
     def queries(self, guidance: Tensor, box: Box | None = None) -> Tensor:
         """Guidance code and stem: an image (B, 3, H, W), or a box of it, to (B, n, D)."""
         return self.stem(self.fourier_feat[0](guidance), box)

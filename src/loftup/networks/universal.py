@@ -59,10 +59,11 @@ class UniversalNetwork(nn.Module):
             computes the attention again, in PyTorch.
     """
 
+    in_triton: bool = False
+
     def __init__(self, config: UniversalConfig) -> None:
         super().__init__()
         self.config = config
-        self.in_triton = False
         self.heads, self.radius, self.depth = config.heads, config.radius, config.code_width
         rounds = 1 + self.heads  # the first round has one head
         self.scale = MinMaxScale()
@@ -165,8 +166,8 @@ class UniversalNetwork(nn.Module):
         if self.local is not None:
             widths, strengths = own[:, r : r + h, r : r + w].exp().split([1 + self.heads, self.heads], -1)
             sharpness, strength = sharpness * widths, strength * strengths
-        each = zip(keys, constants, sharpness, strength, prepared.directions, prepared.values, strict=True)
-        return [Cells(*tensors) for tensors in each]
+        tables = keys, constants, sharpness, strength, prepared.directions, prepared.values
+        return [Cells(*each) for each in zip(*(table.contiguous() for table in tables), strict=True)]
 
     def mix(self, codes: Tensor, shares: Tensor) -> Tensor:
         """Shares of the heads in the pixels' weights: codes (..., D) and the picture's (heads,) to (..., heads)."""
@@ -243,6 +244,16 @@ class UniversalNetwork(nn.Module):
         near = 2 * offsets * steps - steps.square()
         share = (offsets - steps) / (self.radius + 0.5)
         return near, 2 * (1 - share.square()).clamp(min=SHARPEST).log()
+
+    def attention(self, features: Tensor, guidance: Tensor, row: int, column: int) -> Tensor:
+        """How an output pixel weighs the cells: (B, h, w), not negative, with sum 1; arguments as for :meth:`forward`.
+
+        The output averages values, so that of one value a cell, 1 there and 0 elsewhere, is the cell's weight.
+        """
+        batch, _, h, w = features.shape
+        each = torch.eye(h * w, device=features.device).view(1, h * w, h, w).expand(batch, -1, -1, -1)
+        weights: Tensor = self(features, guidance, (row, column, row + 1, column + 1), values=each)
+        return weights.view(batch, h, w)
 
     @property
     def dtype(self) -> torch.dtype:

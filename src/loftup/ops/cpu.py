@@ -19,7 +19,7 @@ SCORES = 2**20  # elements of a score tile: 2 MB in bfloat16
 
 
 def has_bfloat16() -> bool:
-    """Tell whether this processor computes in bfloat16."""
+    """Tell whether PyTorch computes in bfloat16 on this processor (some have AVX-512 for it, and no more)."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -37,7 +37,23 @@ def _first(cell, length, cells):
     return (2 * length * cell + cells - 1) // (2 * cells)
 
 
-@triton.jit
+# Differ from picture to picture, or between the parts of one: code for special numbers would be compiled anew.
+COMMON = [
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "first_row",
+    "first_column",
+    "columns",
+    "HEIGHT",
+    "WIDTH",
+    "ROWS",
+    "COLUMNS",
+]
+
+
+@triton.jit(do_not_specialize=COMMON)
 def _pool_kernel(
     p_codes, p_mean, p_square, stride_cy, stride_cx, top, bottom, left, right, first_row, first_column, columns,
     HEIGHT, WIDTH, ROWS, COLUMNS, D: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +81,7 @@ def _pool_kernel(
             o_x = x + tl.arange(0, BLOCK_X)
             # [BLOCK_X, BLOCK_D]
             b_code = tl.load(
-                p_codes + (y - top) * stride_cy + (o_x - left)[:, None] * stride_cx + o_d[None, :],
+                p_codes + (y - top).to(tl.int64) * stride_cy + (o_x - left)[:, None] * stride_cx + o_d[None, :],
                 mask=(o_x < x_1)[:, None] & (o_d < D)[None, :],
                 other=0.0,
             )
@@ -76,7 +92,7 @@ def _pool_kernel(
     tl.store(p_square + o_out, tl.load(p_square + o_out, mask=o_d < D) + b_square / count, mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "COLUMNS"])
 def _likeness_kernel(
     p_directions, p_out, ROWS, COLUMNS, C, RADIUS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +148,7 @@ def _softmax(b_s):
     return b_e / tl.sum(b_e, axis=0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COMMON, "tall", "wide", "tiles"])
 def _windows_kernel(
     p_codes, p_shares, p_keys, p_constants, p_sharpness, p_strength, p_directions, p_values, p_out,
     stride_cy, stride_cx, stride_oe, stride_oy, stride_ox,

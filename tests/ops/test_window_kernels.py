@@ -112,17 +112,17 @@ def test_nothing_to_do(kernels, device: str) -> None:
 
 
 def test_offsets_beyond_2_to_the_31(kernels, device: str) -> None:
-    """Two channels of the result, and two rows of codes, 2**31 elements apart; only the touched pages exist."""
+    """Channels of the result and rows of codes whose strides fit 32 bits, but not five of them; few pages exist."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    size, stride = (2, 3), 2**31 + 16
-    codes, shares, cells = make(1, 1, 3, 2, (1, 2), size, device)
-    expected = torch.empty(2, *size, device=device)
+    size, stride = (5, 3), 2**29 + 16
+    codes, shares, cells = make(1, 1, 3, 5, (1, 2), size, device)
+    expected = torch.empty(5, *size, device=device)
     kernels.windows(codes, shares, cells, (0, 0, *size), size, expected)
-    buffer = torch.empty(stride + 64, dtype=torch.float16, device=device)
-    out = buffer.as_strided((2, *size), (stride, 3, 1))
+    buffer = torch.empty(4 * stride + 64, dtype=torch.float16, device=device)
+    out = buffer.as_strided((5, *size), (stride, 3, 1))
     kernels.windows(codes, shares, cells, (0, 0, *size), size, out)
     assert torch.equal(out, expected.half())
-    far = torch.empty(stride + 64, device=device).as_strided(codes.shape, (stride, 6, 1))
+    far = torch.empty(4 * stride + 64, device=device).as_strided(codes.shape, (stride, 6, 1))
     far.copy_(codes)
     again, means = torch.empty_like(expected), torch.zeros(2, 2, 1, 2, 6, device=device)
     kernels.windows(far, shares, cells, (0, 0, *size), size, again)
