@@ -138,12 +138,12 @@ class TestAttention:
 
     def test_the_picture(self):
         up, (features, image) = universal(), inputs()
-        image[..., 20:] = 1
+        image[..., 20:] = 0
         sheet = viz.attention(up, features, image, [(3, 4), (40, 30)], height=66)
         assert sheet.size == (2 * 92 + 4, 66)
-        first, second = (numpy.asarray(sheet)[40:, start + 60 : start + 92].mean() for start in (0, 96))
-        assert first == pytest.approx(0.45 * 255, abs=1)  # white, but dark
-        assert second > 1.2 * first  # lit by the second point
+        first, second = (numpy.asarray(sheet)[40:, start + 60 : start + 92, 0].mean() for start in (0, 96))
+        assert first < 5  # black
+        assert second > 20  # coloured for the second point
 
     def test_refusals(self):
         up, (features, image) = universal(), inputs(2)

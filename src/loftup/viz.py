@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["PCA", "attention", "attention_maps", "compare", "pca_image"]
 
 SAMPLES_PER_MAP = 16_384
+HEAT = (255, 120, 0)  # of cells that are attended to
 
 
 def pca_image(
@@ -273,7 +274,7 @@ def attention(
 ) -> "Image.Image":
     """Draw what output pixels attend to over the photograph: a panel for each, its pixel in a ring.
 
-    Cells shine as their weight does, the heaviest fully.
+    Cells are coloured by their weight, the heaviest most, over the photograph in grey.
 
     Args:
         up: see :func:`attention_maps`.
@@ -300,15 +301,15 @@ def attention(
     photo = _picture(pil, image if picture is None else picture)
     size, gap = (round(height * photo.width / photo.height), height), max(4, height // 60)
     photo = photo.resize(size, pil.Resampling.BICUBIC)
-    dark = photo.convert("L").point(lambda value: value * 0.45).convert("RGB")
+    grey, colour = photo.convert("L").convert("RGB"), pil.new("RGB", size, HEAT)
     sheet = pil.new("RGB", (len(maps) * (size[0] + gap) - gap, height), "white")
     draw = ImageDraw.Draw(sheet)
     ring, line = max(4, height // 50), max(2, height // 160)
     for index, ((x, y), weights) in enumerate(zip(points, maps, strict=True)):
         left = index * (size[0] + gap)
-        light = (weights / weights.max() * 255).round().to(torch.uint8).cpu().numpy()
-        mask = pil.fromarray(light).resize(size, pil.Resampling.NEAREST)
-        sheet.paste(pil.composite(photo, dark, mask), (left, 0))
+        opacity = (weights / weights.max() * 255 * 0.8).round().to(torch.uint8).cpu().numpy()
+        mask = pil.fromarray(opacity).resize(size, pil.Resampling.NEAREST)
+        sheet.paste(pil.composite(colour, grey, mask), (left, 0))
         middle = left + (x + 0.5) * size[0] / image.shape[-1], (y + 0.5) * height / image.shape[-2]
         around = [middle[0] - ring, middle[1] - ring, middle[0] + ring, middle[1] + ring]
         draw.ellipse(
