@@ -155,6 +155,19 @@ def test_a_head_of_ones_own_gets_boxes_that_fit_the_budget(device, launches):
     assert max(tall * wide for tall, wide, _ in launches) * 600 * 4 < 2 * 2**20
 
 
+def test_a_head_is_called_as_the_caller_has_it(device):
+    """With gradients of its own, and under autocast."""
+    up = universal().to(device).requires_grad_(False)
+    features, image = on(device, *inputs(1, (3, 4), (16, 17)))
+    head = nn.Sequential(nn.Conv2d(24, 3, 1), nn.Tanh()).to(device)
+    up(features, image, head=head, backend="triton").sum().backward()
+    ours, head[0].weight.grad = head[0].weight.grad, None
+    up(features, image, head=head).sum().backward()
+    torch.testing.assert_close(ours, head[0].weight.grad, atol=1e-4, rtol=1e-4)
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        assert up(features, image, head=head, backend="triton").dtype == up(features, image, head=head).dtype
+
+
 def test_training_refuses_other_dtypes(device):
     network = universal().to(device).double().upsampler
     network.in_triton = True

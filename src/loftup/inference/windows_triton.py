@@ -4,7 +4,7 @@ The stream of :mod:`loftup.inference.windows` with few, large steps: codes of as
 means by cell, and one kernel for the attention, which writes the result itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..inputs import resize_guidance
 from ..networks.guidance import finer_image
 from ..networks.layers import Box
-from ..ops.reference import Cells
+from ..networks.universal import UniversalNetwork
 from ..ops.triton_windows import likeness, pool, windows
 from .canvas import Canvas, budget, too_small
 from .codes import Codes, channels_last, encode, least_tile, rectangles
@@ -35,47 +35,70 @@ class TritonWindows(Windows):
             averaged = None if values is canvas.features else values[single]
             with self.arithmetic():
                 guidance = resize_guidance(image[single], canvas.size, self.network.config.oversampling)
-                self._upsample(index, features[single], guidance, averaged, canvas, memory)
+                job = _Job(self.network, features[single], guidance, averaged, canvas, memory)
+            for box in job.boxes:
+                with self.arithmetic():
+                    write = job.writer(box)
+                canvas.paint(index, box, write, self.arithmetic)  # a head is called as the caller has it
 
-    def _upsample(
-        self, index: int, features: Tensor, guidance: Tensor, values: Tensor | None, canvas: Canvas, memory: int | None
+
+class _Job:
+    """One image's codes and cells, ready for attention; ``values`` (1, E, h, w) may take the place of the features.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+
+    def __init__(
+        self,
+        net: UniversalNetwork,
+        features: Tensor,
+        guidance: Tensor,
+        values: Tensor | None,
+        canvas: Canvas,
+        memory: int | None,
     ) -> None:
-        """One image; ``values`` (1, E, h, w) are what is averaged in place of the features."""
-        net, size = self.network, canvas.size
+        self.net, self.size = net, canvas.size
         image, factor = finer_image(guidance)
         depth = (1 + net.heads) * net.depth
         pixel = 4 * (factor**2 * (4 * depth + net.config.encoder_width) + 2 * depth)
         if canvas.head is not None or canvas.out is not None:  # for which the output may be made apart
             pixel += 2 * canvas.channels * net.dtype.itemsize
-        limit, needed = budget(memory, image.device), least_tile(net, (factor * size[0], factor * size[1]), net.dtype)
-        if limit < (needed := max(needed, LEAST * pixel)):
+        limit = budget(memory, image.device)
+        tile = least_tile(net, (factor * self.size[0], factor * self.size[1]), net.dtype)
+        if limit < (needed := max(tile, LEAST * pixel)):
             raise too_small(memory, limit, "piece of this network's work, a few pixels a side", needed)
-        codes = encode(net, channels_last(net.scale(image).to(net.dtype)), limit, factor)
-        boxes = list(_boxes(*size, limit // pixel))
-        kept = codes.read(0, size[0], 0, size[1]) if len(boxes) == 1 else None
+        self.codes = encode(net, channels_last(net.scale(image).to(net.dtype)), limit, factor)
+        self.boxes = list(_boxes(*self.size, limit // pixel))
+        self.kept = _read(self.codes, self.boxes[0]) if len(self.boxes) == 1 else None
         mean, square = features.new_zeros(2, *features.shape[2:], depth, dtype=net.dtype)
-        for box in boxes:
-            pool(_read(codes, box) if kept is None else kept, box, size, mean, square)
+        for box in self.boxes:
+            pool(self._part(box), box, self.size, mean, square)
         square = square.unflatten(-1, (-1, net.depth)).sum(-1)
         prepared = net.assemble(features, mean[None], square[None], likeness)
-        cells: Cells = net.tables(prepared)[0]
+        self.shares, self.cells = prepared.settings.shares[0], net.tables(prepared)[0]
         if values is not None:
-            r = net.radius
-            cells = cells._replace(values=F.pad(values[0].movedim(0, -1).to(net.dtype), (0, 0, r, r, r, r)))
-        exact = canvas.features.dtype not in (torch.float16, torch.bfloat16)
-        for box in boxes:
-            part = _read(codes, box) if kept is None else kept
-            shares = net.mix(part, prepared.settings.shares[0])
+            around = (0, 0, *[net.radius] * 4)
+            self.cells = self.cells._replace(values=F.pad(values[0].movedim(0, -1).to(net.dtype), around))
+        self.exact = canvas.features.dtype not in (torch.float16, torch.bfloat16)
 
-            def write(target: Tensor, part: Tensor = part, shares: Tensor = shares, box: Box = box) -> None:
-                out = target
-                if target.device != part.device or target.dtype == torch.float64:
-                    out = part.new_empty(target.shape)
-                windows(part, shares, cells, box, size, out, exact)
-                if out is not target:
-                    target.copy_(out)
+    def _part(self, box: Box) -> Tensor:
+        return _read(self.codes, box) if self.kept is None else self.kept
 
-            canvas.paint(index, box, write, self.arithmetic)
+    def writer(self, box: Box) -> Callable[[Tensor], None]:
+        """What writes a box of the output into (E, rows, columns), of any strides, dtype and device."""
+        part = self._part(box)
+        shares = self.net.mix(part, self.shares)
+
+        def write(target: Tensor) -> None:
+            out = target
+            if target.device != part.device or target.dtype == torch.float64:
+                out = part.new_empty(target.shape)
+            windows(part, shares, self.cells, box, self.size, out, self.exact)
+            if out is not target:
+                target.copy_(out)
+
+        return write
 
 
 def _read(codes: Codes, box: Box) -> Tensor:
