@@ -151,5 +151,15 @@ class TestAttention:
             viz.attention_maps(up, features, image, [(0, 0)])
         with pytest.raises(ValueError, match=r"point \(46, 0\) lies outside the output of 46x33 pixels"):
             viz.attention_maps(up, features[:1], image[:1], [(46, 0)])
+        for points, message in (
+            ((10, 20), r"points must be pairs \(x, y\), got \(10, 20\); for a single one"),
+            ([(1, 2, 3)], "points must be pairs"),
+            (torch.tensor([[[10, 20]]]), "points must be pairs"),
+            ([(1.5, 2)], "lies between pixels, expected whole numbers"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                viz.attention_maps(up, features[:1], image[:1], points)
+        with pytest.raises(TypeError, match="attention takes a LoftUp, got Linear"):
+            viz.attention_maps(torch.nn.Linear(2, 2), features[:1], image[:1], [(1, 1)])
         with pytest.raises(ValueError, match="no points given"):
             viz.attention(up, features[:1], image[:1], [])

@@ -245,9 +245,11 @@ def attention_maps(
         (N, h, w) float32, not negative, each with sum 1.
 
     Raises:
-        ValueError: features or image do not fit, hold more than one image, or a point lies outside the output.
-        TypeError: features or image are no float tensors.
+        ValueError: features or image do not fit, hold more than one image, or a point is no pixel of the output.
+        TypeError: features or image are no float tensors, or ``up`` is no LoftUp.
     """
+    if not hasattr(up, "upsampler"):
+        raise TypeError(f"attention takes a LoftUp, got {type(up).__name__}")
     check_inputs(features, image, up.config.channels, up.device, up.config.backbone, stacklevel=3)
     height, width = output_size(size, image)
     if len(features) != 1:
@@ -256,11 +258,23 @@ def attention_maps(
     maps = []
     with torch.inference_mode():
         normal = up.channelnorm(features).to(up.upsampler.dtype)
-        for x, y in points:
-            if not (0 <= x < width and 0 <= y < height):
-                raise ValueError(f"point {(x, y)} lies outside the output of {width}x{height} pixels (x, y)")
-            maps.append(up.upsampler.attention(normal, guidance, int(y), int(x))[0].float())
+        for x, y in _pixels(points, height, width):
+            maps.append(up.upsampler.attention(normal, guidance, y, x)[0].float())
         return torch.stack(maps) if maps else features.new_empty(0, *features.shape[2:], dtype=torch.float32)
+
+
+def _pixels(points: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """Points (x, y) as whole numbers, checked."""
+    try:
+        pairs = [(float(x), float(y)) for x, y in points]
+    except (TypeError, ValueError):
+        raise ValueError(f"points must be pairs (x, y), got {points!r}; for a single one: [(x, y)]") from None
+    for x, y in pairs:
+        if x != round(x) or y != round(y):
+            raise ValueError(f"point {(x, y)} lies between pixels, expected whole numbers; round them")
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(f"point {(int(x), int(y))} lies outside the output of {width}x{height} pixels (x, y)")
+    return [(int(x), int(y)) for x, y in pairs]
 
 
 def attention(

@@ -22,7 +22,17 @@ from .fold import FoldedNetwork, cached, is_plain, why_not_folded
 from .whole import Whole
 from .windows import Windows
 
-__all__ = ["BACKENDS", "Choice", "Stream", "can_run", "choose", "compute_dtype", "explain", "open_stream"]
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "Stream",
+    "can_run",
+    "choose",
+    "compute_dtype",
+    "explain",
+    "open_stream",
+    "why_no_triton_windows",
+]
 
 
 WIDEST = 3  # radius of windows that the Triton kernel holds in registers
@@ -102,7 +112,7 @@ def choose(network: nn.Module, backend: str | None) -> Choice:
         kind = "the network of 'any'" if type(network) is UniversalNetwork else f"a {type(network).__name__}"
         reasons = {"cpu": _why_no_cpu(device), "torch": None, "triton": f"it has no engine for {kind}"}
         if type(network) is UniversalNetwork:
-            reasons["triton"] = _why_no_triton_windows(network, device, dtype)
+            reasons["triton"] = why_no_triton_windows(network, device, dtype)
         if not _fits_windows(network):
             notes.append(f"the whole image at once: a part of {kind} was replaced or has forward hooks")
         notes.append("'cpu' and 'torch' are the same plain PyTorch here")
@@ -172,7 +182,8 @@ def _why_no_triton(device: torch.device) -> str | None:
     return None
 
 
-def _why_no_triton_windows(network: UniversalNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_no_triton_windows(network: UniversalNetwork, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the attention of ``any`` can run in its Triton kernel, else the reason why not."""
     if (reason := can_run("triton", device, dtype)) is not None:
         return reason
     if network.radius > WIDEST:

@@ -319,7 +319,7 @@ class UniversalNetwork(nn.Module):
             from .universal_triton import attend
 
             return attend(self, codes, prepared, rows, columns, box or (0, 0, height, width))
-        return self.look(codes, prepared, rows, columns, box, checkpointing)
+        return self.look(codes, prepared, rows, columns, (h, w), box, checkpointing)
 
     def look(
         self,
@@ -327,17 +327,17 @@ class UniversalNetwork(nn.Module):
         prepared: Prepared,
         rows: CellAxis,
         columns: CellAxis,
+        grid: tuple[int, int],
         box: Box | None,
         checkpointing: bool = False,
     ) -> Tensor:
-        """The output's pixels, or a box of them, of all codes (B, D, H, W)."""
-        height, width = codes.shape[-2:]
-        h, w = len(rows.pixels), len(columns.pixels)
+        """The output's pixels, or a box of them, of all codes (B, D, H, W) and a grid of (h, w) cells."""
+        h, w = grid
         if box is None:  # also told apart so that a graph for any size keeps simple sizes
             x = run(checkpointing, self.cells, codes, prepared, rows, columns, (0, h), (0, w))
             return x.index_select(2, rows.places).index_select(3, columns.places)
         # The cells that hold the box.
-        top, left, bottom, right = box
+        (top, left, bottom, right), (height, width) = box, codes.shape[-2:]
         most = [axis.pixels.shape[1] for axis in (rows, columns)]
         first_row, last_row = (cell_of(edge, height, h) for edge in (top, bottom - 1))
         first_column, last_column = (cell_of(edge, width, w) for edge in (left, right - 1))

@@ -33,7 +33,8 @@ class _Look(nn.Module):
         """See the class."""
         codes, keys, directions, values, *settings = tensors
         prepared = Prepared(keys, directions, values, Settings(*settings))
-        return self.network.look(codes, prepared, rows, columns, box)  # type: ignore[no-any-return]
+        grid = len(rows.pixels), len(columns.pixels)
+        return self.network.look(codes, prepared, rows, columns, grid, box)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import LoftUpError
 from ...files import refuse_others, write_atomically
-from ...inference.choose import explain
+from ...inference.choose import why_no_triton_windows
 from ...networks.config import LoftUpConfig
 from ...networks.universal import UniversalNetwork
 from ..config import TrainConfig, check
@@ -101,8 +101,10 @@ class _Run:
         up = rebuild(state["loftup_config"]) if state else build_upsampler(config, first)
         up.to(processes.device).activation_checkpointing = config.checkpointing
         if config.triton:
-            explain(up, "triton")  # raises where it cannot run
-            up.upsampler.in_triton = True
+            network: Any = up.upsampler
+            if reason := why_no_triton_windows(network, processes.device, network.dtype):
+                raise LoftUpError(f"triton=true cannot run here: {reason}; set triton=false")
+            network.in_triton = True
         self.progress = read_progress(state["progress"]) if state else Progress()
         published = config.model.architecture == "loftup"
         random = published and config.model.pretrained is None and config.model.start == "random"
