@@ -107,7 +107,7 @@ def errors(result: Tensor, truth: Tensor | None) -> dict[str, str]:
 
 
 def all_as_expected(table: Table, dry: bool) -> bool:
-    """Whether every row ran; on a GPU untiled contenders may run out of memory."""
+    """Tell whether every row ran; on a GPU untiled contenders may run out of memory."""
     return all(row["status"] == "ok" or (not dry and row["status"] == "out of memory") for row in table.rows)
 
 

@@ -160,7 +160,7 @@ def draw(rows: Sequence[Mapping[str, str]], output: Path) -> None:
                 if len(points) < 2:
                     continue
                 x, *y = zip(*points, strict=True)
-                label = f"{'LoftUp, bfloat16' if network == 'loftup' else 'any'}"
+                label = "LoftUp, bfloat16" if network == "loftup" else "any"
                 if row == 0:
                     label += f", slope {slope(x, y[0]):.2f}"
                 axes.loglog(x, [max(1.0, each) if row else each for each in y[row]], "o-", color=colour, label=label)

@@ -15,6 +15,7 @@ from .weights.catalogue import fitting
 
 __all__ = [
     "Size",
+    "capturing",
     "check_inputs",
     "check_options",
     "check_out",
@@ -76,6 +77,11 @@ def resize_guidance(image: Tensor, size: tuple[int, int], oversampling: int = 1)
     if tuple(image.shape[-2:]) != finer:
         image = F.interpolate(image.float(), finer, mode="bilinear", align_corners=False)
     return F.pixel_unshuffle(image, factor) if factor > 1 else image
+
+
+def capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured, in which no value can be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_inputs(
@@ -158,7 +164,7 @@ def check_inputs(
                 "and weights may stay in half precision",
                 stacklevel=stacklevel,
             )
-        if values and not (features.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if values and not capturing(features.device):
             _check_values(features, image, stacklevel + 1)
 
 

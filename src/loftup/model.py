@@ -15,9 +15,9 @@ from .errors import LoftUpError
 from .graphs import Input, write_graph
 from .inference.canvas import Canvas, Head, apply_head, as_head
 from .inference.choose import compute_dtype, open_stream
-from .inference.fold import capturing
 from .inputs import (
     Size,
+    capturing,
     check_inputs,
     check_options,
     check_out,
@@ -223,7 +223,13 @@ class LoftUp(nn.Module):
             LoftUpError: as for :meth:`forward`.
         """
         check_inputs(
-            features, image, self.config.channels, self.device, self.config.backbone, 3, values=self.check_values
+            features,
+            image,
+            self.config.channels,
+            self.device,
+            self.config.backbone,
+            stacklevel=3,
+            values=self.check_values,
         )
         height, width = output_size(size, image)
         check_options(None, None, backend)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from ..inputs import capturing
 from ..networks.config import LoftUpConfig
 from ..networks.loftup import LoftUpNetwork
 from ..ops.reference import Code, Pair
@@ -192,11 +193,6 @@ def cached(
 
 def _marks(state: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in state]
-
-
-def capturing(device: torch.device) -> bool:
-    """Tell whether a CUDA graph is being captured, in which no value can be read."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _same(entry: _Entry, now: Sequence[Tensor], compare: bool) -> bool:

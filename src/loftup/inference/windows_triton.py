@@ -86,7 +86,7 @@ class _Job:
         return _read(self.codes, box) if self.kept is None else self.kept
 
     def writer(self, box: Box) -> Callable[[Tensor], None]:
-        """What writes a box of the output into (E, rows, columns), of any strides, dtype and device."""
+        """Give what writes a box of the output into (E, rows, columns), of any strides, dtype and device."""
         part = self._part(box)
         shares = self.net.mix(part, self.shares)
 

@@ -275,7 +275,7 @@ class Attention(nn.Module):
         return self.out_proj(rearrange(cross_attention(q, k, v, q.shape[-1] ** -0.5), "b heads n d -> b n (heads d)"))  # type: ignore[no-any-return]
 
     def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """What the queries take of each token: (B, heads, n, t)."""
+        """Shares that the queries take of each token: (B, heads, n, t), with sum 1 over t."""
         q, k, _ = self._project(queries, tokens)
         weights: Tensor = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
         return weights

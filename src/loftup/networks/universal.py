@@ -154,7 +154,7 @@ class UniversalNetwork(nn.Module):
         return Settings(0.5 * torch.exp(-2 * (self.log_width + width)), F.softplus(self.agreement + strength), shares)
 
     def tables(self, prepared: Prepared) -> list[Cells]:
-        """What the pixels of every picture look at, as the kernels take it."""
+        """Put what the pixels look at into tables, as the kernels take them: one set for every picture."""
         r, codes = self.radius, (1 + self.heads) * self.depth
         keys, constants, own = prepared.keys.split(
             [codes, 1 + self.heads, prepared.keys.shape[-1] - codes - 1 - self.heads], -1

@@ -32,7 +32,7 @@ Box = tuple[int, int, int, int]  # top, left, bottom and right of pixels, the la
 
 
 class Cells(NamedTuple):
-    """What the pixels of one image look at in the attention of ``any``; "padded" is by the radius r at every side."""
+    """All that one image's pixels look at in the attention of ``any``; "padded" is by the radius r at every side."""
 
     keys: Tensor  # (h + 2r, w + 2r, (1 + heads) * D), padded; the first round's come first
     constants: Tensor  # (h + 2r, w + 2r, 1 + heads), padded with very low ones
