@@ -39,6 +39,7 @@ _HOME = {
     "explain": "inference.choose",
     "list_pretrained": "weights.catalogue",
     "load_backbone": "backbones",
+    "open": "scale.reader",
     "wrap": "backbones",
 }
 
