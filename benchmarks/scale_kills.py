@@ -107,9 +107,8 @@ def disturb(
             end_ray(driver.pid)
             driver = subprocess.Popen(command, env=environment)
             continue
-        workers = [each for each in processes() if each.info["name"].startswith("ray::") and "Map" in each.info["name"]]
-        if workers:
-            victim = luck.choice(workers)
+        if there := workers():
+            victim = luck.choice(there)
             name = victim.info["name"].removeprefix("ray::").partition("(")[0].partition(".")[0]
             victim.send_signal(signal.SIGKILL)
             killed[name] += 1

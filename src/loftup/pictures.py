@@ -53,7 +53,8 @@ def _opened(path: "str | os.PathLike[str] | BytesIO", name: str = "") -> "Iterat
     except (FileNotFoundError, LoftUpError):
         raise
     except Exception as error:  # a damaged file raises SyntaxError, struct.error, DecompressionBombError and others
-        raise OSError(f"cannot read the image {_name(path, name)}: {error}") from error
+        reason = str(error).replace(f" {path!r}", "")  # Pillow's names an object in memory
+        raise OSError(f"cannot read the image {_name(path, name)}: {reason}") from error
 
 
 def _name(path: "str | os.PathLike[str] | BytesIO", name: str) -> str:

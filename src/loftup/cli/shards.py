@@ -13,7 +13,19 @@ __all__ = ["add_options", "run", "wanted"]
 CLUSTER = ("workers", "cpus", "gpus", "address")  # go with --engine ray
 # They make `loftup features` write shards.
 TURN = ("engine", "format", "save", "dry_run")
-OTHERS = ("points", "head", "masks", "images", "store", "part", "batch", "column", "retry_errors", *CLUSTER, "price")
+OTHERS = (
+    "points",
+    "head",
+    "masks",
+    "keep_images",
+    "store",
+    "part",
+    "batch",
+    "column",
+    "retry_errors",
+    *CLUSTER,
+    "price",
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--points", nargs=2, type=positive, metavar=("ROWS", "COLUMNS"), help="grid of points to save features at")
     add("--head", type=word, metavar="FILE", help="linear head, safetensors with weight (K, C) and bias (K)")
     add("--masks", type=word, metavar="DIR", help="label maps, PNG, named as the pictures, for regions")
-    add("--images", action="store_true", help="store the pictures too, so that the output stands alone")
+    add("--keep-images", action="store_true", help="store the pictures too, so that the output stands alone")
     add("--store", choices=("float16", "uint8"), help="dtype of the arrays (default: float16)")
     add("--part", type=positive, metavar="N", help="pictures of a shard (default: 256, fewer where it exceeds 256 MB)")
     add("--batch", type=positive, metavar="N", help="pictures of one size computed at once (default: 8)")
@@ -92,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         points=tuple(arguments.points) if arguments.points else None,
         head=_whole(arguments.head),
         masks=_whole(arguments.masks),
-        images=arguments.images,
+        images=arguments.keep_images,
         dtype=arguments.dtype,
         part=arguments.part,
         **given,
