@@ -3,8 +3,10 @@
 import contextlib
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -91,9 +93,13 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> np.ndarray:
     return values[0].round_().clamp_(0, 255).to(torch.uint8).numpy()
 
 
-def load(places: Sequence[Place], settings: Settings) -> list[Prepared]:
-    """Read, decode and resize the pictures of a part; what cannot be read bears its error."""
-    return [_load(place, content, settings) for place, content in zip(places, contents(places), strict=True)]
+def load(places: Sequence[Place], settings: Settings, threads: int = 1) -> list[Prepared]:
+    """Read, decode and resize the pictures of a part, in threads; what cannot be read bears its error."""
+    read = contents(places)
+    if threads == 1:
+        return [_load(place, content, settings) for place, content in zip(places, read, strict=True)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(_load, places, read, repeat(settings)))
 
 
 def _load(place: Place, content: "bytes | OSError", settings: Settings) -> Prepared:

@@ -1,7 +1,7 @@
 """The steps of a part (read, compute, write), run by this process or by Ray Data on many."""
 
 import logging
-import pickle
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Cluster", "Job", "run_here", "run_on_ray"]
 
 Part = tuple[int, str]  # number, and the file of the plan that lists its pictures
+MOST_BLOCKS = 20_000  # that Ray Data keeps account of
 Done = dict[str, Any]  # of a part: its number, pictures, errors, bytes, and seconds of each step
 
 
@@ -33,9 +34,9 @@ class Job:
     settings: Settings
     networks: dict[str, Any]  # names and fingerprints that the driver found
 
-    def read(self, part: Part) -> list[Prepared]:
+    def read(self, part: Part, threads: int = 1) -> list[Prepared]:
         """Read, decode and resize the pictures of a part."""
-        return load(self.folder().places(*part), self.settings)
+        return load(self.folder().places(*part), self.settings, threads)
 
     def compute(self, extractor: "Extractor", part: Part, pictures: Sequence[Prepared]) -> tuple[bytes, list[Any]]:
         """The bytes of a part's shard, and its errors."""
@@ -109,28 +110,18 @@ class Cluster:
             raise ValueError(f"gpus must be 0, a fraction of 1, or a whole number, got {self.gpus!r}")
 
 
-READING = 0.1  # CPUs that a task asks for that reads or writes, so that some run beside the workers
+AT_ONCE = 3  # parts that a worker has in hand: one is read, one computed, one written
 
 
-class _Read:
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        torch.set_num_threads(1)
-        pictures, read = _timed(self.job.read, (row["part"], row["plan"]))
-        return {**row, "pictures": pickle.dumps(pictures, protocol=5), "times": [*read]}
-
-
-class _Compute:
-    """A worker: it loads the networks once."""
+class _Worker:
+    """A process of the cluster: it loads the networks once, and does parts in threads."""
 
     def __init__(self, job: Job, cluster: Cluster) -> None:
-        if not cluster.gpus:
-            torch.set_num_threads(cluster.cpus)
         from .compute import Extractor
 
-        self.job, self.extractor = job, Extractor(job.settings, "cuda" if cluster.gpus else "cpu")
+        torch.set_num_threads(cluster.cpus)
+        self.job, self.threads, self.turn = job, cluster.cpus, threading.Lock()
+        self.extractor = Extractor(job.settings, "cuda" if cluster.gpus else "cpu")
         if self.extractor.networks != job.networks:
             raise LoftUpError(
                 f"a worker loaded other weights than the driver: {self.extractor.networks}, expected {job.networks}; "
@@ -138,29 +129,18 @@ class _Compute:
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        part, pictures = (row["part"], row["plan"]), pickle.loads(row["pictures"])
-        (content, errors), computed = _timed(self.job.compute, self.extractor, part, pictures)
-        done = _done(part, pictures, content, errors)
-        times = [*row["times"], *computed]
-        return {"plan": row["plan"], "content": content, "failed": pickle.dumps(errors), "times": times, **done}
-
-
-class _Write:
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        part, content, errors = (row["part"], row["plan"]), row["content"], pickle.loads(row["failed"])
+        part = (row["part"], row["plan"])
+        pictures, read = _timed(self.job.read, part, self.threads)
+        with self.turn:
+            (content, errors), computed = _timed(self.job.compute, self.extractor, part, pictures)
         _, written = _timed(self.job.write, part, content, errors)
-        times = [*row["times"], *written]
-        pairs = {name: (times[2 * i], times[2 * i + 1]) for i, name in enumerate(("read", "compute", "write"))}
-        return {**{name: row[name] for name in ("part", "pictures", "errors", "bytes")}, **pairs}
+        return _done(part, pictures, content, errors) | {"read": read, "compute": computed, "write": written}
 
 
 def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Done]:
-    """Do parts by Ray Data: tasks read, workers compute, tasks write; a row is a part.
+    """Do parts by Ray Data, whose rows they are; each worker reads, computes and writes several at once.
 
-    What a killed process had begun is done again by another. Parts wait where the next step is busy.
+    What a killed worker had in hand is done again by another.
 
     Raises:
         LoftUpError: Ray is missing, or the cluster has too little for one worker.
@@ -175,18 +155,14 @@ def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Do
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"part": number, "plan": plan} for number, plan in parts]
-        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), 20_000))
-        # A worker asks for a little less than its CPUs, which leaves a place for those who read and write.
-        cpus = cluster.cpus if cluster.cpus > 1 else 1 - 2 * READING
-        data = data.map(_Read(job), num_cpus=1 if cluster.gpus else READING)
-        data = data.map(
-            _Compute,
+        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(
+            _Worker,
             fn_constructor_args=(job, cluster),
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=None if cluster.gpus else cpus,
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=AT_ONCE + 1),
+            num_cpus=cluster.cpus,
             num_gpus=cluster.gpus or None,
+            max_concurrency=AT_ONCE,
         )
-        data = data.map(_Write(job), num_cpus=READING)
         with translate(ray.exceptions.RayTaskError, _cause):
             for row in data.iter_rows():
                 yield {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
