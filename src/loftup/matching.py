@@ -11,7 +11,7 @@ from torch import Tensor
 from .inputs import Size, check_points, output_size
 from .model import LoftUp
 
-__all__ = ["Matches", "likeness", "match", "most_alike", "rescaled"]
+__all__ = ["QUERIES", "Matches", "likeness", "match", "most_alike", "rescaled"]
 
 QUERIES = 64  # points whose maps of likeness are held at once
 ROWS = 2048  # points of the first grid that are compared with the second grid at once
