@@ -115,10 +115,21 @@ def likeness(vectors: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def most_alike(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of the greatest value of each map (N, H, W): (N, 2) float32 as (x, y), and the values (N,)."""
-    best, where = similarity.flatten(1).max(1)
-    width = similarity.shape[2]
-    return torch.stack([where % width, where // width], 1).float(), best
+    """The place of the greatest value of each map (N, H, W): (N, 2) float32 as (x, y), and the values (N,).
+
+    Where several pixels are level, as all of a cell without upsampling are, it is the one nearest to their mean, so
+    that no corner is preferred.
+    """
+    best = similarity.amax((1, 2))
+    level = similarity == best[:, None, None]
+    y, x = (torch.arange(side, device=best.device, dtype=torch.float32) for side in similarity.shape[1:])
+    count = level.sum((1, 2))
+    places = torch.stack([(level.sum(1) * x).sum(1), (level.sum(2) * y).sum(1)], 1) / count[:, None]
+    for number in (count > 1).nonzero()[:, 0].tolist():
+        rows, columns = level[number].nonzero(as_tuple=True)
+        pixels = torch.stack([columns, rows], 1).float()
+        places[number] = pixels[(pixels - places[number]).square().sum(1).argmin()]
+    return places, best
 
 
 def rescaled(points: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:

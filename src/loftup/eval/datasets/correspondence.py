@@ -163,7 +163,7 @@ def homography(height: int, width: int, generator: torch.Generator) -> Tensor:
     """
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, dtype=torch.float64, generator=generator)
+        return low + (high - low) * torch.rand(shape, dtype=torch.float64, generator=generator)
 
     sides = torch.tensor([width - 1.0, height - 1.0], dtype=torch.float64)
     corners = torch.tensor([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)], dtype=torch.float64)
