@@ -44,6 +44,7 @@ _HOME = {
     "list_pretrained": "weights.catalogue",
     "load_backbone": "backbones",
     "match": "matching",
+    "open": "scale.reader",
     "wrap": "backbones",
 }
 
