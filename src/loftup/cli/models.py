@@ -17,7 +17,15 @@ from ..upsampled import Upsampled
 from ..weights.catalogue import ANY, TINY, TINY_BACKBONES
 from ..weights.hub import UnreachableError
 
-__all__ = ["backbone_of", "check_backbone", "choose_device", "load_models", "result_size", "upsample_picture"]
+__all__ = [
+    "backbone_of",
+    "check_backbone",
+    "choose_device",
+    "load_models",
+    "picture_inputs",
+    "result_size",
+    "upsample_picture",
+]
 
 LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
@@ -126,10 +134,18 @@ def upsample_picture(
     arguments: argparse.Namespace, backbone: Backbone, up: LoftUp, image: Any
 ) -> tuple[Tensor, Tensor]:
     """Features of a PIL image or path, (1, C, h, w), and upsampled, (1, C, H, W)."""
+    features, large, size = picture_inputs(arguments, backbone, image)
+    with torch.inference_mode():
+        return features, up(features, large, size=size)
+
+
+def picture_inputs(
+    arguments: argparse.Namespace, backbone: Backbone, image: Any
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """What an upsampler takes of a PIL image or path: features (1, C, h, w), image in its own size, size of the map."""
     large = backbone.preprocess(image)
     height, width = large.shape[-2:]
-    size = result_size(arguments, height, width)
     small = backbone.preprocess(image, size=_scaled(height, width, arguments.input / min(height, width)))
     with torch.inference_mode():
         features = backbone(small.to(arguments.device))
-        return features, up(features, large.to(arguments.device), size=size)
+    return features, large.to(arguments.device), result_size(arguments, height, width)
