@@ -1,7 +1,6 @@
 """The steps of a part (read, compute, write), run by this process or by Ray Data on many."""
 
 import logging
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ __all__ = ["Cluster", "Job", "run_here", "run_on_ray"]
 
 Part = tuple[int, str]  # number, and the file of the plan that lists its pictures
 MOST_BLOCKS = 20_000  # that Ray Data keeps account of
+STEPS = ("read", "compute", "write")
 Done = dict[str, Any]  # of a part: its number, pictures, errors, bytes, and seconds of each step
 
 
@@ -52,15 +52,15 @@ class Job:
         return Folder(self.url, self.settings)
 
 
-def run_here(job: Job, parts: Sequence[Part], extractor: "Extractor") -> Iterator[Done]:
+def run_here(job: Job, parts: Sequence[Part], extractor: "Extractor", threads: int = 1) -> Iterator[Done]:
     """Do parts in this process: the next is read, and the last one written, while one is computed."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reading = reader.submit(_timed, job.read, parts[0]) if parts else None
+        reading = reader.submit(_timed, job.read, parts[0], threads) if parts else None
         writing: tuple[Done, Future[Any]] | None = None
         for index, part in enumerate(parts):
             assert reading is not None
             pictures, read = reading.result()
-            reading = reader.submit(_timed, job.read, parts[index + 1]) if index + 1 < len(parts) else None
+            reading = reader.submit(_timed, job.read, parts[index + 1], threads) if index + 1 < len(parts) else None
             (content, errors), computed = _timed(job.compute, extractor, part, pictures)
             if writing is not None:
                 yield _written(*writing)
@@ -110,17 +110,17 @@ class Cluster:
             raise ValueError(f"gpus must be 0, a fraction of 1, or a whole number, got {self.gpus!r}")
 
 
-AT_ONCE = 3  # parts that a worker has in hand: one is read, one computed, one written
+BLOCK = 4  # parts that a worker is given at once, at most: one is read, one computed, one written
 
 
 class _Worker:
-    """A process of the cluster: it loads the networks once, and does parts in threads."""
+    """A process of the cluster: it loads the networks once."""
 
     def __init__(self, job: Job, cluster: Cluster) -> None:
         from .compute import Extractor
 
         torch.set_num_threads(cluster.cpus)
-        self.job, self.threads, self.turn = job, cluster.cpus, threading.Lock()
+        self.job, self.threads = job, cluster.cpus
         self.extractor = Extractor(job.settings, "cuda" if cluster.gpus else "cpu")
         if self.extractor.networks != job.networks:
             raise LoftUpError(
@@ -128,17 +128,14 @@ class _Worker:
                 "give all machines the same files and the same versions"
             )
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        part = (row["part"], row["plan"])
-        pictures, read = _timed(self.job.read, part, self.threads)
-        with self.turn:
-            (content, errors), computed = _timed(self.job.compute, self.extractor, part, pictures)
-        _, written = _timed(self.job.write, part, content, errors)
-        return _done(part, pictures, content, errors) | {"read": read, "compute": computed, "write": written}
+    def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        parts = [(int(number), str(plan)) for number, plan in zip(block["part"], block["plan"], strict=True)]
+        for done in run_here(self.job, parts, self.extractor, self.threads):
+            yield {name: [value] for name, value in done.items()}
 
 
 def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Done]:
-    """Do parts by Ray Data, whose rows they are; each worker reads, computes and writes several at once.
+    """Do parts by Ray Data, whose rows they are.
 
     What a killed worker had in hand is done again by another.
 
@@ -155,17 +152,18 @@ def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Do
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"part": number, "plan": plan} for number, plan in parts]
-        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(
+        each = max(1, min(BLOCK, len(rows) // (2 * workers)), len(rows) // MOST_BLOCKS)
+        data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // each)).map_batches(
             _Worker,
+            batch_size=None,
             fn_constructor_args=(job, cluster),
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=AT_ONCE + 1),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus or None,
-            max_concurrency=AT_ONCE,
         )
         with translate(ray.exceptions.RayTaskError, _cause):
             for row in data.iter_rows():
-                yield {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+                yield {name: tuple(map(float, each)) if name in STEPS else int(each) for name, each in row.items()}
     finally:
         if own:
             ray.shutdown()
