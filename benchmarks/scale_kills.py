@@ -2,18 +2,18 @@
 
     python benchmarks/scale_kills.py PHOTOS -o FOLDER [--kills 30] [--limit 2000] [--backbone tiny] [--seed 0]
 
-A local Ray cluster of two workers extracts the pictures. Again and again a process is killed with SIGKILL: one of Ray's
-(a worker, or a task that reads or writes), or in one case of three the command itself, which is then started again.
+A local Ray cluster of two workers extracts the pictures. Again and again a process is killed with SIGKILL: a worker, or
+in one case of three the command itself, which is then started again.
 Some pictures are damaged on purpose. The undisturbed extraction runs in one process with one thread. The result is
 compared shard by shard, byte by byte, and picture by picture: none may be missing, none may be there twice. The last
 line is a summary; the exit status is 1 where anything differs.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -87,7 +87,7 @@ def disturb(
     killed: Counter[str] = Counter()
     driver = subprocess.Popen(command, env=environment)
     while True:
-        while driver.poll() is None and not workers():  # it has nothing to lose yet
+        while driver.poll() is None and not workers(driver):  # it has nothing to lose yet
             time.sleep(0.2)
         try:
             status = driver.wait(luck.uniform(0, 2 * pause) if sum(killed.values()) < kills else None)
@@ -102,40 +102,28 @@ def disturb(
             pass
         if luck.random() < 1 / 3:
             driver.kill()
-            driver.wait()
+            driver.wait()  # Ray's processes follow it
             killed["the command"] += 1
-            end_ray(driver.pid)
             driver = subprocess.Popen(command, env=environment)
             continue
-        if there := workers():
-            victim = luck.choice(there)
-            name = victim.info["name"].removeprefix("ray::").partition("(")[0].partition(".")[0]
-            victim.send_signal(signal.SIGKILL)
-            killed[name] += 1
+        if there := workers(driver):
+            luck.choice(there).kill()
+            killed["a worker"] += 1
 
 
-def workers() -> list[psutil.Process]:
-    """Ray's processes that read, compute or write."""
-    return [each for each in processes() if each.info["name"].startswith("ray::") and "Map" in each.info["name"]]
+def workers(driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The processes of a command's Ray cluster that read, compute and write."""
+    with contextlib.suppress(psutil.Error):
+        return [each for each in psutil.Process(driver.pid).children(recursive=True) if "Map" in title(each)]
+    return []
 
 
-def processes() -> list[psutil.Process]:
-    """All processes, with their titles as names."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        words = process.info["cmdline"] or [""]
-        process.info["name"] = words[0]
-        found.append(process)
-    return found
-
-
-def end_ray(driver: int) -> None:
-    """Wait until Ray's processes have ended, which follow their driver; it was this machine's only one."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if not any(each.info["name"].startswith("ray::") for each in processes()):
-            return
-        time.sleep(0.2)
+def title(process: psutil.Process) -> str:
+    """What a process calls itself, such as ray::MapWorker...; "" where it has ended."""
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return words[0] if words and words[0].startswith("ray::") else ""
+    return ""
 
 
 def compare(quiet: Path, killed: Path, pictures: int) -> list[str]:

@@ -1,7 +1,6 @@
 """The same extraction on a local Ray cluster whose processes are killed."""
 
-import os
-import signal
+import contextlib
 import threading
 import time
 
@@ -20,12 +19,12 @@ pytest.importorskip("ray")
 def kill_workers(done, killed):
     """Kill the first worker of this process's cluster that comes up."""
     while not done.is_set() and not killed:
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or [""]
-            if words[0].startswith("ray::MapWorker"):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(words[0])
-                break
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "".join(process.cmdline()).startswith("ray::MapWorker"):
+                    process.kill()
+                    killed.append(process.pid)
+                    break
         time.sleep(0.05)
 
 

@@ -91,30 +91,29 @@ class Folder:
         Raises:
             LoftUpError: two pictures have one key.
         """
-        known, first = set[tuple[Any, ...]](), 0
-        keys = set[str]()
+        first, known = 0, dict[str, int]()  # key to a hash of where the picture is
         files = [name for name in storage.names(self.file("plan")) if name.endswith(".parquet")]
         for name in files:
             table = _table(self.file("plan", name))
             first = max(first, table["part"][-1].as_py() + 1)
-            for place in _places(table):
-                known.add(place[1:])
-                keys.add(place.key)
+            known.update((place.key, hash(place)) for place in _places(table))
         chunk: list[dict[str, Any]] = []
         for place in pictures:
-            if place[1:] in known:
-                continue
-            known.add(place[1:])
-            if place.key in keys:
-                raise LoftUpError(f"two pictures have the name {place.key}; extract their folders to two outputs")
-            keys.add(place.key)
+            if place.key in known:
+                if known[place.key] == hash(place):
+                    continue
+                raise LoftUpError(
+                    f"two pictures have the name {place.key}, or it is elsewhere than when it was planned; "
+                    "extract to another folder"
+                )
+            known[place.key] = hash(place)
             chunk.append({"part": first + len(chunk) // part, **place._asdict()})
             if len(chunk) == max(part, CHUNK - CHUNK % part):
                 files.append(self._write_plan(len(files), chunk))
                 first, chunk = chunk[-1]["part"] + 1, []
         if chunk:
             self._write_plan(len(files), chunk)
-        return len(keys)
+        return len(known)
 
     def _write_plan(self, number: int, chunk: Sequence[Mapping[str, Any]]) -> str:
         import pyarrow as pa
