@@ -17,7 +17,16 @@ from ..upsampled import Upsampled
 from ..weights.catalogue import ANY, TINY, TINY_BACKBONES
 from ..weights.hub import UnreachableError
 
-__all__ = ["backbone_of", "check_backbone", "choose_device", "load_models", "result_size", "upsample_picture"]
+__all__ = [
+    "backbone_of",
+    "check_backbone",
+    "choose_device",
+    "load_models",
+    "look_at",
+    "result_size",
+    "small_size",
+    "upsample_picture",
+]
 
 LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
@@ -115,7 +124,12 @@ def _repository(backbone: str) -> str:
 
 def result_size(arguments: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
     """(H', W') of the upsampled features of a picture of a size."""
-    return tuple(arguments.size) if arguments.size else _scaled(height, width, min(1.0, LONGEST / max(height, width)))
+    return tuple(arguments.size) if arguments.size else small_size(height, width)
+
+
+def small_size(height: int, width: int) -> tuple[int, int]:
+    """A size of the same shape with a longer side of LONGEST at most."""
+    return _scaled(height, width, min(1.0, LONGEST / max(height, width)))
 
 
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -126,10 +140,15 @@ def upsample_picture(
     arguments: argparse.Namespace, backbone: Backbone, up: LoftUp, image: Any
 ) -> tuple[Tensor, Tensor]:
     """Features of a PIL image or path, (1, C, h, w), and upsampled, (1, C, H, W)."""
+    features, large = look_at(arguments, backbone, image)
+    with torch.inference_mode():
+        return features, up(features, large, size=result_size(arguments, *large.shape[-2:]))
+
+
+def look_at(arguments: argparse.Namespace, backbone: Backbone, image: Any) -> tuple[Tensor, Tensor]:
+    """Features of a PIL image or path, (1, C, h, w), and the image at its own size, (1, 3, H, W), on the device."""
     large = backbone.preprocess(image)
     height, width = large.shape[-2:]
-    size = result_size(arguments, height, width)
     small = backbone.preprocess(image, size=_scaled(height, width, arguments.input / min(height, width)))
     with torch.inference_mode():
-        features = backbone(small.to(arguments.device))
-        return features, up(features, large.to(arguments.device), size=size)
+        return backbone(small.to(arguments.device)), large.to(arguments.device)
