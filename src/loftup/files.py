@@ -37,6 +37,7 @@ MARKS = re.compile(
     rb'|"environment": \{\s*"loftup": "'  # results
     rb"|\A---\nlibrary_name: loftup\n"  # model cards
     rb"|\Atask,dataset,backbone,layer,upsampler,metric,"
+    rb"|\Aquery,rank,image,score,left,"
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems that have none
 PREFIX = ".loftup."  # of temporary files, the lock and its owner: short, as a name may have 255 bytes

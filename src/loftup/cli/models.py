@@ -24,7 +24,6 @@ __all__ = [
     "load_models",
     "look_at",
     "result_size",
-    "small_size",
     "upsample_picture",
 ]
 
@@ -124,12 +123,7 @@ def _repository(backbone: str) -> str:
 
 def result_size(arguments: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
     """(H', W') of the upsampled features of a picture of a size."""
-    return tuple(arguments.size) if arguments.size else small_size(height, width)
-
-
-def small_size(height: int, width: int) -> tuple[int, int]:
-    """A size of the same shape with a longer side of LONGEST at most."""
-    return _scaled(height, width, min(1.0, LONGEST / max(height, width)))
+    return tuple(arguments.size) if arguments.size else _scaled(height, width, min(1.0, LONGEST / max(height, width)))
 
 
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 CENTRES = "clusters.safetensors"
-POINTS = 4096  # of a picture, that a fit looks at
-POINTS_IN_ALL = 65_536
-FEWEST_POINTS = 64
+PIXELS = 16_384  # of a picture, that a fit looks at
+IN_ALL = 65_536
+FEWEST = 256
 KEY = "loftup_segment"  # of the settings in a label map
 
 
@@ -122,8 +122,8 @@ def _segment(
     picture = open_picture(image)
     features, large = look_at(arguments, backbone, picture)
     if clusters is None:
-        vectors = _vectors(arguments, up, features, large, POINTS)
-        clusters = Clusters.fit(vectors, arguments.clusters, method=arguments.method, seed=arguments.seed)
+        dense = _map(arguments, up, features, large, PIXELS)
+        clusters = Clusters.fit(dense, arguments.clusters, method=arguments.method, seed=arguments.seed)
         clusters.save(targets[".clusters.safetensors"], **mark)
     with torch.inference_mode():
         labels = up(features, large, size=_size(arguments), head=clusters)[0]
@@ -144,27 +144,25 @@ def _fit(arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", imag
     from .models import look_at
 
     some = images[:: -(-len(images) // arguments.fit)]
-    count = max(FEWEST_POINTS, min(POINTS, POINTS_IN_ALL // len(some)))
-    vectors = []
+    count = max(FEWEST, min(PIXELS, IN_ALL // len(some)))
+    maps = []
     for image in track(some, "fit", len(some), unit="images"):
         with contextlib.suppress(OSError, ValueError):  # it fails later, by its name
-            vectors.append(_vectors(arguments, up, *look_at(arguments, backbone, open_picture(image)), count))
-    if not vectors:
+            maps.append(_map(arguments, up, *look_at(arguments, backbone, open_picture(image)), count))
+    if not maps:
         raise LoftUpError(f"none of the {len(some)} pictures to fit clusters to can be used, such as {some[0]}")
-    return Clusters.fit(vectors, arguments.clusters, method=arguments.method, seed=arguments.seed)
+    return Clusters.fit(maps, arguments.clusters, method=arguments.method, seed=arguments.seed)
 
 
-def _vectors(arguments: argparse.Namespace, up: "LoftUp", features: "Tensor", image: "Tensor", count: int) -> "Tensor":
-    """Upsampled features (n, C) at random points of a picture, in a size of at most 512."""
+def _map(arguments: argparse.Namespace, up: "LoftUp", features: "Tensor", image: "Tensor", count: int) -> "Tensor":
+    """Upsampled features (C, n, m) of a picture, some ``count`` of them."""
     import torch
 
-    from .models import small_size
-
-    height, width = small_size(*(_size(arguments) or image.shape[-2:]))
-    pixels = torch.randperm(height * width, generator=torch.Generator().manual_seed(arguments.seed))[:count]
-    points = torch.stack([pixels % width, pixels // width], -1)[None].to(image.device)
+    height, width = _size(arguments) or image.shape[-2:]
+    scale = min(1.0, (count / (height * width)) ** 0.5)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
     with torch.inference_mode():
-        return up.at(features, image, points, (height, width))[0].float().cpu()
+        return up(features, image, size=size)[0].float().cpu()
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
