@@ -234,11 +234,11 @@ def _overlay(picture: Any, alike: "Tensor", box: Sequence[int]) -> Any:
     width, height = (max(1, round(side * scale)) for side in picture.size)
     low = alike.median()
     sheet = overlay(picture.resize((width, height)), ((alike - low) / (alike.max() - low).clamp(min=1e-6)).clamp(0, 1))
-    draw, line = ImageDraw.Draw(sheet), max(1, max(width, height) // 300)
+    draw, line = ImageDraw.Draw(sheet), max(1, max(width, height) // 400)
     left, top, right, bottom = (round(value * scale) for value in box)
-    frame = [left, top, max(left, right - 1), max(top, bottom - 1)]
-    for colour, wide in (("black", 3 * line), ("white", line)):
-        draw.rectangle(frame, outline=colour, width=wide)
+    right, bottom = max(left, right - 1), max(top, bottom - 1)
+    draw.rectangle([left - line, top - line, right + line, bottom + line], outline="black", width=3 * line)
+    draw.rectangle([left, top, right, bottom], outline="white", width=line)
     return sheet
 
 
