@@ -79,6 +79,9 @@ def test_clusters_of_each_and_a_size(photos, tmp_path, capsys):
     assert not (tmp_path / "out" / "clusters.safetensors").exists()
     centres = Clusters.load(tmp_path / "out" / "more" / "b.jpg.clusters.safetensors").centres
     assert len(centres) == 3
+    longest = ["segment", str(photos), "-o", str(tmp_path / "small"), *TINY, "--longest", "45"]
+    assert main(longest) == 0
+    assert labels(tmp_path / "small" / "more" / "b.jpg.png")[0].shape == (45, 32)
     assert main(command) == 2
     assert "other settings (method 'gaussian', now 'kmeans')" in capsys.readouterr().err
 

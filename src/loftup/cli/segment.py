@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,12 @@ def add_parser(commands: Any) -> None:
     add("--fit", type=positive, default=64, metavar="N", help=fitted)
     add("--seed", type=int, default=0, help="of the fit (default: %(default)s)")
     add_model_options(parser, backbone=None, size="each picture's own")
+    add(
+        "--longest",
+        type=positive,
+        metavar="N",
+        help="longer side of the label maps, at most; faster for large pictures",
+    )
     add("--overwrite", action="store_true", help="fit anew, and write files of loftup's anew that are there already")
 
 
@@ -126,7 +133,7 @@ def _segment(
         clusters = Clusters.fit(dense, arguments.clusters, method=arguments.method, seed=arguments.seed)
         clusters.save(targets[".clusters.safetensors"], **mark)
     with torch.inference_mode():
-        labels = up(features, large, size=_size(arguments), head=clusters)[0]
+        labels = up(features, large, size=_size(arguments, *large.shape[-2:]), head=clusters)[0]
     shown = Image.fromarray(labels.cpu().numpy())
     shown.putpalette([value for colour in palette(256) for value in colour])
     if ".overlay.jpg" in targets:
@@ -158,20 +165,24 @@ def _map(arguments: argparse.Namespace, up: "LoftUp", features: "Tensor", image:
     """Upsampled features (C, n, m) of a picture, some ``count`` of them."""
     import torch
 
-    height, width = _size(arguments) or image.shape[-2:]
+    height, width = _size(arguments, *image.shape[-2:])
     scale = min(1.0, (count / (height * width)) ** 0.5)
     size = max(1, round(height * scale)), max(1, round(width * scale))
     with torch.inference_mode():
         return up(features, image, size=size)[0].float().cpu()
 
 
-def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    return tuple(arguments.size) if arguments.size else None
+def _size(arguments: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
+    """(H, W) of the label map of a picture."""
+    if arguments.size:
+        return arguments.size[0], arguments.size[1]
+    scale = min(1.0, (arguments.longest or math.inf) / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, str]:
     """The settings that decide the content of label maps."""
-    own = {"k": arguments.clusters, "method": arguments.method, "seed": arguments.seed}
+    own = {"k": arguments.clusters, "method": arguments.method, "seed": arguments.seed, "longest": arguments.longest}
     own |= {} if arguments.each else {"fit": arguments.fit}
     return {**model_settings(arguments), **{name: str(value) for name, value in own.items()}}
 
@@ -217,7 +228,7 @@ def _estimate(arguments: argparse.Namespace, images: Sequence[Path]) -> str:
     pixels = []
     for image in images[:: -(-len(images) // SAMPLES)]:
         with contextlib.suppress(OSError):  # it fails later, by its name
-            height, width = _size(arguments) or picture_size(image)
+            height, width = _size(arguments, *picture_size(image))
             pixels.append(height * width)
     total = sum(pixels) / max(1, len(pixels)) * len(images)
     maps = f"{len(images)} label maps of {arguments.clusters} clusters"
