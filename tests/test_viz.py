@@ -84,7 +84,7 @@ def test_compare_puts_panels_side_by_side(image):
 def test_compare_shows_one_image_only():
     with pytest.raises(ValueError, match="map 'x' has a batch of 2"):
         compare(torch.rand(3, 8, 8), {"x": torch.rand(2, 8, 3, 4)})
-    with pytest.raises(ValueError, match=r"compare shows one image, got a batch of 2; choose one: image\[0\]"):
+    with pytest.raises(ValueError, match=r"a picture shows one image, got a batch of 2; choose one: image\[0\]"):
         compare(torch.rand(2, 3, 8, 8), {})
     for shape in ((8, 8), (8, 8, 3), (3, 0, 8)):
         with pytest.raises(ValueError, match=r"image must be \(3, H, W\) or \(1, 3, H, W\), got"):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import viz
     from .backbones import Backbone, load_backbone, wrap
     from .inference.choose import explain
+    from .matching import Matches, match
     from .model import LoftUp
     from .networks.config import LoftUpConfig, UniversalConfig
     from .upsampled import Upsampled
@@ -20,12 +21,14 @@ __all__ = [
     "LoftUp",
     "LoftUpConfig",
     "LoftUpError",
+    "Matches",
     "UniversalConfig",
     "Upsampled",
     "__version__",
     "explain",
     "list_pretrained",
     "load_backbone",
+    "match",
     "viz",
     "wrap",
 ]
@@ -34,11 +37,14 @@ _HOME = {
     "Backbone": "backbones",
     "LoftUp": "model",
     "LoftUpConfig": "networks.config",
+    "Matches": "matching",
     "UniversalConfig": "networks.config",
     "Upsampled": "upsampled",
     "explain": "inference.choose",
     "list_pretrained": "weights.catalogue",
     "load_backbone": "backbones",
+    "match": "matching",
+    "open": "scale.reader",
     "wrap": "backbones",
 }
 

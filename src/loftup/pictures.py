@@ -18,17 +18,17 @@ __all__ = ["IMAGE_SUFFIXES", "check_suffix", "encode", "open_picture", "picture_
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def open_picture(path: "str | os.PathLike[str]") -> "Image.Image":
-    """Read a picture as :func:`to_rgb` gives it.
+def open_picture(path: "str | os.PathLike[str] | BytesIO", name: str = "") -> "Image.Image":
+    """Read a picture, or the bytes of its file, as :func:`to_rgb` gives it; ``name`` is what errors call it.
 
     Raises:
         OSError: the file cannot be read as a picture: missing, truncated, a pipe, of no known format, or too large for
             Pillow.
         LoftUpError: see :func:`to_rgb`.
     """
-    with _opened(path) as picture:
+    with _opened(path, name) as picture:
         picture.load()
-        return to_rgb(picture, os.fspath(path))
+        return to_rgb(picture, _name(path, name))
 
 
 def picture_size(path: "str | os.PathLike[str]") -> tuple[int, int]:
@@ -42,17 +42,23 @@ def picture_size(path: "str | os.PathLike[str]") -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(path: "str | os.PathLike[str]") -> "Iterator[Image.Image]":
+def _opened(path: "str | os.PathLike[str] | BytesIO", name: str = "") -> "Iterator[Image.Image]":
     """Open a picture, with whatever goes wrong as an OSError that names it."""
     pil = require_pillow()
     try:
-        check_regular(path)
+        if not isinstance(path, BytesIO):
+            check_regular(path)
         with pil.open(path) as picture:
             yield picture
     except (FileNotFoundError, LoftUpError):
         raise
     except Exception as error:  # a damaged file raises SyntaxError, struct.error, DecompressionBombError and others
-        raise OSError(f"cannot read the image {os.fspath(path)}: {error}") from error
+        reason = str(error).replace(f" {path!r}", "")  # Pillow's names an object in memory
+        raise OSError(f"cannot read the image {_name(path, name)}: {reason}") from error
+
+
+def _name(path: "str | os.PathLike[str] | BytesIO", name: str) -> str:
+    return name or ("of these bytes" if isinstance(path, BytesIO) else os.fspath(path))
 
 
 def to_rgb(picture: "Image.Image", name: str = "the picture") -> "Image.Image":

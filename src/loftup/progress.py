@@ -18,6 +18,7 @@ def track(
     *,
     unit: str = "",
     leave: bool = True,
+    size: Callable[[T], int] = lambda item: 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
     """Go through items and show on stderr how far that is.
@@ -28,21 +29,27 @@ def track(
         total: how many there are; None where nobody knows.
         unit: what they are called.
         leave: leave the full bar on the terminal.
+        size: how many units an item is, where ``total`` counts units.
         clock: gives seconds.
     """
     if sys.stderr.isatty():
         from tqdm.auto import tqdm
 
-        yield from tqdm(items, caption, total, leave, unit=unit or "it")
+        with tqdm(None, caption, total, leave, unit=unit or "it") as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
         return
     start = last = clock()
-    for count, item in enumerate(items):
+    count = 0
+    for item in items:
         if count and (now := clock()) - last >= EVERY:
             last, rate = now, count / (now - start)
             done = (f"{count} {unit}" if total is None else f"{count} of {total} {unit}").strip()
             left = "" if total is None else f", {(total - count) / rate / 60:.0f} min left"
             print(f"{caption}: {done}, {rate:.3g} a second{left}", file=sys.stderr, flush=True)
         yield item
+        count += size(item)
 
 
 def tell(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of feature maps: principal components as colours, maps side by side, and what a pixel attends to."""
+"""Pictures of feature maps: principal components, maps side by side, what a pixel attends to, matches of two images."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .drawing import as_picture, matches, to_pil
 from .errors import translate
 from .files import MADE_BY, write_atomically
 from .inputs import check_inputs, output_size, resize_guidance
-from .pictures import require_pillow, to_rgb
+from .pictures import require_pillow
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PCA", "attention", "attention_maps", "compare", "overlay", "pca_image"]
+__all__ = ["PCA", "attention", "attention_maps", "compare", "matches", "overlay", "pca_image"]
 
 SAMPLES_PER_MAP = 16_384
 HEAT = (255, 120, 0)
@@ -205,13 +206,13 @@ def compare(
     for name, features in maps.items():
         if features.ndim == 4 and features.shape[0] != 1:
             raise ValueError(f"compare shows one image, map {name!r} has a batch of {features.shape[0]}")
-    picture = _picture(pil, image)
+    picture = as_picture(image)
     height = height or max([picture.height, *(features.shape[-2] for features in maps.values())])
     width = round(height * picture.width / picture.height)
     panels = {"image": picture.resize((width, height), pil.Resampling.BICUBIC)}
     images = pca_image(list(maps.values()), shared=shared, shared_range=shared_range) if maps else []
     for name, colours in zip(maps, images, strict=True):
-        panels[name] = _to_pil(pil, colours, scale=False).resize((width, height), pil.Resampling.NEAREST)
+        panels[name] = to_pil(colours, scale=False).resize((width, height), pil.Resampling.NEAREST)
     gap, size = max(4, height // 60), max(12, height // 18)
     font = ImageFont.load_default(size)
     sheet = pil.new("RGB", (len(panels) * (width + gap) - gap, height + 2 * size), "white")
@@ -242,7 +243,7 @@ def overlay(image: "Image.Image | Tensor", values: Tensor, *, smooth: bool = Tru
     pil = require_pillow()
     if values.ndim != 2 or not values.numel() or not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"values must be (h, w) in [0, 1], got {tuple(values.shape)}, {values.dtype}")
-    photo = _picture(pil, image)
+    photo = as_picture(image)
     opacity = (values.detach().float() * 255 * OPACITY).round().to(torch.uint8).cpu().numpy()
     mask = pil.fromarray(opacity).resize(photo.size, pil.Resampling.BILINEAR if smooth else pil.Resampling.NEAREST)
     return pil.composite(pil.new("RGB", photo.size, HEAT), photo.convert("L").convert("RGB"), mask)  # type: ignore[no-any-return]
@@ -338,7 +339,7 @@ def attention(
     maps = attention_maps(up, features, image, points)
     if not len(maps):
         raise ValueError("no points given, expected at least one (x, y)")
-    photo = _picture(pil, image if picture is None else picture)
+    photo = as_picture(image if picture is None else picture)
     size, gap = (round(height * photo.width / photo.height), height), max(4, height // 60)
     photo = photo.resize(size, pil.Resampling.BICUBIC)
     sheet = pil.new("RGB", (len(maps) * (size[0] + gap) - gap, height), "white")
@@ -356,23 +357,3 @@ def _dot(draw: Any, x: float, y: float, radius: float) -> None:
     """Mark a point by a dot that is smaller than the cell it lies in."""
     for wide, colour in ((radius + max(1.0, radius / 2), "black"), (radius, "white")):
         draw.ellipse([x - wide, y - wide, x + wide, y + wide], fill=colour)
-
-
-def _picture(pil: Any, image: Any) -> Any:
-    if isinstance(image, pil.Image):
-        return to_rgb(image)
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a PIL image or a tensor (3, H, W), got {type(image).__name__}")
-    if image.ndim not in (3, 4) or image.shape[-3] != 3 or image.numel() == 0:
-        raise ValueError(f"image must be (3, H, W) or (1, 3, H, W), got {tuple(image.shape)}")
-    if image.ndim == 4 and len(image) != 1:
-        raise ValueError(f"compare shows one image, got a batch of {len(image)}; choose one: image[0]")
-    return _to_pil(pil, image)
-
-
-def _to_pil(pil: Any, image: Tensor, scale: bool = True) -> Any:
-    image = image.detach().cpu().float()
-    image = image[0] if image.ndim == 4 else image
-    if scale:
-        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
-    return pil.fromarray((image * 255).round().to(torch.uint8).movedim(0, -1).numpy())

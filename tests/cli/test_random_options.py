@@ -45,6 +45,14 @@ FEATURES = {
     "--strict": st.just(()),
     "--overwrite": st.just(()),
 }
+MATCH = {
+    **{name: values for name, values in FEATURES.items() if name != "--overwrite"},
+    "--points": st.tuples(TEXTS | st.sampled_from(["3,4", "-1,2", "29,19", "0,"])),
+    "--most": st.tuples(TEXTS),
+    "--step": st.tuples(TEXTS),
+    "--csv": st.tuples(WORDS),
+    "--json": st.tuples(WORDS),
+}
 MASKS = {
     "--scales": st.lists(TEXTS, max_size=2).map(tuple) | st.tuples(st.sampled_from(["1e-9", "1e300"])),
     "--sigma": st.tuples(TEXTS | st.sampled_from(["0.8", "100", "1e300"])),
@@ -133,6 +141,14 @@ SEGMENT = {
 @given(options(SEGMENT))
 def test_segment(photos, chosen):
     check(["segment", str(photos), "--backbone", "tiny", "--size", "4", "6", "-k", "2", "--input", "32", *chosen])
+
+
+@RANDOM
+@given(options(MATCH))
+def test_match(photos, chosen):
+    picture = str(photos / "a.png")
+    small = ["--backbone", "tiny", "--size", "4", "6", "--input", "32", "-o", "out.png"]
+    check(["match", picture, picture, *small, *chosen])
 
 
 @RANDOM

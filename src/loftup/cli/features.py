@@ -1,4 +1,4 @@
-"""The command ``loftup features``: upsampled features of many pictures, written so that a second run goes on."""
+"""The command ``loftup features``: features of many pictures, written so that a second run goes on."""
 
 import argparse
 import contextlib
@@ -17,7 +17,8 @@ from ..progress import tell, track
 from ..version import __version__
 from ..weights.catalogue import TINY_BACKBONES
 from ..weights.names import in_package, resolve
-from .options import add_model_options, place
+from . import shards
+from .options import add_model_options, word
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -31,17 +32,26 @@ SAMPLES = 1000  # pictures whose sizes stand for all
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser's."""
-    parser = commands.add_parser("features", help="write upsampled features of images as float16 safetensors")
+    said = "write features of images: upsampled ones as safetensors, or shards of any number of pictures"
+    parser = commands.add_parser("features", help=said)
     parser.set_defaults(run=_run)
-    parser.add_argument("images", nargs="+", type=place, metavar="IMAGE", help="image files, or folders with all below")
+    sources = "image files, or folders with all below; for shards also .tar, .parquet and URLs"
+    parser.add_argument("images", nargs="+", type=word, metavar="IMAGE", help=sources)
     add_model_options(parser)
     add = parser.add_argument
-    add("-o", "--output", type=place, required=True, metavar="DIR", help="for NAME.safetensors, in the same subfolders")
+    where = "for NAME.safetensors, in the same subfolders; or for shards, then also a URL"
+    add("-o", "--output", type=word, metavar="DIR", help=where)
     add("--overwrite", action="store_true", help="write files of loftup's anew that are there already")
     add("--yes", action="store_true", help=f"write more than {MOST / 1e9:.0f} GB without asking")
+    shards.add_options(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if shards.wanted(arguments):
+        return shards.run(arguments)
+    if arguments.output is None:
+        raise ValueError("-o is missing: the folder for the features")
+    arguments.images, arguments.output = list(map(Path, arguments.images)), Path(arguments.output)
     from .models import check_backbone, load_models
 
     check_backbone(arguments)

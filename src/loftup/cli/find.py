@@ -112,10 +112,9 @@ class _Likeness:
     def __call__(self, picture: Any) -> "Tensor":
         import torch
 
-        from .models import look_at, result_size
+        from .models import picture_inputs
 
-        features, large = look_at(self.arguments, self.backbone, picture)
-        size = result_size(self.arguments, *large.shape[-2:])
+        features, large, size = picture_inputs(self.arguments, self.backbone, picture)
         with torch.inference_mode():
             return self.up(features, large, size=size, head=self._head)[0].float().cpu()
 

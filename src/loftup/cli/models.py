@@ -22,7 +22,7 @@ __all__ = [
     "check_backbone",
     "choose_device",
     "load_models",
-    "look_at",
+    "picture_inputs",
     "result_size",
     "upsample_picture",
 ]
@@ -134,15 +134,18 @@ def upsample_picture(
     arguments: argparse.Namespace, backbone: Backbone, up: LoftUp, image: Any
 ) -> tuple[Tensor, Tensor]:
     """Features of a PIL image or path, (1, C, h, w), and upsampled, (1, C, H, W)."""
-    features, large = look_at(arguments, backbone, image)
+    features, large, size = picture_inputs(arguments, backbone, image)
     with torch.inference_mode():
-        return features, up(features, large, size=result_size(arguments, *large.shape[-2:]))
+        return features, up(features, large, size=size)
 
 
-def look_at(arguments: argparse.Namespace, backbone: Backbone, image: Any) -> tuple[Tensor, Tensor]:
-    """Features of a PIL image or path, (1, C, h, w), and the image at its own size, (1, 3, H, W), on the device."""
+def picture_inputs(
+    arguments: argparse.Namespace, backbone: Backbone, image: Any
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """What an upsampler takes of a PIL image or path: features (1, C, h, w), image in its own size, size of the map."""
     large = backbone.preprocess(image)
     height, width = large.shape[-2:]
     small = backbone.preprocess(image, size=_scaled(height, width, arguments.input / min(height, width)))
     with torch.inference_mode():
-        return backbone(small.to(arguments.device)), large.to(arguments.device)
+        features = backbone(small.to(arguments.device))
+    return features, large.to(arguments.device), result_size(arguments, height, width)

@@ -123,11 +123,11 @@ def _segment(
     from ..clusters import Clusters
     from ..eval.colour import palette
     from ..pictures import encode, open_picture
-    from .models import look_at
+    from .models import picture_inputs
 
     source = stamp(image)
     picture = open_picture(image)
-    features, large = look_at(arguments, backbone, picture)
+    features, large, _ = picture_inputs(arguments, backbone, picture)
     if clusters is None:
         dense = _map(arguments, up, features, large, PIXELS)
         clusters = Clusters.fit(dense, arguments.clusters, method=arguments.method, seed=arguments.seed)
@@ -148,14 +148,14 @@ def _fit(arguments: argparse.Namespace, backbone: "Backbone", up: "LoftUp", imag
     """Clusters of pictures that stand for all; LoftUpError where none of them can be read."""
     from ..clusters import Clusters
     from ..pictures import open_picture
-    from .models import look_at
+    from .models import picture_inputs
 
     some = images[:: -(-len(images) // arguments.fit)]
     count = max(FEWEST, min(PIXELS, IN_ALL // len(some)))
     maps = []
     for image in track(some, "fit", len(some), unit="images"):
         with contextlib.suppress(OSError, ValueError):  # it fails later, by its name
-            maps.append(_map(arguments, up, *look_at(arguments, backbone, open_picture(image)), count))
+            maps.append(_map(arguments, up, *picture_inputs(arguments, backbone, open_picture(image))[:2], count))
     if not maps:
         raise LoftUpError(f"none of the {len(some)} pictures to fit clusters to can be used, such as {some[0]}")
     return Clusters.fit(maps, arguments.clusters, method=arguments.method, seed=arguments.seed)

@@ -71,6 +71,15 @@ _ENTRIES = (
         quick={"head": "similarity", "output": 0.5, "seeds": 1, "objects": 100},
         most=100,
     ),
+    Task(
+        "correspondence",
+        "points of a picture found in another of the same kind of object",
+        "correspondence",
+        "CorrespondenceConfig",
+        data="pairs",
+        quick={"size": 224},
+        most=100,
+    ),
     Task("efficiency", "parameters, time and memory; needs no dataset", "efficiency", "EfficiencyConfig"),
 )
 TASKS = {task.name: task for task in _ENTRIES}

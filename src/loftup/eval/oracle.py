@@ -1,5 +1,6 @@
 """Features that know the truth of the rendered scenes: the best that a task can give."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -13,7 +14,7 @@ from ..backbones import Backbone
 from ..errors import LoftUpError
 from .catalogue import TASKS
 from .datasets.base import Dataset
-from .datasets.synthetic import CLASSES, MOST_OBJECTS
+from .datasets.synthetic import CLASSES, LATER, MOST_OBJECTS, origins
 from .upsamplers.registry import Upsampler
 
 __all__ = ["Oracle"]
@@ -22,7 +23,8 @@ __all__ = ["Oracle"]
 class Oracle:
     """A backbone whose features are the mean truth of every cell, and the upsampler that knows every pixel's.
 
-    The truth is one-hot classes (segmentation), one-hot objects (video, interactive), depth and 1, or the normal. It
+    The truth is one-hot classes (segmentation), one-hot objects (video, interactive), depth and 1, the normal, or the
+    object with a code of the place where it was at first (correspondence). It
     recognises a picture by its bytes. What a task makes of the perfect upsampler is the best that it can give.
 
     Args:
@@ -37,6 +39,7 @@ class Oracle:
         self._kind = TASKS[task].data
         geometry = 2 if task == "depth" else 3
         channels = {"labels": len(CLASSES), "geometry": geometry, "objects": 2, "sequences": MOST_OBJECTS + 1}
+        channels["pairs"] = MOST_OBJECTS + 1 + 4
         self.backbone = Backbone(
             nn.Identity(),
             lambda image: F.avg_pool2d(self._dense(image), patch_size),
@@ -73,10 +76,24 @@ class Oracle:
         if self._kind == "sequences":
             frames = ((video, index) for video in samples for index in range(len(video)))
             return {_fingerprint(video.frame(index)): partial(self._objects, video, index) for video, index in frames}
+        if self._kind == "pairs":
+            times = ((sample, time) for sample in samples for time in (0, LATER))
+            return {
+                _fingerprint(sample.target if time else sample.source): partial(self._place, sample, time)
+                for sample, time in times
+            }
         return {_fingerprint(sample.image): partial(self._truth, sample) for sample in samples}
 
     def _objects(self, video: Any, index: int) -> Tensor:
         return self._one_hot(video.annotation(index))
+
+    def _place(self, sample: Any, time: int) -> Tensor:
+        """A code whose cosine falls with the distance of two places of one object, and is small for two objects."""
+        size = sample.source.shape[-1]
+        objects, places = origins(int(sample.name), size, time)
+        angles = places.movedim(-1, 0) * (math.pi / (1.5 * size))
+        one_hot = F.one_hot(objects, MOST_OBJECTS + 1).movedim(-1, 0)
+        return torch.cat([2.0 * one_hot, angles.cos(), angles.sin()])
 
     def _truth(self, sample: Any) -> Tensor:
         if self._kind == "geometry":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = [
     "KINDS",
+    "CorrespondenceSample",
     "Dataset",
     "GeometrySample",
     "InteractiveSample",
@@ -66,6 +67,29 @@ class InteractiveSample:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class CorrespondenceSample:
+    """Two pictures and points of the one that are found in the other.
+
+    Args:
+        name: unique in its split.
+        source: (3, H, W) uint8.
+        target: (3, H', W') uint8.
+        source_points: (N, 2) float32, (x, y) in pixels of the source, centres at whole numbers; N > 0.
+        target_points: (N, 2) float32, where they are in the target.
+        target_box: (left, top, right, bottom) of the object in the target, in pixels; None where there is none.
+        category: of the object; empty where there is none.
+    """
+
+    name: str
+    source: Tensor
+    target: Tensor
+    source_points: Tensor
+    target_points: Tensor
+    target_box: tuple[float, float, float, float] | None = None
+    category: str = ""
+
+
 class VideoSequence(Protocol):
     """Frames of a video, read one at a time; all of one size."""
 
@@ -88,6 +112,7 @@ KINDS = {
     "labels": SegmentationSample,
     "geometry": GeometrySample,
     "objects": InteractiveSample,
+    "pairs": CorrespondenceSample,
     "sequences": VideoSequence,
 }
 T = TypeVar("T", covariant=True)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["fit", "to_float"]
+__all__ = ["fit", "in_proportion", "to_float"]
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -39,6 +39,28 @@ def fit(image: Tensor, *maps: Tensor, size: tuple[int, int] | None) -> tuple[Ten
     top, left = (cover[0] - size[0]) // 2, (cover[1] - size[1]) // 2
     window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
     return (picture[window], *(x[window] for x in maps))
+
+
+def in_proportion(image: Tensor, short: int, multiple: int) -> Tensor:
+    """Scale a picture to a length of its shorter side, the longer one to the nearest multiple of a patch.
+
+    Args:
+        image: (3, H, W) uint8; resized bilinearly with antialiasing.
+        short: pixels of the shorter side.
+        multiple: pixels of a patch.
+
+    Returns:
+        (1, 3, H', W') float32 in [0, 1].
+    """
+    picture = to_float(image)[None]
+    least = min(image.shape[-2:])
+    size = [
+        short if side == least else max(1, round(side * short / least / multiple)) * multiple
+        for side in image.shape[-2:]
+    ]
+    if size != list(image.shape[-2:]):
+        picture = F.interpolate(picture, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    return picture
 
 
 def _nearest(new: int, old: int) -> Tensor:

@@ -14,7 +14,7 @@ __all__ = ["names", "open_dataset", "register"]
 Reader = Callable[[Path], Dataset[Any]]
 _READERS: dict[tuple[str, str], Reader] = {}
 # Modules of this package that register readers when they are imported.
-_MODULES = ("segmentation", "geometry", "video", "interactive")
+_MODULES = ("segmentation", "geometry", "video", "interactive", "correspondence")
 
 
 def register(name: str, kind: str) -> Callable[[Reader], Reader]:

@@ -11,9 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..catalogue import TASKS
-from .base import Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample
+from .base import CorrespondenceSample, Dataset, GeometrySample, InteractiveSample, Samples, SegmentationSample
 
-__all__ = ["CLASSES", "COLOURS", "FOCAL", "MOST_OBJECTS", "Rendered", "SyntheticVideo", "render", "synthetic"]
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "FOCAL",
+    "LATER",
+    "MOST_OBJECTS",
+    "Rendered",
+    "SyntheticVideo",
+    "origins",
+    "render",
+    "synthetic",
+]
 
 CLASSES = ("ground", "wall", "ball", "box", "triangle", "star", "cross", "ring")
 COLOURS = (
@@ -30,6 +41,7 @@ FOCAL = 1.2  # focal length, in widths of the picture
 CAMERA_HEIGHT, WALL = 1.0, 7.0  # metres
 LIGHT = (-0.4, -0.7, -0.6)
 MOST_OBJECTS = 4
+LATER, POINTS = 8, 20  # frames between the pictures of a pair, and points that are followed
 SMALLEST = 0.01  # visible share of the picture that makes a shape an object to select
 
 
@@ -190,6 +202,37 @@ def _interactive(seed: int, size: int) -> InteractiveSample:
     return InteractiveSample(str(seed), scene.image, (scene.objects == areas.argmax()).long())
 
 
+def origins(seed: int, size: int, time: float) -> tuple[Tensor, Tensor]:
+    """Where the surfaces of a scene were at time 0.
+
+    Returns:
+        Objects (H, W) int64 as in :class:`Rendered`, and (H, W, 2) float32, (x, y) in pixels of the scene at time 0.
+    """
+    objects = render(seed, size, time).objects
+    shapes = _shapes(torch.Generator().manual_seed(seed))
+    moves = torch.tensor([(0.0, 0.0), *(shape.velocity for shape in shapes)]) * time * size
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return objects, torch.stack([columns, rows], -1) - moves[objects]
+
+
+def _correspondence(seed: int, size: int) -> CorrespondenceSample:
+    """The scene at two times, and points that are seen at both: as many on shapes as behind them, where there are."""
+    before = render(seed, size)
+    objects, places = origins(seed, size, LATER)
+    last = size - 1
+    seen = ((places >= 0) & (places <= last)).all(-1)
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):  # the same surface all around
+        x, y = (places.floor().long() + torch.tensor(corner)).clamp(0, last).unbind(-1)
+        seen &= before.objects[y, x] == objects
+    on, behind = seen & (objects > 0), seen & (objects == 0)
+    weights = on / on.sum().clamp(min=1) + behind / behind.sum().clamp(min=1)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(weights.flatten(), min(POINTS, int(seen.sum())), generator=generator)
+    targets = torch.stack([chosen % size, chosen // size], 1).float()
+    after = render(seed, size, LATER).image
+    return CorrespondenceSample(str(seed), before.image, after, places.flatten(0, 1)[chosen].float(), targets)
+
+
 @dataclass(frozen=True)
 class SyntheticVideo:
     """Shapes in motion; they stay in front of one another in the order of their depths."""
@@ -223,6 +266,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "labels": _segmentation,
     "geometry": _geometry,
     "objects": _interactive,
+    "pairs": _correspondence,
     "sequences": SyntheticVideo,
 }
 
@@ -245,7 +289,9 @@ def synthetic(task: str, *, train: int = 64, val: int = 24, size: int = 224) -> 
     kind = TASKS[task].data
     make = partial(_MAKERS[kind], size=size)
     if kind == "sequences":
-        train, val = 0, max(1, val // 4)
+        val = max(1, val // 4)
+    if kind in ("sequences", "pairs"):  # of which nothing is learned
+        train = 0
     # The entries are the seeds of the scenes.
     learn, judge = Samples(range(train), make), Samples(range(500_000, 500_000 + val), make)
     return Dataset("synthetic", learn, judge, CLASSES, COLOURS)

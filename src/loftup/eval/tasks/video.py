@@ -17,7 +17,7 @@ from ...progress import track
 from ...train.config.schema import Count, Positive, Section, Whole
 from ..colour import overlay, palette, picture
 from ..datasets.base import Dataset, VideoSequence
-from ..datasets.prepare import to_float
+from ..datasets.prepare import in_proportion, to_float
 from ..features import recall
 from ..result import Metric, Result
 from ..upsamplers.registry import Upsampler
@@ -137,18 +137,10 @@ def propagate(
 
 def _features(backbone: Backbone, upsampler: Upsampler, frame: Tensor, config: VideoConfig) -> Tensor:
     """Features (C, n, m) of length 1 of a frame (3, H, W) uint8."""
-    image = to_float(frame)[None].to(config.device)
-    short = min(image.shape[-2:])
-    patch = backbone.patch_size
-    size = [
-        config.size if side == short else max(1, round(side * config.size / short / patch)) * patch
-        for side in image.shape[-2:]
-    ]
-    if size != list(image.shape[-2:]):
-        image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    image = in_proportion(frame, config.size, backbone.patch_size).to(config.device)
     features = recall(backbone, image)
     if not getattr(upsampler, "native", False):
-        height, width = (max(1, round(side * config.feature_size / config.size)) for side in size)
+        height, width = (max(1, round(side * config.feature_size / config.size)) for side in image.shape[-2:])
         features = upsampler(features, image, (height, width)).float()
     return F.normalize(features[0], dim=0)
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import Upsampler
 
-__all__ = ["at_pixels", "with_head"]
+__all__ = ["at_pixels", "at_points", "with_head"]
 
 DEARER = 16  # times what a pixel of a whole map costs, a point costs at most
 
@@ -53,3 +54,25 @@ def at_pixels(upsampler: Upsampler, features: Tensor, image: Tensor, size: tuple
     dense = upsampler(features, image, size)
     rows, columns = pixels.unbind(-1)
     return torch.stack([each[:, r, c].mT for each, r, c in zip(dense, rows, columns, strict=True)])
+
+
+@torch.no_grad()
+def at_points(upsampler: Upsampler, features: Tensor, image: Tensor, size: tuple[int, int], points: Tensor) -> Tensor:
+    """Upsampled features at a few points that may lie between pixels.
+
+    Args:
+        upsampler: any; of one without ``at`` the map is sampled bilinearly, as ``at`` does.
+        features: (1, C, h, w).
+        image: (1, 3, H, W) in [0, 1].
+        size: (H', W') in pixels.
+        points: (N, 2) float, (x, y) in pixels of the ``size`` grid, centres at whole numbers, inside it.
+
+    Returns:
+        (N, C).
+    """
+    if hasattr(upsampler, "at"):
+        return upsampler.at(features, image, points[None], size)[0]  # type: ignore[no-any-return]
+    dense = upsampler(features, image, size)
+    across = (2 * points + 1) / points.new_tensor([size[1], size[0]]) - 1
+    grid = across[None, None].to(dense.dtype)
+    return F.grid_sample(dense, grid, padding_mode="border", align_corners=False)[0, :, 0].mT
