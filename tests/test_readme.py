@@ -4,6 +4,7 @@ import io
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_commands_parse():
     lines = re.findall(r"^loftup ((?:.*\\\n)*.*)", README + GUIDE + EXPORT + RECIPES, re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
-        words = line.split("#")[0].replace("\\\n", " ").split()
+        words = shlex.split(line.replace("\\\n", " "), comments=True)
         assert _parser().parse_args(words).command == words[0]
 
 

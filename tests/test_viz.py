@@ -145,6 +145,17 @@ class TestAttention:
         assert first < 5  # black
         assert second > 20  # coloured for the second point
 
+    def test_the_dot_leaves_the_heaviest_cell_in_sight(self):
+        up, (features, image) = universal(), (torch.randn(1, 24, 6, 8), torch.zeros(1, 3, 48, 64))
+        weights = viz.attention_maps(up, features, image, [(29, 21)])[0]
+        sheet = numpy.asarray(viz.attention(up, features, image, [(29, 21)], height=240)).astype(int)
+        assert weights.argmax() == 2 * 8 + 3
+        cell = sheet[80:120, 120:160]
+        orange = (cell[..., 0] - cell[..., 2] > 150).mean()
+        assert orange > 0.75
+        assert (cell.min(-1) > 250).any()  # the dot
+        assert (sheet[:, 0] == 0).all()
+
     def test_refusals(self):
         up, (features, image) = universal(), inputs(2)
         with pytest.raises(ValueError, match="one image, got a batch of 2"):
@@ -163,3 +174,17 @@ class TestAttention:
             viz.attention_maps(torch.nn.Linear(2, 2), features[:1], image[:1], [(1, 1)])
         with pytest.raises(ValueError, match="no points given"):
             viz.attention(up, features[:1], image[:1], [])
+
+
+def test_a_map_over_a_photograph():
+    photo = Image.new("RGB", (40, 20), (100, 100, 100))
+    values = torch.tensor([[0.0, 0.5], [1.0, 0.0]])
+    sheet = numpy.asarray(viz.overlay(photo, values, smooth=False))
+    assert sheet.shape == (20, 40, 3)
+    assert sheet[2, 2].tolist() == [100, 100, 100]
+    assert abs(sheet[17, 2] - numpy.array([224, 116, 20])).max() <= 1  # four fifths of orange
+    smooth = numpy.asarray(viz.overlay(torch.zeros(3, 20, 40), values.half()))
+    assert len(numpy.unique(smooth[..., 0])) > 20
+    for wrong in (torch.rand(3, 2, 2), torch.tensor([[1.5]]), torch.tensor([[torch.nan]])):
+        with pytest.raises(ValueError, match=r"values must be \(h, w\) in \[0, 1\]"):
+            viz.overlay(photo, wrong)

@@ -13,7 +13,7 @@ import torch
 from material import drawn_scene
 from PIL import Image
 
-from loftup import LoftUp, LoftUpError, load_backbone
+from loftup import LoftUp, LoftUpError, load_backbone, viz
 from loftup.cli import main
 from loftup.cli.web import RUNTIME_FILES, build, server
 
@@ -169,6 +169,34 @@ def test_a_click_shows_the_similarity_that_python_computes(page):
     assert canvas(page, "dense")[row, column].mean() > 200  # bright where it was clicked
     page.click("#components")
     assert "principal components" in page.inner_text("#caption")
+    assert page.wrong == []
+
+
+def test_a_click_shows_the_cells_that_the_pixel_looks_at(page):
+    assert "Move over the picture" in page.inner_text("#looks")
+    box = page.locator("#photo").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.4)
+    assert "that this pixel is a mean of" in page.inner_text("#looks")
+    pixels = floats(page, "loftup.current.pixels.data").view(144, 224, 4)[..., :3].permute(2, 0, 1)
+    image = load_backbone("tiny").preprocess(pixels.to(torch.uint8))
+    features, up = floats(page, "loftup.current.features").view(1, 192, 18, 28), LoftUp.from_pretrained("any")
+    # In the middle, at edges and corners, where the window is cut off.
+    points = [(134, 57), (0, 0), (223, 143), (3, 100), (120, 143)]
+    for (x, y), expected in zip(points, viz.attention_maps(up, features, image, points), strict=True):
+        found = floats(page, f"loftup.looksAt({x}, {y})").view(18, 28)
+        assert found.sum() == pytest.approx(1, abs=1e-3)
+        assert (found - expected).abs().max() < 0.01  # weights of 16 bits in the page
+    # Grey but for the cells that weigh something, orange there.
+    shown = canvas(page, "photo")
+    column, row = (int(word.strip(",:")) for word in page.inner_text("#caption").split() if word.strip(",:").isdigit())
+    colourful = shown.amax(-1) - shown.amin(-1) > 60
+    assert 20 < colourful.sum() < 56 * 56
+    rows, columns = colourful.nonzero(as_tuple=True)
+    assert (rows - row).abs().max() <= 32
+    assert (columns - column).abs().max() <= 32
+    page.click("#components")
+    assert (canvas(page, "photo").permute(2, 0, 1) == pixels).all()
+    assert "Move over the picture" in page.inner_text("#looks")
     assert page.wrong == []
 
 

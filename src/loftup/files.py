@@ -37,6 +37,7 @@ MARKS = re.compile(
     rb'|"environment": \{\s*"loftup": "'  # results
     rb"|\A---\nlibrary_name: loftup\n"  # model cards
     rb"|\Atask,dataset,backbone,layer,upsampler,metric,"
+    rb"|\Aquery,rank,image,score,left,"
     rb"|\Asource_x,source_y,target_x,target_y,similarity,mutual\r?\n"  # matches
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems that have none

@@ -100,6 +100,28 @@ class Upsampled(nn.Module):
         @as_in(forward)
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
+    def regions(self, image: Tensor, masks: Tensor, size: Size = None, **options: Any) -> Any:
+        """Mean upsampled features within masks or labels; see :meth:`LoftUp.regions`, whose options it takes.
+
+        Args:
+            image: (B, 3, H, W), normalised for the backbone; also the upsampler's guidance.
+            masks: (B, N, H', W'), (N, H', W'), or integer labels (B, H', W').
+            size: (H', W') of the map that is averaged; None means the masks' own.
+            options: ``count``, ``memory`` and ``backend``.
+
+        Returns:
+            (B, N, C); a list of them where the backbone gives several layers.
+
+        Raises:
+            LoftUpError: the upsampler is none of loftup's.
+        """
+        if not isinstance(self.up, LoftUp):
+            raise LoftUpError(f"up is a {type(self.up).__name__}; only a LoftUp averages over regions")
+        features = self.backbone(image)
+        if isinstance(features, list):
+            return [self.up.regions(each, image, masks, size, **options) for each in features]
+        return self.up.regions(features, image, masks, size, **options)
+
     def many(self, images: Iterable[Tensor], size: Size = None, *, batch: int = 8, **options: Any) -> list[Any]:
         """Extract and upsample the features of images of different sizes; those of one size share batches.
 

@@ -19,10 +19,11 @@ from .pictures import require_pillow
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PCA", "attention", "attention_maps", "compare", "matches", "pca_image"]
+__all__ = ["PCA", "attention", "attention_maps", "compare", "matches", "overlay", "pca_image"]
 
 SAMPLES_PER_MAP = 16_384
-HEAT = (255, 120, 0)  # of cells that are attended to
+HEAT = (255, 120, 0)
+OPACITY = 0.8  # of HEAT at most
 
 
 def pca_image(
@@ -223,6 +224,31 @@ def compare(
     return sheet  # type: ignore[no-any-return]
 
 
+def overlay(image: "Image.Image | Tensor", values: Tensor, *, smooth: bool = True) -> "Image.Image":
+    """Show a map over a photograph: in grey where it is 0, orange where it is 1.
+
+    Args:
+        image: PIL image or tensor, see :func:`compare`.
+        values: (h, w) in [0, 1], any float dtype; enlarged to the image.
+        smooth: enlarge bilinearly; False shows the map's cells.
+
+    Returns:
+        A PIL image of the image's size.
+
+    Raises:
+        LoftUpError: Pillow is missing (extra ``viz``).
+        ValueError: a shape is wrong, or values lie outside [0, 1].
+        TypeError: the image is neither a PIL image nor a tensor.
+    """
+    pil = require_pillow()
+    if values.ndim != 2 or not values.numel() or not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"values must be (h, w) in [0, 1], got {tuple(values.shape)}, {values.dtype}")
+    photo = as_picture(image)
+    opacity = (values.detach().float() * 255 * OPACITY).round().to(torch.uint8).cpu().numpy()
+    mask = pil.fromarray(opacity).resize(photo.size, pil.Resampling.BILINEAR if smooth else pil.Resampling.NEAREST)
+    return pil.composite(pil.new("RGB", photo.size, HEAT), photo.convert("L").convert("RGB"), mask)  # type: ignore[no-any-return]
+
+
 def attention_maps(
     up: Any,
     features: Tensor,
@@ -287,7 +313,7 @@ def attention(
     picture: "Image.Image | Tensor | None" = None,
     height: int = 336,
 ) -> "Image.Image":
-    """Draw what output pixels attend to over the photograph: a panel for each, its pixel in a ring.
+    """Draw what output pixels attend to over the photograph: a panel for each, its pixel a dot.
 
     Cells are coloured by their weight, the heaviest most, over the photograph in grey.
 
@@ -316,19 +342,18 @@ def attention(
     photo = as_picture(image if picture is None else picture)
     size, gap = (round(height * photo.width / photo.height), height), max(4, height // 60)
     photo = photo.resize(size, pil.Resampling.BICUBIC)
-    grey, colour = photo.convert("L").convert("RGB"), pil.new("RGB", size, HEAT)
     sheet = pil.new("RGB", (len(maps) * (size[0] + gap) - gap, height), "white")
     draw = ImageDraw.Draw(sheet)
-    ring, line = max(4, height // 50), max(2, height // 160)
     for index, ((x, y), weights) in enumerate(zip(points, maps, strict=True)):
         left = index * (size[0] + gap)
-        opacity = (weights / weights.max() * 255 * 0.8).round().to(torch.uint8).cpu().numpy()
-        mask = pil.fromarray(opacity).resize(size, pil.Resampling.NEAREST)
-        sheet.paste(pil.composite(colour, grey, mask), (left, 0))
+        sheet.paste(overlay(photo, weights / weights.max(), smooth=False), (left, 0))
         middle = left + (x + 0.5) * size[0] / image.shape[-1], (y + 0.5) * height / image.shape[-2]
-        around = [middle[0] - ring, middle[1] - ring, middle[0] + ring, middle[1] + ring]
-        draw.ellipse(
-            [*(n - line for n in around[:2]), *(n + line for n in around[2:])], outline="black", width=3 * line
-        )
-        draw.ellipse(around, outline="white", width=line)
+        cell = min(height / weights.shape[0], size[0] / weights.shape[1])
+        _dot(draw, *middle, max(1.0, min(cell / 6, height / 100)))
     return sheet  # type: ignore[no-any-return]
+
+
+def _dot(draw: Any, x: float, y: float, radius: float) -> None:
+    """Mark a point by a dot that is smaller than the cell it lies in."""
+    for wide, colour in ((radius + max(1.0, radius / 2), "black"), (radius, "white")):
+        draw.ellipse([x - wide, y - wide, x + wide, y + wide], fill=colour)

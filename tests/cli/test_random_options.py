@@ -126,6 +126,23 @@ def test_features(photos, chosen):
     check(["features", str(photos), "--backbone", "tiny", "--size", "4", "6", "--input", "32", *chosen])
 
 
+SEGMENT = {
+    **FEATURES,
+    "-k": st.tuples(TEXTS | st.sampled_from(["1", "3", "256"])),
+    "--method": st.tuples(st.sampled_from(["kmeans", "gaussian", "ward"])),
+    "--seed": st.tuples(TEXTS),
+    "--fit": st.tuples(TEXTS),
+    "--each": st.just(()),
+    "--overlay": st.just(()),
+}
+
+
+@settings(RANDOM, max_examples=8)
+@given(options(SEGMENT))
+def test_segment(photos, chosen):
+    check(["segment", str(photos), "--backbone", "tiny", "--size", "4", "6", "-k", "2", "--input", "32", *chosen])
+
+
 @RANDOM
 @given(options(MATCH))
 def test_match(photos, chosen):

@@ -249,5 +249,5 @@ def test_clips_that_cannot_be_loaded(monkeypatch):
     with pytest.raises(LoftUpError, match="cannot load the CLIP 'no-such-clip/openai' of open_clip: .*no-such-clip"):
         OpenClip("no-such-clip/openai")
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(LoftUpError, match=r'texts need open_clip: pip install "loftup\[eval\]"'):
+    with pytest.raises(LoftUpError, match=r'texts need open_clip: pip install "loftup\[text\]"'):
         OpenClip("ViT-B-16/openai")

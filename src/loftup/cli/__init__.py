@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import FAILURES, one_line
 from ..version import __version__
-from . import demo, eval, export, features, listing, masks, match, train, video, web
+from . import demo, eval, export, features, find, listing, masks, match, segment, train, video, web
 
 __all__ = ["main"]
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loftup{command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = command in (" features", " masks", " eval")
+        resumes = command in (" features", " segment", " find", " masks", " eval")
         again = "; files already written are whole, run again to resume" if resumes else ""
         print(f"\nloftup{command}: interrupted{again}", file=sys.stderr)
         return 130
@@ -65,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loftup", description="Pixel-dense features from any vision backbone.")
     parser.add_argument("--version", action="version", version=f"loftup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, features, match, listing, export, video, web, masks, train, eval):
+    for command in (demo, features, segment, find, match, listing, export, video, web, masks, train, eval):
         command.add_parser(commands)
     return parser

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..backbones import Backbone
     from ..model import LoftUp
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "expand", "model_settings", "readable", "refuse_changed", "targets_in"]
 
 MOST = 10**10  # bytes that are written without asking
 SAMPLES = 1000  # pictures whose sizes stand for all
@@ -55,9 +55,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from .models import check_backbone, load_models
 
     check_backbone(arguments)
-    images = _expand(arguments.images)
-    targets = _targets(images, arguments.output)
-    settings = _settings(arguments)
+    images = expand(arguments.images)
+    targets = targets_in(arguments.output, images, ".safetensors")
+    settings = model_settings(arguments)
     refuse_others(targets.values())
     waiting = [image for image in images if arguments.overwrite or not _finished(targets[image], image, settings)]
     if skipped := len(images) - len(waiting):
@@ -109,9 +109,9 @@ def _agreed(arguments: argparse.Namespace, channels: int, images: Sequence[Path]
     need = _bytes(arguments, channels, images)
     replaced = sum(target.stat().st_size for target in targets if os.path.exists(target)) if arguments.overwrite else 0
     free = shutil.disk_usage(arguments.output).free + replaced
-    text = f"{len(images)} files of {channels} channels in float16: about {_size(need)}"
+    text = f"{len(images)} files of {channels} channels in float16: about {readable(need)}"
     if need >= free:
-        text += f", and {_size(free)} are free"
+        text += f", and {readable(free)} are free"
     if arguments.yes or need <= min(MOST, free - 1):
         print(text, file=sys.stderr)
         return True
@@ -135,12 +135,12 @@ def _bytes(arguments: argparse.Namespace, channels: int, images: Sequence[Path])
     return round(2 * channels * sum(pixels) / max(1, len(pixels)) * len(images))
 
 
-def _size(count: float) -> str:
+def readable(count: float) -> str:
     unit = 1e9 if count >= 1e9 else 1e6
     return f"{count / unit:.1f} {'GB' if unit == 1e9 else 'MB'}"
 
 
-def _expand(paths: Sequence[Path]) -> dict[Path, Path]:
+def expand(paths: Sequence[Path]) -> dict[Path, Path]:
     """Every image once, and where it goes below the output folder; a folder gives all images in it and below it.
 
     Raises:
@@ -160,17 +160,18 @@ def _expand(paths: Sequence[Path]) -> dict[Path, Path]:
     return dict(images.values())
 
 
-def _targets(images: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
+def targets_in(folder: Path, images: Mapping[Path, Path], suffix: str) -> dict[Path, Path]:
+    """The file of every image below a folder, the image's name with a suffix; ValueError where two have the same."""
     sources: dict[Path, Path] = {}
     for image, below in images.items():
-        target = folder / below.with_name(f"{below.name}.safetensors")
+        target = folder / below.with_name(f"{below.name}{suffix}")
         if (other := sources.setdefault(target, image)) != image:
             raise ValueError(f"{other} and {image} would both be written to {target}; run them to two folders")
     return {image: target for target, image in sources.items()}
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """The settings that decide the content of a features file, as safetensors metadata."""
+def model_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """The settings that decide upsampled features, as metadata of files."""
     file = arguments.backbone_weights
     if file is not None:
         backbone_weights = resolve(Path(file), strict=True).identity()
@@ -198,14 +199,18 @@ def _finished(target: Path, image: Path, settings: dict[str, str]) -> bool:
         return False
     from safetensors import SafetensorError, safe_open
 
-    settings = {**settings, "image_file": stamp(image)}
     try:
         with safe_open(target, framework="pt") as handle:
             before = {"views": "1", **(handle.metadata() or {})}  # files that say nothing of views are of one
     except SafetensorError as error:
         reason = f"exists but is no safetensors file ({error})"
         raise ValueError(f"{target} {reason}; remove it") from error
+    refuse_changed(target, before, {**settings, "image_file": stamp(image)})
+    return True
+
+
+def refuse_changed(target: Path, before: Mapping[str, str], settings: Mapping[str, str]) -> None:
+    """Raise ValueError unless a file was written with these settings."""
     different = [(key, before.get(key), value) for key, value in settings.items() if before.get(key) != value]
     if changes := "; ".join(f"{key} {old!r}, now {new!r}" for key, old, new in different):
         raise ValueError(f"{target} was written with other settings ({changes}); pass --overwrite or another folder")
-    return True

@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
+LONGEST = "the image's, at most 512 long, so that photographs of any size need little memory"
 DEVICE = "torch device; default: cuda where there is one, else cpu"
 
 
@@ -52,15 +53,16 @@ def add_backbone_options(
     add("--device", type=word, help=DEVICE)
 
 
-def add_model_options(parser: argparse.ArgumentParser, backbone: str | None = "dinov2_vits14") -> None:
-    """Options that name a backbone, an upsampler, sizes, device and dtype; ``backbone`` is the default one."""
+def add_model_options(
+    parser: argparse.ArgumentParser, backbone: str | None = "dinov2_vits14", size: str = LONGEST
+) -> None:
+    """Options that name a backbone, an upsampler, sizes, device, dtype; ``backbone`` and ``size`` are defaults."""
     add_backbone_options(parser, backbone)
     add = parser.add_argument
     kinds = "name (any: for every backbone), repository, folder, file"
     add("--weights", type=word, metavar="NAME|PATH", help=f"LoftUp weights: {kinds}; default: --backbone's")
     add("--strict", action="store_true", help="refuse a backbone without LoftUp weights of its own; else it gets any")
-    longest = "the image's, at most 512 long, so that photographs of any size need little memory"
-    add("--size", nargs=2, type=positive, metavar=("H", "W"), help=f"of the result; default: {longest}")
+    add("--size", nargs=2, type=positive, metavar=("H", "W"), help=f"of the result; default: {size}")
     short = "short side of the backbone's input (default: %(default)s)"
     add("--input", type=positive, default=224, metavar="N", help=short)
     add("--dtype", choices=DTYPES, default="float32", help="of the LoftUp network (default: %(default)s)")

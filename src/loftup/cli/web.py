@@ -107,7 +107,8 @@ def build(folder: Path, runtime: Path | None = None) -> None:
             path = module.export(new / "models" / f"{name}.onnx", store=store)
             print(f"{folder / 'models' / path.name}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
         facts = {"loftup": __version__, "multiple": backbone.multiple, "mean": backbone.mean, "std": backbone.std}
-        write_atomically(new / "site.json", json.dumps(facts | {"samples": samples}, indent=1).encode())
+        facts |= {"radius": up.upsampler.radius, "samples": samples}
+        write_atomically(new / "site.json", json.dumps(facts, indent=1).encode())
         if folder.is_dir():
             shutil.rmtree(folder)
         os.replace(new, folder)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbones import Backbone, wrap
 from ..errors import LoftUpError, translate
-from ..files import write_atomically
+from ..files import stamp, write_atomically
 from ..weights.hub import cache_alone_if_unreachable
 
 __all__ = ["Clip", "OpenClip", "embed", "templates"]
@@ -36,7 +36,7 @@ class Clip(Protocol):
 
 
 class OpenClip:
-    """A CLIP of open_clip; dense features by its value path, see :func:`loftup.wrap`.
+    """A CLIP of open_clip; dense features in the space of its texts, see :func:`loftup.wrap`.
 
     Args:
         name: "MODEL/PRETRAINED" as open_clip names them, "ViT-B-16/openai" for example.
@@ -47,7 +47,7 @@ class OpenClip:
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
-        with translate(ImportError, 'texts need open_clip: pip install "loftup[eval]"'):
+        with translate(ImportError, 'texts need open_clip: pip install "loftup[text]"'):
             import open_clip
         model, _, pretrained = name.partition("/")
         if not pretrained:
@@ -61,9 +61,9 @@ class OpenClip:
         except Exception as error:  # the Hub's client and open_clip raise many kinds
             raise LoftUpError(f"cannot load the CLIP {name!r} of open_clip: {error}") from error
         self.model.eval().to(device)
-        self.name = name
+        self.name = f"{name} {stamp(Path(pretrained))}" if os.path.isfile(pretrained) else name
         self.device = device
-        self.backbone: Backbone = wrap(self.model)
+        self.backbone: Backbone = wrap(self.model, space="text")
 
     @torch.no_grad()
     def dense(self, image: Tensor) -> Tensor:

@@ -89,6 +89,11 @@ class Canvas:
         return values
 
     @property
+    def apart(self) -> bool:
+        """Tell whether boxes may be made apart from the result, which takes memory beside it."""
+        return self.head is not None or self.out is not None
+
+    @property
     def in_threads(self) -> bool:
         """Tell whether boxes may be painted from several threads at once: a head of the user's own is called in one."""
         return self.head is None

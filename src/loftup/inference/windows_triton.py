@@ -62,7 +62,7 @@ class _Job:
         image, factor = finer_image(guidance)
         depth = (1 + net.heads) * net.depth
         pixel = 4 * (factor**2 * (4 * depth + net.config.encoder_width) + 2 * depth)
-        if canvas.head is not None or canvas.out is not None:  # for which the output may be made apart
+        if canvas.apart:
             pixel += 2 * canvas.channels * net.dtype.itemsize
         limit = budget(memory, image.device)
         tile = least_tile(net, (factor * self.size[0], factor * self.size[1]), net.dtype)

@@ -1,4 +1,6 @@
-import { colours, enlarge, heat, lengths, principalComponents, project, ranges, similarity } from "./features.js";
+import {
+  attention, colours, enlarge, glow, heat, lengths, principalComponents, project, ranges, similarity,
+} from "./features.js";
 
 const get = (id) => document.getElementById(id);
 const [photo, bilinear, dense] = ["photo", "bilinear", "dense"].map(get);
@@ -152,18 +154,29 @@ function drawComponents() {
   mark(null);
 }
 
+// The photograph with a point; of a point that was clicked also the cells that it looks at.
 function mark(point) {
   const context = photo.getContext("2d");
   context.putImageData(current.pixels, 0, 0);
+  get("looks").textContent = "Move over the picture to compare a point with all others; click to keep it.";
   if (!point) return;
-  const radius = Math.max(4, current.width / 60);
-  for (const [line, colour] of [[4, "#000"], [2, "#fff"]]) {
-    context.lineWidth = line;
-    context.strokeStyle = colour;
-    context.beginPath();
-    context.arc(point.x + 0.5, point.y + 0.5, radius, 0, 2 * Math.PI);
-    context.stroke();
+  if (point === kept) {
+    put(photo, glow(current.pixels.data, [current.height, current.width], looksAt(point.x, point.y), [current.h, current.w]));
+    get("looks").textContent = "In orange the features that this pixel is a mean of: the brighter, the more.";
   }
+  const radius = Math.max(1.5, current.width / 200);
+  for (const [more, colour] of [[1, "#000"], [0, "#fff"]]) {
+    context.fillStyle = colour;
+    context.beginPath();
+    context.arc(point.x + 0.5, point.y + 0.5, radius + more, 0, 2 * Math.PI);
+    context.fill();
+  }
+}
+
+// How a pixel weighs the features: (h, w).
+function looksAt(x, y) {
+  const { width, height, channels, h, w, features } = current;
+  return attention(features, channels, [h, w], current.dense, [height, width], { x, y }, site.radius);
 }
 
 // How alike all pixels are to one: from the upsampled features, and bilinearly from the cell that it lies in.
@@ -270,7 +283,7 @@ for (const type of ["dragover", "drop", "dragleave"]) {
 }
 
 // For tests, and for the curious in the console.
-globalThis.loftup = { get current() { return current; }, compare };
+globalThis.loftup = { get current() { return current; }, compare, looksAt };
 
 try {
   if (innerWidth < 640) get("side").value = "224";

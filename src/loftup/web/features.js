@@ -143,3 +143,57 @@ export function heat(map, low) {
   }
   return pixels;
 }
+
+// How a pixel weighs the cells of the window around its own: (cells), 0 beyond the window. The upsampled vector is their
+// weighted mean, so the weights of sum 1 that come nearest to it are those: with the differences of the cells' vectors
+// from it as columns D, the solution of (D'D) a = 1, scaled to sum 1.
+export function attention(map, channels, [h, w], dense, [height, width], { x, y }, radius) {
+  const middle = [Math.floor(((2 * y + 1) * h) / (2 * height)), Math.floor(((2 * x + 1) * w) / (2 * width))];
+  const window = [];
+  for (let row = Math.max(0, middle[0] - radius); row <= Math.min(h - 1, middle[0] + radius); row++) {
+    for (let column = Math.max(0, middle[1] - radius); column <= Math.min(w - 1, middle[1] + radius); column++) {
+      window.push(row * w + column);
+    }
+  }
+  const count = window.length;
+  const differences = window.map((cell) =>
+    Float64Array.from({ length: channels }, (_, c) => map[c * h * w + cell] - dense[c * height * width + y * width + x]),
+  );
+  const matrix = differences.map((a) =>
+    Float64Array.from(differences, (b) => a.reduce((sum, value, c) => sum + value * b[c], 0)),
+  );
+  const trace = matrix.reduce((sum, row, i) => sum + row[i], 0);
+  for (let i = 0; i < count; i++) matrix[i][i] += 1e-9 * trace + 1e-30; // equal cells share their weight
+  // Cholesky's factors in the lower half; then forward and back.
+  const solution = new Float64Array(count).fill(1);
+  for (let i = 0; i < count; i++) {
+    for (let j = 0; j <= i; j++) {
+      let rest = matrix[i][j];
+      for (let k = 0; k < j; k++) rest -= matrix[i][k] * matrix[j][k];
+      matrix[i][j] = i === j ? Math.sqrt(Math.max(rest, 1e-300)) : rest / matrix[j][j];
+    }
+    for (let k = 0; k < i; k++) solution[i] -= matrix[i][k] * solution[k];
+    solution[i] /= matrix[i][i];
+  }
+  for (let i = count - 1; i >= 0; i--) {
+    for (let k = i + 1; k < count; k++) solution[i] -= matrix[k][i] * solution[k];
+    solution[i] /= matrix[i][i];
+  }
+  const total = solution.reduce((sum, value) => sum + value, 0);
+  const result = new Float32Array(h * w);
+  window.forEach((cell, i) => (result[cell] = Math.max(0, solution[i] / total)));
+  return result;
+}
+
+// A photograph, RGBA bytes of [height, width], in grey, with its (h, w) cells orange by their weights.
+export function glow(pixels, [height, width], weights, [h, w]) {
+  const result = new Uint8ClampedArray(pixels.length).fill(255);
+  const most = weights.reduce((largest, value) => Math.max(largest, value), 1e-12);
+  for (let i = 0; i < height * width; i++) {
+    const [row, column] = [Math.floor((Math.floor(i / width) * h) / height), Math.floor(((i % width) * w) / width)];
+    const opacity = (0.8 * weights[row * w + column]) / most;
+    const grey = 0.299 * pixels[4 * i] + 0.587 * pixels[4 * i + 1] + 0.114 * pixels[4 * i + 2];
+    [255, 120, 0].forEach((value, k) => (result[4 * i + k] = opacity * value + (1 - opacity) * grey));
+  }
+  return result;
+}
