@@ -84,6 +84,29 @@ def test_every_output(album, tmp_path, form):
     assert record.picture().shape == (3, 40, 48)
 
 
+def test_regions_are_means_of_the_dense_map(album, tmp_path):
+    from PIL import Image
+
+    labels = np.full((60, 80), 7, np.uint8)
+    labels[:, 30:], labels[40:] = 2, 200
+    for file in album.rglob("*.jpg"):
+        target = (tmp_path / "masks" / file.relative_to(album)).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(labels).save(target)
+    (tmp_path / "masks" / "001.png").unlink()
+    options = {"save": ("dense", "regions"), "masks": str(tmp_path / "masks")}
+    summary = extract(album, tmp_path / "out", **QUICK, **options)
+    assert summary.failed == 1
+    assert "001.png" in loftup.open(tmp_path / "out").errors()[0]["error"]
+    record = loftup.open(tmp_path / "out")[0]
+    assert record.row["regions_labels"] == [2, 7, 200]
+    assert sum(record.row["regions_pixels"]) == 40 * 48
+    dense = torch.from_numpy(np.frombuffer(record.row["dense"], "<f2").reshape(192, 40, 48).astype(np.float32))
+    wanted = dense[:, :20, :15].mean((1, 2))  # label 7 and no others
+    assert (record.regions[1] - wanted).norm() < 0.3 * wanted.norm()
+    assert record.regions.shape == (3, 192)
+
+
 def test_uint8_states_its_error(album, tmp_path):
     extract(album, tmp_path / "a", **QUICK)
     extract(album, tmp_path / "b", **QUICK, store="uint8")
