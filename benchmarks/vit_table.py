@@ -10,7 +10,8 @@ join those that are there. ``table.md`` and ``table.csv`` are written anew after
 FOLDER of ``--data`` holds ``camvid``, ``voc2012``, ``nyuv2``, ``davis2016`` and ``grabcut`` in the layouts that
 docs/evaluation.md names; ``--parts`` chooses some. Clicks are judged by likeness to the clicked pixel, with a threshold
 that is learned on objects of VOC: a head of convolutions would take hours for each of the slower upsamplers.
-``--quick N`` takes every Nth sample and so is a test of the machinery, not a result.
+``--quick N`` takes every Nth sample and so is a test of the machinery, not a result; ``--thin video=8,clicks=4`` does so
+for the parts that take hours, and the table's first line says which.
 """
 
 import argparse
@@ -88,6 +89,13 @@ def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
+def _thin(given: str) -> dict[str, int]:
+    pairs = dict(part.partition("=")[::2] for part in given.split(","))
+    if unknown := [name for name, count in pairs.items() if name not in PARTS or not count.isdecimal() or count == "0"]:
+        raise argparse.ArgumentTypeError(f"expected PART=N,... of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    return {name: int(count) for name, count in pairs.items()}
+
+
 def write_table(folder: Path) -> None:
     """Join what there is of all parts in a folder as ``table.md`` and ``table.csv``."""
     results = {name: read_file(file) for name in PARTS if (file := folder / name / "results.json").is_file()}
@@ -117,7 +125,9 @@ def _conditions(results: dict[str, dict[str, Any]]) -> str:
     backbone = ", ".join(f"{key} {value}" for key, value in first["backbone"].items() if value is not None)
     data = "; ".join(f"{each['task']} on {each['dataset']}" for each in results.values())
     environment = first["environment"]
+    commits = sorted({commit for each in results.values() if (commit := each["environment"].get("commit"))})
     machine = f"{environment['device']}, torch {environment['torch']}, loftup {environment['loftup']}"
+    machine += f" (commit {', '.join(commits)})" if commits else ""
     return f"{backbone}; {data}; {machine}."
 
 
@@ -134,6 +144,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--parts", default=",".join(PARTS), metavar="P[,P...]", help="some of %(default)s")
     add("--seeds", type=int, default=3, metavar="N", help="heads that are trained (default: %(default)s)")
     add("--quick", type=int, default=1, metavar="N", help="take every Nth sample, to try it out")
+    add("--thin", type=_thin, default={}, metavar="P=N,...", help="take every Nth sample of some parts")
     add("--dry", action="store_true", help="print the commands and stop")
     given, rest = parser.parse_known_args(words)
     unknown = [name for name in given.parts.split(",") if name not in PARTS]
@@ -146,7 +157,8 @@ def main(words: Sequence[str] | None = None) -> int:
     failed = 0
     for name in given.parts.split(","):
         place = given.output / name
-        command = PARTS[name].command(given.data, upsamplers, given.seeds, given.quick, [*rest, "-o", str(place)])
+        every = given.thin.get(name, given.quick)
+        command = PARTS[name].command(given.data, upsamplers, given.seeds, every, [*rest, "-o", str(place)])
         print(shlex.join(["loftup", *command]), file=sys.stderr, flush=True)
         if given.dry:
             continue

@@ -127,7 +127,14 @@ def test_commands_are_shown(capsys, tmp_path):
     assert "--seeds" not in lines[5]
     assert "--set objects=5 " in lines[6]
     assert not list(tmp_path.iterdir())
-    for wrong, said in (["--parts", "x"], "unknown parts x"), (["--seeds", "0"], "must be 1 or more"):
+    assert vit_table.main(["--data", "d", "-o", "o", "--dry", "--thin", "video=8"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.count("--every 8") for line in lines] == [0, 0, 0, 0, 0, 1, 0]
+    for wrong, said in (
+        (["--parts", "x"], "unknown parts x"),
+        (["--seeds", "0"], "must be 1 or more"),
+        (["--thin", "video=0"], "expected PART=N,... of camvid"),
+    ):
         with pytest.raises(SystemExit):
             vit_table.main(["--data", "d", "-o", "o", *wrong])
         assert said in capsys.readouterr().err
