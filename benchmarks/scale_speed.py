@@ -93,7 +93,7 @@ def draw(parts: list[dict], path: Path) -> None:
                 height=0.8,
                 label=name if row == 0 else None,
             )
-    axes.set(xlabel="seconds since the first computation", ylabel="part")
+    axes.set(xlabel="seconds since the first computation", ylabel="parts", yticks=[])
     axes.invert_yaxis()
     axes.legend(loc="upper right", frameon=False)
     for side in ("top", "right"):

@@ -10,8 +10,8 @@ join those that are there. ``table.md`` and ``table.csv`` are written anew after
 FOLDER of ``--data`` holds ``camvid``, ``voc2012``, ``nyuv2``, ``davis2016`` and ``grabcut`` in the layouts that
 docs/evaluation.md names; ``--parts`` chooses some. Clicks are judged by likeness to the clicked pixel, with a threshold
 that is learned on objects of VOC: a head of convolutions would take hours for each of the slower upsamplers.
-``--quick N`` takes every Nth sample and so is a test of the machinery, not a result; ``--thin video=8,clicks=4`` does so
-for the parts that take hours, and the table's first line says which.
+``--quick N`` takes every Nth sample and so is a test of the machinery, not a result; ``--thin video=8,clicks=4`` does
+so for the parts that take hours, and the table's first line says which.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from ..errors import FAILURES, LoftUpError, one_line, translate
 from ..model import LoftUp
 from ..pictures import encode
 from ..upsampled import Upsampled
+from ..weights.names import resolve
 from .codec import encode_array
 from .decode import Prepared
 from .settings import Settings
@@ -98,7 +99,7 @@ class Extractor:
         self.up: LoftUp | None = None
         self.head: nn.Linear | None = None
         name = settings.weights or settings.backbone
-        # What only the reader upsamples with is loaded there.
+        resolve(name, settings.strict)  # refused here; the reader loads it where nothing here upsamples
         self.networks["weights"] = name
         if settings.upsamples:
             dtype = getattr(torch, settings.dtype)

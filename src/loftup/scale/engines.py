@@ -152,8 +152,12 @@ def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Do
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"part": number, "plan": plan} for number, plan in parts]
-        each = max(1, min(BLOCK, len(rows) // (2 * workers)), len(rows) // MOST_BLOCKS)
-        data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // each)).map_batches(
+        each, tail = max(BLOCK, len(rows) // MOST_BLOCKS), rows[-BLOCK * workers :]
+        # The last ones one by one, so that all workers end at about the same time.
+        data = ray.data.from_items(tail, override_num_blocks=len(tail))
+        if head := rows[: -len(tail)]:
+            data = ray.data.from_items(head, override_num_blocks=-(-len(head) // each)).union(data)
+        done = data.map_batches(
             _Worker,
             batch_size=None,
             fn_constructor_args=(job, cluster),
@@ -162,7 +166,7 @@ def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Do
             num_gpus=cluster.gpus or None,
         )
         with translate(ray.exceptions.RayTaskError, _cause):
-            for row in data.iter_rows():
+            for row in done.iter_rows():
                 yield {name: tuple(map(float, each)) if name in STEPS else int(each) for name, each in row.items()}
     finally:
         if own:
