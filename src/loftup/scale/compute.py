@@ -19,10 +19,23 @@ from .codec import encode_array
 from .decode import Prepared
 from .settings import Settings
 
-__all__ = ["Extractor", "fingerprint", "grid_points", "load_head"]
+__all__ = ["Extractor", "backbone_of", "fingerprint", "grid_points", "load_head"]
 
 Row = dict[str, Any]
 JPEG_QUALITY = 90
+
+
+def backbone_of(settings: Settings) -> Backbone:
+    """The backbone that settings name, on the CPU."""
+    return load_backbone(
+        settings.backbone,
+        weights=settings.backbone_weights,
+        layer=settings.layer,
+        mean=settings.mean,
+        std=settings.std,
+        views=settings.views,
+        **settings.options,
+    )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -86,15 +99,7 @@ class Extractor:
 
     def __init__(self, settings: Settings, device: str = "cpu") -> None:
         self.settings, self.device = settings, torch.device(device)
-        self.backbone: Backbone = load_backbone(
-            settings.backbone,
-            weights=settings.backbone_weights,
-            layer=settings.layer,
-            mean=settings.mean,
-            std=settings.std,
-            views=settings.views,
-            **settings.options,
-        ).to(self.device)
+        self.backbone: Backbone = backbone_of(settings).to(self.device)
         self.networks: dict[str, Any] = {"backbone": settings.backbone, "backbone_sha256": fingerprint(self.backbone)}
         self.up: LoftUp | None = None
         self.head: nn.Linear | None = None

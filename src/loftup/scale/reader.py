@@ -10,11 +10,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..backbones import Backbone, load_backbone
+from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..model import LoftUp
 from . import storage
 from .codec import decode_array, read_rows, row_counts
+from .compute import backbone_of
 from .decode import decode, resized, result_size
 from .folder import Folder, read_manifest
 from .settings import Settings
@@ -100,16 +101,7 @@ class Features(Sequence["Record"]):
     @cached_property
     def backbone(self) -> Backbone:
         """The backbone, whose scaling the guidance needs."""
-        settings = self.settings
-        return load_backbone(
-            settings.backbone,
-            weights=settings.backbone_weights,
-            layer=settings.layer,
-            mean=settings.mean,
-            std=settings.std,
-            views=settings.views,
-            **settings.options,
-        )
+        return backbone_of(self.settings)
 
     @cached_property
     def up(self) -> LoftUp:
