@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     scores: torch.Tensor = up(backbone(image), image, head=torch.randn(5, 192))
     written: Path = Upsampled(backbone, up).export("both.onnx")
     colours = loftup.viz.pca_image
+    later: torch.Tensor = loftup.open("features")[0].dense(112)
 
     up(backbone(image), image, siez=112)  # type: ignore[arg-type]
     up(backbone(image))  # type: ignore[call-arg]

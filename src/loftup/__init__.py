@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .matching import Matches, match
     from .model import LoftUp
     from .networks.config import LoftUpConfig, UniversalConfig
+    from .scale.reader import open as open  # not in __all__, or it would take the place of the built-in one
     from .upsampled import Upsampled
     from .weights.catalogue import list_pretrained
 
@@ -63,4 +64,4 @@ if not TYPE_CHECKING:  # or checkers would let any name pass
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOME})
