@@ -76,6 +76,7 @@ def test_ready_configs_are_those_promised():
         "gpu_25min_stage2",
         "gpu_8min",
         "any",
+        "fit",
     }
     assert set(ready_configs()) == expected
     first, second = load_config("paper_stage1"), load_config("paper_stage2")
