@@ -18,6 +18,7 @@ from ...files import alone_in, refuse_others, write_atomically
 from ...model import LoftUp
 from ...networks.config import UniversalConfig
 from ...pictures import encode
+from ...progress import tell
 from ...weights.names import CONFIG, SAFETENSORS
 from ..config import TrainConfig, check, load_config
 from ..data.loader import loader, open_data
@@ -168,7 +169,10 @@ def choose(
     best, best_gain, chosen = START, 0.0, errors["choosing"][START]
     for name, up in candidates.items():
         found = held_out.errors(up, held_out.choosing)
-        each = list(gains(found, errors["choosing"][START]).values())
+        gain = gains(found, errors["choosing"][START])
+        each = list(gain.values())
+        parts = ", ".join(f"{key} {100 * value:+.2f} %" for key, value in gain.items())
+        tell(f"{name.replace('_', ' ')}: gain in {parts}")
         if all(gain >= 0 for gain in each) and (mean := sum(each) / len(each)) > best_gain:
             best, best_gain, chosen = name, mean, found
     up, reported = start, errors["reporting"][START]
