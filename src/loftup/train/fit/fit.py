@@ -202,7 +202,7 @@ def _configured(
         setattr(config.backbone, name, value)
     config.data.path, config.output = list(pictures), str(folder / RUN)
     shifted = config.objective.shifted
-    shifted.views = shifted.views if config.backbone.views < shifted.views else 16
+    shifted.views = next((n for n in (shifted.views, 9) if n > config.backbone.views), 16)
     config = check(config)
     check_paths(config)
     total = _count(config)
