@@ -1,6 +1,7 @@
 """Two errors of an upsampler that need no labels, on pictures held out of the training."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -21,6 +22,8 @@ from ..objective.student import upsample_window
 from ..run.validation import Case, Cases, packed_masks, unpacked_masks
 
 __all__ = ["CRITERIA", "Errors", "HeldOut", "gains"]
+
+log = logging.getLogger("loftup")
 
 # What the errors are called in tables, and in the card.
 CRITERIA = {
@@ -70,6 +73,8 @@ class HeldOut:
         halves = []
         for name, share in (("choose", slice(0, None, 2)), ("report", slice(1, None, 2))):
             cases = Cases(source, config, backbone, lambda picture, size: packed_masks(picture, self.side), share)
+            for reason in cases.unreadable:
+                log.warning("a held-out picture is left out: %s", reason)
             if not cases.cases:
                 first = f"; the first: {cases.unreadable[0]}" if cases.unreadable else ""
                 raise LoftUpError(f"none of the held-out pictures to {name} by can be read{first}")

@@ -40,7 +40,10 @@ SIDE, CELLS = 224, 7  # of the backbone's input, about; and patches along it at 
 RUN = "run"  # folder of the training, inside the result's
 PICTURE = "comparison.png"
 FILES = (CARD, CONFIG, SAFETENSORS, PICTURE)
-OWN = ("backbone", "data.path", "data.held_out", "model.architecture", "output", "steps", "save_every", "hub")
+OWN = (  # keys that are not for --set
+    "backbone", "data.path", "data.held_out", "model.architecture", "model.pretrained", "output", "steps", "save_every",
+    "hub",
+)  # fmt: skip
 START = "any"  # name of the candidate that is as it was
 
 
@@ -52,8 +55,7 @@ class FitSettings:
         output: folder for the result.
         minutes: that everything is to take, about: the first steps are timed, and decide about the number of steps.
         steps: of the training, in place of ``minutes``.
-        overrides: of the ready config ``fit``, as ``"key=value"``: backbone, pictures and more, see
-            :func:`loftup.train.config.load_config`.
+        overrides: of the ready config ``fit``, as ``"key=value"``, see :func:`loftup.train.config.load_config`.
     """
 
     output: Path
