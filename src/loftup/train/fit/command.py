@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         return stop.status
     if outcome.gained:
         print(f"gained: the weights after {outcome.name.replace('_', ' ')} are in {arguments.output}", file=sys.stderr)
+        print("these errors stand for no task: compare with any on your own, as by loftup eval", file=sys.stderr)
     else:
         worse = f" ({outcome.refused} was better on the pictures to choose by alone)" if outcome.refused else ""
         print(f"no gain: these are the weights of any{worse}, in {arguments.output}", file=sys.stderr)
