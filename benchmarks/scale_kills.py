@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -72,10 +71,11 @@ def collect(folders: list[Path], target: Path, limit: int) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for index, file in enumerate(files):
         copy = target / f"{index:05d}{file.suffix}"
+        copy.unlink(missing_ok=True)  # a link from before: nothing is written through it
         if index % (len(files) // DAMAGED) == len(files) // DAMAGED // 2:
             content = file.read_bytes()
             copy.write_bytes(content[: len(content) // 2])
-        elif not copy.exists():
+        else:
             copy.symlink_to(file.resolve())
     return len(files)
 
@@ -151,7 +151,4 @@ def compare(quiet: Path, killed: Path, pictures: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and "--anew" in sys.argv:
-        shutil.rmtree(sys.argv[sys.argv.index("-o") + 1], ignore_errors=True)
-        sys.argv.remove("--anew")
     sys.exit(main())

@@ -10,9 +10,11 @@
 set -eu
 pictures=$1 output=$2  # on a file system that all nodes share, or URLs
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }'):6379
+# Jobs that share a node need ports of their own.
+address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }'):$((20000 + SLURM_JOB_ID % 20000))
 
 # Ray starts on every node; the command runs on the first one, and Ray stops when it ends.
-srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
+srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus 4 -- \
     loftup features "$pictures" -o "$output" --engine ray --address auto --gpus 1 --cpus 8 \
     --backbone dinov2_vits14 --weights any --save features,pooled

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import FAILURES, one_line
 from ..version import __version__
-from . import demo, eval, export, features, find, listing, masks, match, segment, train, video, web
+from . import demo, eval, export, features, find, fit, listing, masks, match, segment, train, video, web
 
 __all__ = ["main"]
 
@@ -65,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loftup", description="Pixel-dense features from any vision backbone.")
     parser.add_argument("--version", action="version", version=f"loftup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, features, segment, find, match, listing, export, video, web, masks, train, eval):
+    for command in (demo, features, segment, find, match, listing, export, video, web, masks, train, fit, eval):
         command.add_parser(commands)
     return parser

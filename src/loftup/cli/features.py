@@ -42,7 +42,11 @@ def add_parser(commands: Any) -> None:
     where = "for NAME.safetensors, in the same subfolders; or for shards, then also a URL"
     add("-o", "--output", type=word, metavar="DIR", help=where)
     add("--overwrite", action="store_true", help="write files of loftup's anew that are there already")
-    add("--yes", action="store_true", help=f"write more than {MOST / 1e9:.0f} GB without asking")
+    add(
+        "--yes",
+        action="store_true",
+        help=f"write more than {MOST / 1e9:.0f} GB, of shards more than 1 TB, without asking",
+    )
     shards.add_options(parser)
 
 

@@ -40,8 +40,7 @@ def add_parser(commands: Any) -> None:
         "find",
         help="find pictures by a text, and where in them",
         description="Ranks pictures by the likeness of a CLIP's dense, upsampled features to a text: the score is the "
-        f"mean cosine of the {SHARE:.0%}".replace("%", "%%")
-        + " of pixels that are most alike. Writes "
+        f"mean cosine of the {SHARE:.0%} of pixels that are most alike. Writes "
         f"{TABLE} and {RESULTS} with scores and the box around the best place, and the best pictures with the likeness "
         "over them. Goes on where a run was cut off. Needs the extra loftup[text].",
     )

@@ -14,6 +14,7 @@ __all__ = [
     "number",
     "place",
     "positive",
+    "positive_number",
     "views",
     "word",
 ]

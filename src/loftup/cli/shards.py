@@ -13,6 +13,7 @@ __all__ = ["add_options", "run", "wanted"]
 CLUSTER = ("workers", "cpus", "gpus", "address")  # go with --engine ray
 # They make `loftup features` write shards.
 TURN = ("engine", "format", "save", "dry_run")
+MOST = 1e12  # bytes that are written without --yes
 OTHERS = (
     "points",
     "head",
@@ -45,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--part", type=positive, metavar="N", help="pictures of a shard (default: 256, fewer where it exceeds 256 MB)")
     add("--batch", type=positive, metavar="N", help="pictures of one size computed at once (default: 8)")
     add("--column", type=word, metavar="NAME", help="of Parquet files, with bytes or links")
-    add("--retry-errors", action="store_true", help="do the parts again some of whose pictures failed")
+    add("--retry-errors", action="store_true", help="try the pictures again that failed")
     add("--workers", type=positive, metavar="N", help="processes with networks (default: as many as the cluster holds)")
     add("--cpus", type=positive, metavar="N", help="threads of each worker (default: 1)")
     add("--gpus", type=positive_number, metavar="X", help="GPUs of each worker, such as 1 or 0.5 (default: none)")
@@ -68,6 +69,8 @@ def wanted(arguments: argparse.Namespace) -> bool:
     """Tell whether shards are asked for; ValueError for options that go with shards alone."""
     if any(getattr(arguments, name) for name in TURN):
         return True
+    if arguments.output and (Path(arguments.output) / "manifest.json").is_file():
+        return True  # goes on with shards
     for name in OTHERS:
         if getattr(arguments, name):
             option = name.replace("_", "-")
@@ -91,30 +94,25 @@ def run(arguments: argparse.Namespace) -> int:
     }
     settings = Settings(
         backbone=arguments.backbone,
-        backbone_weights=_whole(arguments.backbone_weights),
+        backbone_weights=arguments.backbone_weights,
         layer=arguments.layer,
         options=dict(arguments.option),
         mean=tuple(arguments.mean) if arguments.mean else None,
         std=tuple(arguments.std) if arguments.std else None,
         views=arguments.views,
-        weights=_whole(arguments.weights),
+        weights=arguments.weights,
         strict=arguments.strict,
         input=arguments.input,
         size=tuple(arguments.size) if arguments.size else None,
         points=tuple(arguments.points) if arguments.points else None,
-        head=_whole(arguments.head),
-        masks=_whole(arguments.masks),
+        head=arguments.head,
+        masks=arguments.masks,
         images=arguments.keep_images,
         dtype=arguments.dtype,
         part=arguments.part,
         **given,
     )
     return _estimate(arguments, settings) if arguments.dry_run else _extract(arguments, settings)
-
-
-def _whole(path: str | None) -> str | None:
-    """A path that is there from every folder, as workers have others; names and URLs as they are."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def _estimate(arguments: argparse.Namespace, settings: Any) -> int:
@@ -124,7 +122,7 @@ def _estimate(arguments: argparse.Namespace, settings: Any) -> int:
     from .models import choose_device
 
     choose_device(arguments)
-    places = list(list_pictures([_whole(each) or each for each in arguments.images], arguments.column))
+    places = list(list_pictures(arguments.images, arguments.column))
     result = estimate(Extractor(settings, arguments.device), places, arguments.workers or 1)
     print("\n".join(result.lines(arguments.price)))
     return 0
@@ -145,14 +143,15 @@ def _extract(arguments: argparse.Namespace, settings: Any) -> int:
     elif arguments.device:
         raise ValueError(f"--device goes with --engine local, got {arguments.device}; for GPUs of a cluster: --gpus 1")
     summary = extract(
-        [_whole(each) or each for each in arguments.images],
-        _output(arguments.output),
+        arguments.images,
+        arguments.output,
         settings,
         engine=arguments.engine or "local",
         cluster=cluster,
         device=arguments.device,
         column=arguments.column,
         retry_errors=arguments.retry_errors,
+        most=None if arguments.yes else MOST,
     )
     text = f"{summary.written} of {summary.pictures} pictures are in {arguments.output}"
     if summary.parts:
@@ -166,7 +165,3 @@ def _extract(arguments: argparse.Namespace, settings: Any) -> int:
     if summary.written + summary.failed < summary.pictures:
         raise LoftUpError(f"{summary.pictures - summary.written - summary.failed} pictures are missing; start again")
     return 1 if summary.failed else 0
-
-
-def _output(folder: str) -> str:
-    return folder if "://" in folder else str(Path(folder).absolute())

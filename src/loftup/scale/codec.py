@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..version import __version__
 from .settings import SCHEMA
 
-__all__ = ["SUFFIX", "decode_array", "encode_array", "read_rows", "row_counts", "shard"]
+__all__ = ["SUFFIX", "decode_array", "encode_array", "read_all", "read_rows", "row_counts", "shard"]
 
 Row = dict[str, Any]
 SUFFIX = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -73,7 +74,13 @@ def decode_array(name: str, row: Mapping[str, Any]) -> np.ndarray:
 
 def shard(rows: Sequence[Row], settings: Mapping[str, Any], networks: Mapping[str, Any], number: int) -> bytes:
     """The bytes of a shard in the format of the settings; equal rows give equal bytes."""
-    facts = {"schema": SCHEMA, "part": number, "networks": dict(networks), "settings": dict(settings)}
+    facts = {
+        "schema": SCHEMA,
+        "loftup_version": __version__,
+        "part": number,
+        "networks": dict(networks),
+        "settings": dict(settings),
+    }
     if settings["format"] == "webdataset":
         return _tar(rows, facts, number)
     return parquet(rows, _schema(rows, settings), {"loftup": json.dumps(facts, sort_keys=True)}, ROWS)
@@ -162,20 +169,27 @@ def read_rows(content: Any, form: str, index: int) -> tuple[int, list[Row]]:
         file = pq.ParquetFile(content)
         group = index // ROWS
         return group * ROWS, file.read_row_group(group).to_pylist()
+    return 0, read_all(content, form)
+
+
+def read_all(content: Any, form: str) -> list[Row]:
+    """All rows of a shard, a seekable stream."""
+    if form == "parquet":
+        import pyarrow.parquet as pq
+
+        return list(pq.ParquetFile(content).read().to_pylist())
+    rows: dict[str, Row] = {}
     with tarfile.open(fileobj=content, mode="r:") as archive:
-        members: dict[str, list[Any]] = {}
         for member in archive:
-            members.setdefault(member.name.partition(".")[0], []).append(member)
-        row: Row = {}
-        for member in members[sorted(members)[index]]:
             stream = archive.extractfile(member)
             assert stream is not None
-            name, data = member.name.split(".", 1)[1], stream.read()
+            key, name = member.name.split(".", 1)
+            row, data = rows.setdefault(key, {}), stream.read()
             if name == "json":
-                row |= json.loads(data)
+                row |= {column: value for column, value in json.loads(data).items() if column != "loftup"}
             elif name == "image.jpg":
                 row["image"] = {"bytes": data}
             else:
                 array = np.load(io.BytesIO(data), allow_pickle=False)
                 row |= {name[:-4]: array.tobytes(), f"{name[:-4]}_shape": list(array.shape)}
-        return index, [row]
+    return [rows[key] for key in sorted(rows)]

@@ -101,6 +101,7 @@ class Extractor:
         self.settings, self.device = settings, torch.device(device)
         self.backbone: Backbone = backbone_of(settings).to(self.device)
         self.networks: dict[str, Any] = {"backbone": settings.backbone, "backbone_sha256": fingerprint(self.backbone)}
+        self.networks |= {"mean": list(self.backbone.mean), "std": list(self.backbone.std)}
         self.up: LoftUp | None = None
         self.head: nn.Linear | None = None
         name = settings.weights or settings.backbone
@@ -208,7 +209,9 @@ class Extractor:
         assert self.up is not None
         assert picture.masks is not None
         labels, index, counts = np.unique(picture.masks, return_inverse=True, return_counts=True)
-        masks = torch.from_numpy(index.reshape(picture.masks.shape)).to(self.device)
-        means = self.up.regions(features, guidance, masks[None])[0]
+        first = int((labels < 0).sum())  # the void
+        labels, counts = labels[first:], counts[first:]
+        masks = torch.from_numpy(index.reshape(picture.masks.shape) - first).to(self.device)
+        means = self.up.regions(features, guidance, masks[None], count=len(labels))[0]
         columns = encode_array("regions", means.cpu().float().numpy(), self.settings.store)
         return columns | {"regions_labels": labels.tolist(), "regions_pixels": counts.tolist()}

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import FAILURES, one_line
+from ..errors import FAILURES, one_line, translate
 from ..pictures import open_picture, require_pillow
 from .settings import Settings
 from .sources import Place, contents
 
 __all__ = ["Prepared", "decode", "load", "prepare", "resized", "result_size"]
 
+VOID = 255  # label of no region in masks of 8 bits
+AT_ONCE = 32  # pictures whose files are in memory before they are decoded and small
 LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
 
@@ -95,11 +97,12 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 def load(places: Sequence[Place], settings: Settings, threads: int = 1) -> list[Prepared]:
     """Read, decode and resize the pictures of a part, in threads; what cannot be read bears its error."""
-    read = contents(places)
-    if threads == 1:
-        return [_load(place, content, settings) for place, content in zip(places, read, strict=True)]
+    prepared: list[Prepared] = []
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(_load, places, read, repeat(settings)))
+        for start in range(0, len(places), AT_ONCE):
+            some = places[start : start + AT_ONCE]
+            prepared += pool.map(_load, some, contents(some), repeat(settings))
+    return prepared
 
 
 def _load(place: Place, content: "bytes | OSError", settings: Settings) -> Prepared:
@@ -125,10 +128,16 @@ def _masks(place: Place, settings: Settings, guidance: np.ndarray | None) -> np.
     assert guidance is not None
     stem, dot, _ = place.key.rpartition(".")
     url = storage.join(settings.masks, f"{stem if dot else place.key}.png")
-    with Image.open(BytesIO(storage.read(url))) as picture:
+    content = storage.read(url)
+    with (
+        translate(OSError, f"cannot read the masks {url}: they are no picture", OSError),
+        Image.open(BytesIO(content)) as picture,
+    ):
         if picture.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"the masks {url} have mode {picture.mode!r}; expected one label a pixel: L, P, I or I;16")
         labels = torch.from_numpy(np.array(picture).astype(np.int64))
+        if picture.mode in ("L", "P"):
+            labels[labels == VOID] = -1
     size = guidance.shape[1:]
     if tuple(labels.shape) != size:
         labels = F.interpolate(labels[None, None].double(), size, mode="nearest-exact")[0, 0].long()

@@ -1,6 +1,7 @@
 """The steps of a part (read, compute, write), run by this process or by Ray Data on many."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LoftUpError, translate
+from ..progress import tell
 from .codec import shard
 from .decode import Prepared, load
 from .folder import Folder
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Cluster", "Job", "run_here", "run_on_ray"]
 
 Part = tuple[int, str]  # number, and the file of the plan that lists its pictures
+MANY = 16  # pictures of a part that do not all fail by themselves
 MOST_BLOCKS = 20_000  # that Ray Data keeps account of
 STEPS = ("read", "compute", "write")
 Done = dict[str, Any]  # of a part: its number, pictures, errors, bytes, and seconds of each step
@@ -33,19 +36,35 @@ class Job:
     url: str  # of the output folder
     settings: Settings
     networks: dict[str, Any]  # names and fingerprints that the driver found
+    again: frozenset[int] = frozenset()  # finished parts, of which what failed is tried again
 
     def read(self, part: Part, threads: int = 1) -> list[Prepared]:
         """Read, decode and resize the pictures of a part."""
-        return load(self.folder().places(*part), self.settings, threads)
+        folder = self.folder()
+        places = folder.places(*part)
+        if part[0] in self.again:
+            failed = {row["key"] for row in folder.errors([part[0]])}
+            places = [place for place in places if place.key in failed]
+        return load(places, self.settings, threads)
 
     def compute(self, extractor: "Extractor", part: Part, pictures: Sequence[Prepared]) -> tuple[bytes, list[Any]]:
         """The bytes of a part's shard, and its errors."""
         rows, errors = extractor.rows(pictures)
+        if part[0] in self.again:
+            places = self.folder().places(*part)
+            there = {row["key"]: row for row in [*self.folder().rows(part[0]), *rows]}
+            rows = [there[place.key] for place in places if place.key in there]
+            errors = [row for row in errors if row["key"] not in there]
+        elif len(pictures) >= MANY and not rows:
+            raise LoftUpError(
+                f"all {len(pictures)} pictures of part {part[0]} failed, the first of them: {errors[0]['error']}; is a "
+                "disk or a GPU missing? Start again when it is there, or leave these pictures out"
+            )
         return shard(rows, self.settings.as_json(), self.networks, part[0]), errors
 
     def write(self, part: Part, content: bytes, errors: Sequence[Any]) -> None:
         """Write a part."""
-        self.folder().store(part[0], content, errors)
+        self.folder().store(part[0], content, errors, part[0] in self.again)
 
     def folder(self) -> Folder:
         """The output folder."""
@@ -144,11 +163,22 @@ def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Do
     """
     ray = _ray()
     own = not ray.is_initialized()
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if own:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        tell("starting Ray" if address == "local" else f"joining the Ray cluster {address}")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         total = ray.cluster_resources()
-        workers = cluster.workers or _most(total, cluster)
+        workers = _most(total, cluster)
+        if cluster.workers is not None:
+            if cluster.workers > workers:
+                raise LoftUpError(
+                    f"the cluster has room for {workers} workers, got workers={cluster.workers}; ask for fewer"
+                )
+            workers = cluster.workers
+        if total.get("GPU") and not cluster.gpus:
+            tell(f"the cluster has {total['GPU']:g} GPUs, which stay idle; gpus=1 uses them")
+        tell(f"{workers} workers load the networks")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"part": number, "plan": plan} for number, plan in parts]
@@ -165,7 +195,7 @@ def run_on_ray(job: Job, parts: Sequence[Part], cluster: Cluster) -> Iterator[Do
             num_cpus=cluster.cpus,
             num_gpus=cluster.gpus or None,
         )
-        with translate(ray.exceptions.RayTaskError, _cause):
+        with translate(ray.exceptions.RayError, _cause):
             for row in done.iter_rows():
                 yield {name: tuple(map(float, each)) if name in STEPS else int(each) for name, each in row.items()}
     finally:
@@ -181,22 +211,16 @@ def _ray() -> Any:
 
 
 def _most(total: dict[str, float], cluster: Cluster) -> int:
-    """The number of workers that a cluster has room for."""
-    kind, have, need = (
-        ("GPU", total.get("GPU", 0.0), cluster.gpus)
-        if cluster.gpus
-        else (
-            "CPU",
-            total.get("CPU", 0.0),
-            float(cluster.cpus),
-        )
-    )
-    workers = int(have / need + 1e-9)
-    if workers < 1:
+    """The number of workers that a cluster has room for, at least one."""
+    needs = {"CPU": float(cluster.cpus), **({"GPU": cluster.gpus} if cluster.gpus else {})}
+    room = {kind: int(total.get(kind, 0.0) / need + 1e-9) for kind, need in needs.items()}
+    kind = min(room, key=lambda each: room[each])
+    if room[kind] < 1:
         raise LoftUpError(
-            f"the cluster has {have:g} {kind}s, a worker asks for {need:g}; give a smaller --{kind.lower()}s"
+            f"the cluster has {total.get(kind, 0.0):g} {kind}s, a worker asks for {needs[kind]:g}; "
+            f"give fewer {kind.lower()}s"
         )
-    return workers
+    return room[kind]
 
 
 def _cause(error: Any) -> str:
@@ -206,4 +230,7 @@ def _cause(error: Any) -> str:
         cause = cause.cause
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, LoftUpError):
+        return str(cause)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
+    return f"{type(cause).__name__}: {lines[-1]}"

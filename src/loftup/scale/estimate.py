@@ -43,7 +43,7 @@ class Estimate:
     def rate(self) -> float:
         """Pictures a second of all workers, where reading overlaps with computing: SHARE * workers / (read + compute).
 
-        On CPUs both take the same processors; beside a GPU reading is the CPUs' and is left out.
+        On CPUs both take the same processors; beside a GPU, whose pictures others decode meanwhile, it is more.
         """
         return SHARE * self.workers / max(1e-9, self.read + self.compute)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..errors import translate
+from ..errors import LoftUpError, translate
 from ..files import alone_in
 from ..progress import tell, track
+from ..weights.names import resolve
 from . import storage
 from .compute import Extractor
 from .engines import Cluster, Done, Job, Part, run_here, run_on_ray
@@ -55,6 +56,7 @@ def extract(
     device: str | None = None,
     column: str | None = None,
     retry_errors: bool = False,
+    most: float | None = None,
     **options: Any,
 ) -> Summary:
     """Extract features of pictures into shards; a second start goes on.
@@ -72,7 +74,8 @@ def extract(
         cluster: the share of a Ray cluster to take.
         device: of the engine "local"; None takes a GPU where there is one.
         column: of Parquet files, see :func:`loftup.scale.sources.list_pictures`.
-        retry_errors: do the parts again some of whose pictures failed.
+        retry_errors: try the pictures again that failed.
+        most: bytes of output, as estimated, beyond which nothing is begun; None sets no limit.
         options: fields of :class:`Settings`.
 
     Returns:
@@ -93,23 +96,31 @@ def extract(
     settings = settings or Settings(**options)
     if engine not in ("local", "ray"):
         raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
-    sources = [os.fspath(each) for each in ([dataset] if isinstance(dataset, str | os.PathLike) else dataset)]
-    start = time.time()
-    with _alone(os.fspath(output)):
-        job, extractor, pictures = prepare(sources, os.fspath(output), settings, engine, device, column)
+    several = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
+    sources = [storage.absolute(os.fspath(each)) for each in several]
+    target, start = storage.absolute(os.fspath(output)), time.time()
+    with _alone(target):
+        job, extractor, pictures = prepare(sources, target, _everywhere(settings), engine, device, column)
         folder = job.folder()
-        again = folder.with_errors() if retry_errors else set()
-        finished = folder.finished() - again
+        finished = folder.finished()
+        again = folder.with_errors() & finished if retry_errors else set()
+        job, finished = replace(job, again=frozenset(again)), finished - again
         waiting = [(number, plan, count) for number, plan, count in folder.parts() if number not in finished]
         parts: list[Part] = [(number, plan) for number, plan, _ in waiting]
         total = sum(count for *_, count in waiting)
         if total < pictures:
             tell(f"{pictures - total} of {pictures} pictures are finished already")
+        need = total * bytes_of_picture(extractor)
+        text = f"{total} pictures: about {need / 1e9:.3g} GB"
+        if most is not None and need > most:
+            raise LoftUpError(f"{text}, more than the {most / 1e9:.3g} GB that are agreed to; save less, or allow more")
+        if total:
+            tell(text)
         if engine == "ray":
             del extractor  # frees its memory for the workers
             results = run_on_ray(job, parts, cluster or Cluster()) if parts else iter(())
         else:
-            results = run_here(job, parts, extractor)
+            results = run_here(job, parts, extractor, _threads(extractor))
         tracked = track(results, settings.backbone, total, unit="pictures", size=lambda done: int(done["pictures"]))
         done = list(tracked)
         return _finish(folder, job, pictures, time.time() - start, done)
@@ -128,8 +139,23 @@ def prepare(
     assert settings.part is not None
     folder = Folder(output, settings)
     folder.claim(extractor.networks)
-    pictures = folder.plan(list_pictures(sources, column), settings.part)
+    tell("listing the pictures")
+    pictures = folder.plan(list_pictures(sources, column, output), settings.part)
     return Job(output, settings, extractor.networks), extractor, pictures
+
+
+def _everywhere(settings: Settings) -> Settings:
+    """Settings whose files are named so that every process finds them."""
+    names = ("backbone_weights", "head", "masks")
+    given = {name: storage.absolute(value) for name in names if (value := getattr(settings, name)) is not None}
+    if settings.weights is not None and (path := resolve(settings.weights, settings.strict).path) is not None:
+        given["weights"] = str(path.absolute())
+    return replace(settings, **given)
+
+
+def _threads(extractor: Extractor) -> int:
+    """Threads that decode beside a GPU; on a CPU one, as the networks have the others."""
+    return min(8, os.cpu_count() or 1) if extractor.device.type == "cuda" else 1
 
 
 def _alone(output: str) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from ..errors import LoftUpError
 from ..files import MADE_BY
 from ..version import __version__
 from . import storage
-from .codec import SUFFIX, parquet
+from .codec import SUFFIX, parquet, read_all
 from .settings import Settings
 from .sources import Place
 
@@ -65,11 +65,13 @@ class Folder:
                 raise LoftUpError(
                     f"{self.url} was made with other settings ({'; '.join(differences)}); give another -o"
                 )
+            _remembered.cache_clear()
             return
         if others := [name for name in storage.names(self.url) if not name.startswith(".loftup.")]:
             raise LoftUpError(
                 f"{self.url} holds {', '.join(others[:4])}, which loftup did not make; give a new or an empty folder"
             )
+        _remembered.cache_clear()
         self.write_manifest(networks, {})
 
     def write_manifest(self, networks: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
@@ -103,8 +105,8 @@ class Folder:
                 if known[place.key] == hash(place):
                     continue
                 raise LoftUpError(
-                    f"two pictures have the name {place.key}, or it is elsewhere than when it was planned; "
-                    "extract to another folder"
+                    f"two pictures have the name {place.key}, or it is elsewhere than when it was planned; give "
+                    "sources of the same names outputs of their own, and a source that moved a new one"
                 )
             known[place.key] = hash(place)
             chunk.append({"part": first + len(chunk) // part, **place._asdict()})
@@ -148,23 +150,32 @@ class Folder:
         """The parts some of whose pictures failed."""
         return {_number(name) for name in storage.names(self.file("errors")) if name.endswith(".parquet")}
 
-    def store(self, part: int, content: bytes, errors: Sequence[Mapping[str, Any]]) -> None:
-        """Write a shard, after its errors."""
+    def store(self, part: int, content: bytes, errors: Sequence[Mapping[str, Any]], again: bool = False) -> None:
+        """Write a shard after its errors; ``again`` where it is there: then it comes first, as it holds more rows."""
         import pyarrow as pa
 
-        name = f"part-{part:06d}"
-        failed = self.file("errors", name + ".parquet")
+        shard, failed = self._shard(part), self.file("errors", f"part-{part:06d}.parquet")
+        if again:
+            storage.write(shard, content)
         if errors:
             schema = pa.schema([(column, pa.string()) for column in ("key", "url", "error")])
             storage.write(failed, parquet(list(map(dict, errors)), schema, {"loftup": MADE_BY}))
-        elif storage.exists(failed):  # they are mended
+        elif again:  # they are mended
             storage.remove(failed)
-        storage.write(self.file("data", name + self.suffix), content)
+        if not again:
+            storage.write(shard, content)
 
-    def errors(self) -> list[dict[str, Any]]:
-        """All pictures that failed: key, url, error."""
+    def _shard(self, part: int) -> str:
+        return self.file("data", f"part-{part:06d}{self.suffix}")
+
+    def rows(self, part: int) -> list[dict[str, Any]]:
+        """All rows of a finished part."""
+        return read_all(io.BytesIO(storage.read(self._shard(part))), self.settings.format)
+
+    def errors(self, parts: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """The pictures that failed, of some parts or all: key, url, error."""
         rows: list[dict[str, Any]] = []
-        for part in sorted(self.with_errors()):
+        for part in sorted(self.with_errors()) if parts is None else parts:
             rows += _table(self.file("errors", f"part-{part:06d}.parquet")).to_pylist()
         return rows
 
@@ -193,7 +204,7 @@ def _table(url: str, columns: list[str] | None = None) -> Any:
 
 @lru_cache(maxsize=2)
 def _remembered(url: str) -> Any:
-    """A file of the plan, which never changes."""
+    """A file of the plan, which never changes while an extraction lasts."""
     return _table(url)
 
 

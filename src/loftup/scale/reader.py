@@ -7,15 +7,14 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbones import Backbone
 from ..errors import LoftUpError
 from ..model import LoftUp
 from . import storage
 from .codec import decode_array, read_rows, row_counts
-from .compute import backbone_of
 from .decode import decode, resized, result_size
 from .folder import Folder, read_manifest
 from .settings import Settings
@@ -99,11 +98,6 @@ class Features(Sequence["Record"]):
         return self.folder.errors()
 
     @cached_property
-    def backbone(self) -> Backbone:
-        """The backbone, whose scaling the guidance needs."""
-        return backbone_of(self.settings)
-
-    @cached_property
     def up(self) -> LoftUp:
         """The upsampler of the extraction; set another one with ``features.up = ...``."""
         settings = self.settings
@@ -136,7 +130,8 @@ class Record:
             raise AttributeError(f"this record has no {name!r}; it has key, size, place, picture, dense() and {kinds}")
         if name == "pooled":
             return torch.tensor(self.row[name])
-        return torch.from_numpy(decode_array(name, self.row).copy())
+        array = decode_array(name, self.row)
+        return torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array.copy())
 
     def picture(self) -> Tensor:
         """The pixels, uint8 (3, H, W): of the stored picture, or of the source.
@@ -173,8 +168,10 @@ class Record:
             )
         wanted = (size, size) if isinstance(size, int) else size
         target = wanted or result_size(self.source.settings, *self.size)
-        guidance = torch.from_numpy(resized(self.picture(), target))[None].float() / 255
-        image = self.source.backbone.normalise(guidance).to(self.source.device)
+        pixels = torch.from_numpy(resized(self.picture(), target))[None].to(self.source.device)
+        networks = self.source.manifest["networks"]
+        mean, std = (pixels.new_tensor(networks[name], dtype=torch.float32).view(3, 1, 1) for name in ("mean", "std"))
+        image = (pixels.float() / 255 - mean) / std
         features = self.features[None].to(self.source.device)
         return self.source.up(features, image, size=target, **options)[0]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import suggest
-from ..version import __version__
 
 __all__ = ["KINDS", "NEED_UPSAMPLER", "SCHEMA", "Settings"]
 
@@ -111,7 +110,7 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON has them, for manifests and for comparing."""
-        values = dataclasses.asdict(self) | {"loftup_version": __version__, "schema": SCHEMA}
+        values = dataclasses.asdict(self) | {"schema": SCHEMA}
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
     @classmethod

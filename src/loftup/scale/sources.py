@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -28,28 +29,37 @@ class Place(NamedTuple):
     column: str = ""
 
 
-def list_pictures(sources: Sequence[str], column: str | None = None) -> Iterator[Place]:
+def list_pictures(sources: Sequence[str], column: str | None = None, leave_out: str = "") -> Iterator[Place]:
     """All pictures of some sources, in a fixed order.
 
     Args:
         sources: folders (with all below), ``.tar`` files of WebDataset, ``.parquet`` files, or pictures; local or URLs.
         column: of Parquet files that holds the pictures, as bytes, as a struct with ``bytes``, or as links; None looks
             for usual names.
+        leave_out: a folder that is no source, as it is the output.
+
+    What lies beside pictures and holds none is passed over: Parquet without a column of them, Parquet of links beside
+    the tar of its name (as img2dataset writes them), hidden files, and what an extraction wrote.
 
     Raises:
         LoftUpError: a source without pictures, a compressed tar, Parquet without such a column.
         FileNotFoundError: a source is missing.
     """
     for source in sources:
-        count = 0
-        for url, below in zip(*storage.find(source), strict=True):
+        count, (urls, names) = 0, storage.find(source)
+        known, out = set(names), leave_out.rstrip("/") + "/"
+        for url, below in zip(urls, names, strict=True):
             suffix = PurePosixPath(below).suffix.lower()
+            if PurePosixPath(below).name.startswith(".") or (leave_out and url.startswith(out)):
+                continue
+            if below.lower().endswith((".tar.gz", ".tgz", ".tar.zst")):
+                raise LoftUpError(f"{url} is compressed, so that no picture can be read by itself; unpack it to a .tar")
+            if suffix == ".parquet" and f"{below[: -len(suffix)]}.tar" in known:
+                continue
             if suffix in IMAGE_SUFFIXES or (storage.is_remote(source) and url == source and suffix not in SHARDS):
                 found: Iterator[Place] = iter([Place(below, url)])
             elif suffix in SHARDS:
-                found = SHARDS[suffix](url, below, column)
-            elif below.lower().endswith((".tar.gz", ".tgz", ".tar.zst")):
-                raise LoftUpError(f"{url} is compressed, so that no picture can be read by itself; unpack it to a .tar")
+                found = SHARDS[suffix](url, below, column, len(urls) == 1)
             else:
                 continue
             for place in found:
@@ -60,7 +70,7 @@ def list_pictures(sources: Sequence[str], column: str | None = None) -> Iterator
             raise LoftUpError(f"no pictures in {source}; looked for {kinds}")
 
 
-def _in_tar(url: str, below: str, column: str | None) -> Iterator[Place]:
+def _in_tar(url: str, below: str, column: str | None, alone: bool) -> Iterator[Place]:
     with storage.open_binary(url) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -71,7 +81,7 @@ def _in_tar(url: str, below: str, column: str | None) -> Iterator[Place]:
             raise LoftUpError(f"cannot read {url} as a tar: {one_line(error)}; pack it again") from error
 
 
-def _in_parquet(url: str, below: str, column: str | None) -> Iterator[Place]:
+def _in_parquet(url: str, below: str, column: str | None, alone: bool) -> Iterator[Place]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,8 +91,12 @@ def _in_parquet(url: str, below: str, column: str | None) -> Iterator[Place]:
         except pa.ArrowInvalid as error:
             raise LoftUpError(f"cannot read {url} as Parquet: {one_line(error)}") from error
         schema = file.schema_arrow
+        if b"loftup" in (schema.metadata or {}):
+            return
         usual = [name for name in (*BYTES, *LINKS) if name in schema.names]
         name = column or next(iter(usual), None)
+        if name is None and not alone:
+            return
         if name is None or name not in schema.names:
             raise LoftUpError(
                 f"{url} has the columns {', '.join(schema.names)}, none of them {column or 'of pictures by its name'}; "
@@ -114,36 +128,31 @@ SHARDS = {".tar": _in_tar, ".parquet": _in_parquet}
 
 def contents(places: Sequence[Place]) -> list["bytes | OSError"]:
     """The bytes of pictures' files, in order; an error in the place of what cannot be read."""
-    rows: dict[tuple[str, int], Any] = {}
-    for place in places:
-        if place.group >= 0 and (place.url, place.group) not in rows:
-            rows[place.url, place.group] = _row_group(place)
-    if any(storage.is_remote(place.url) for place in places):
+    if any(storage.is_remote(place.url) and place.group < 0 for place in places):
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(lambda place: _content(place, rows), places))
-    return [_content(place, rows) for place in places]
+            return list(pool.map(_content, places))
+    return list(map(_content, places))
 
 
-def _row_group(place: Place) -> Any:
+@lru_cache(maxsize=1)
+def _row_group(url: str, group: int, column: str) -> Any:
+    """A column of a row group; the last one is kept, as the next pictures are mostly in it too."""
     import pyarrow.parquet as pq
 
     try:
-        with storage.open_binary(place.url) as stream:
-            return pq.ParquetFile(stream).read_row_group(place.group, columns=[place.column])[place.column]
+        with storage.open_binary(url) as stream:
+            return pq.ParquetFile(stream).read_row_group(group, columns=[column])[column]
     except Exception as error:  # pyarrow's errors are of several classes
-        return OSError(f"cannot read row group {place.group} of {place.url}: {one_line(error)}")
+        raise OSError(f"cannot read row group {group} of {url}: {one_line(error)}") from error
 
 
-def _content(place: Place, rows: dict[tuple[str, int], Any]) -> "bytes | OSError":
+def _content(place: Place) -> "bytes | OSError":
     try:
         if place.group < 0:
-            if not place.url:
-                raise OSError("the link is empty")
+            if place.column and not storage.is_remote(place.url):  # a list from elsewhere opens no files here
+                raise OSError(f"the link {place.url!r} is no URL such as https://...")
             return storage.read(place.url, max(0, place.offset), place.length)
-        column = rows[place.url, place.group]
-        if isinstance(column, OSError):
-            return column
-        value = column[place.row].as_py()
+        value = _row_group(place.url, place.group, place.column)[place.row].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         if not value:
             raise OSError(f"row {place.row} of row group {place.group} of {place.url} holds no bytes")

@@ -3,14 +3,14 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import translate
 from ..files import write_atomically
 
-__all__ = ["exists", "find", "is_remote", "join", "names", "open_binary", "read", "remove", "write"]
+__all__ = ["absolute", "exists", "find", "is_remote", "join", "names", "open_binary", "read", "remove", "write"]
 
 T = TypeVar("T")
 TRIES, PAUSE = 4, 0.5  # of remote reads; seconds before the second try, doubled for each one after
@@ -39,8 +39,8 @@ def _remote(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _again(action: Callable[[], T], url: str) -> T:
-    """The result of an action that fails now and then; OSError when it fails for good."""
+def _again(action: Callable[[], T], url: str, verb: str = "read") -> T:
+    """The result of an action that fails now and then; OSError when it fails for good, at once for a missing file."""
     for attempt in range(TRIES):
         try:
             return action()
@@ -48,7 +48,7 @@ def _again(action: Callable[[], T], url: str) -> T:
             raise
         except Exception as error:  # clients raise errors of their own
             if attempt == TRIES - 1:
-                raise OSError(f"cannot read {url}: {type(error).__name__}: {error}") from error
+                raise OSError(f"cannot {verb} {url}: {type(error).__name__}: {error}") from error
             time.sleep(PAUSE * 2**attempt)
     raise AssertionError
 
@@ -84,7 +84,7 @@ def write(url: str, content: bytes) -> None:
     system, path = _remote(url)
     with contextlib.suppress(Exception):  # object storage has no folders
         system.makedirs(os.path.dirname(path), exist_ok=True)
-    system.pipe_file(path, content)
+    _again(lambda: system.pipe_file(path, content), url, "write")
 
 
 def exists(url: str) -> bool:
@@ -92,6 +92,7 @@ def exists(url: str) -> bool:
     if not is_remote(url):
         return local(url).exists()
     system, path = _remote(url)
+    system.invalidate_cache()  # other machines write there
     return bool(_again(lambda: system.exists(path), url))
 
 
@@ -100,10 +101,28 @@ def names(folder: str) -> list[str]:
     if not is_remote(folder):
         return sorted(os.listdir(local(folder))) if local(folder).is_dir() else []
     system, path = _remote(folder)
+    system.invalidate_cache()
     try:
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in system.ls(path, detail=False))
+        found = _again(lambda: system.ls(path, detail=False), folder)
     except FileNotFoundError:
         return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+
+def absolute(url: str) -> str:
+    """A place that is the same in every working folder; URLs as they are."""
+    return url if is_remote(url) else str(local(url).absolute())
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """All files in a folder, through links to folders too, each folder once."""
+    seen = set[str]()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in files)
 
 
 def find(url: str) -> tuple[list[str], list[str]]:
@@ -115,7 +134,7 @@ def find(url: str) -> tuple[list[str], list[str]]:
     if not is_remote(url):
         root = local(url)
         if root.is_dir():
-            files = sorted(path for path in root.rglob("*") if path.is_file())
+            files = sorted(_below(root))
             return [str(path) for path in files], [path.relative_to(root).as_posix() for path in files]
         if not root.exists():
             raise FileNotFoundError(f"there is no {url}; expected a folder, a .tar, a .parquet or a picture")
@@ -136,4 +155,4 @@ def remove(url: str) -> None:
         local(url).unlink(missing_ok=True)
         return
     system, path = _remote(url)
-    system.rm_file(path)
+    _again(lambda: system.rm_file(path), url, "remove")

@@ -76,6 +76,7 @@ def test_ready_configs_are_those_promised():
         "gpu_25min_stage2",
         "gpu_8min",
         "any",
+        "fit",
     }
     assert set(ready_configs()) == expected
     first, second = load_config("paper_stage1"), load_config("paper_stage2")
@@ -150,7 +151,7 @@ def test_values_of_another_type_that_mean_the_same(write):
 def test_no_such_file(tmp_path):
     with pytest.raises(LoftUpError, match=r"no config 'quick_cpo': there is no such file; did you mean 'quick_cpu'"):
         load_config("quick_cpo")
-    with pytest.raises(LoftUpError, match=r"no config '.*none.yaml'.*Ready configs: any, gpu_25min"):
+    with pytest.raises(LoftUpError, match=r"no config '.*none.yaml'.*Ready configs: any, fit, gpu_25min"):
         load_config(tmp_path / "none.yaml")
 
 

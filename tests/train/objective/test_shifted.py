@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from small_objective import PATCH, SIZE, backbone, batch, close, cut, features_config, scale, seen, upsampler
 
 from loftup import LoftUp, LoftUpError
-from loftup.train.config import BackboneConfig, check
+from loftup.train.config import BackboneConfig, ShiftedConfig, check
 from loftup.train.objective.objective import Objective
+from loftup.train.objective.shifted import make_teacher
 
 
 def views_of(term, image, count=3):
@@ -43,7 +44,8 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint():
     assert len(term.state_dict()) == len(upsampler().state_dict())
     term(batch())[0].backward()
     assert all(parameter.grad is not None for parameter in term.up.upsampler.parameters())
-    assert not any(parameter.requires_grad for parameter in term._upsamplers[0].parameters())
+    with torch.enable_grad():
+        assert not term._upsamplers[0](torch.rand(1, 8, 6, 6), torch.rand(1, 3, 24, 24), None).requires_grad
 
 
 def test_cached_views_are_not_made_again(tmp_path):
@@ -69,3 +71,16 @@ def test_a_target_that_is_no_finer_is_refused():
         check(made)
     made.objective.shifted.views = 16
     check(made)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_the_teacher_sees_the_image_as_finely_as_it_can(factor):
+    """The student's guidance has factor x factor pixels for one of the output, ``any`` looks at 2 x 2 at most."""
+    teacher = make_teacher(ShiftedConfig(), torch.device("cpu"))
+    image, features = torch.rand(1, 3, SIZE, SIZE), torch.randn(1, 8, 6, 6)
+    output = SIZE // factor
+    found = teacher(features, F.pixel_unshuffle(image, factor), (2, 0, 6, 4))
+    if factor > 2:
+        image = F.interpolate(image, (output, output), mode="area")
+    expected = LoftUp.from_pretrained("any")(features, image, size=output)
+    close(found, cut(expected, (2, 0, 6, 4)))

@@ -155,12 +155,14 @@ class DataConfig(Section):
     path: Paths = _values()  # folders or shards, one or several
     kind: Kind = "auto"  # "images": masks by Felzenszwalb on the fly
     felzenszwalb: Positives = _values(300.0, 600.0, 1200.0)  # scales of these masks
+    felzenszwalb_side: Count = 480  # short side that a picture is reduced to for them
     sizes: Counts = _values(224)  # sides S of the backbone's square input in pixels, one drawn for every step
     ratios: Positives = _values(1.0)  # output size over input size, one drawn for every step
     # Smallest and largest side of the random square crop, as a share of the picture's short side.
     scale: Annotated[list[PositiveShare], AfterValidator(_ascending)] = _values(0.6, 1.0)
     flip: Share = 0.5  # probability of mirroring
     void: Whole | None = None  # label that is no mask, in label maps
+    held_out: Whole = 0  # so many pictures, evenly spread, are left out of the training
     # For objective.classes: how many classes the label maps of each of path have, labels 0 to n-1; 0 for masks without.
     classes: list[Whole] = _values()
     guidance_jitter: Share = 0.0  # probability that the image changes its colours for the upsampler alone

@@ -12,16 +12,19 @@ from ...errors import LoftUpError
 from ..config import TrainConfig
 from .cache import open_caches
 from .plan import Cells
-from .sources import ImageFolder, LabelFolder, Several, Source, open_source
+from .sources import ImageFolder, LabelFolder, Part, Several, Source, open_source
 from .views import Batch, Place, Sample, TrainingViews, collate
 
-__all__ = ["StepSampler", "backbone_list", "loader", "open_data"]
+__all__ = ["StepSampler", "backbone_list", "loader", "open_data", "open_parts"]
 
 
-def open_data(path: Sequence[str], kind: str, scales: Sequence[float], void: int | None = None) -> Source:
+def open_data(
+    path: Sequence[str], kind: str, scales: Sequence[float], void: int | None = None, side: int = 480
+) -> Source:
     """Open folders or shards, one or several, as one source.
 
-    ``scales`` are of Felzenszwalb's masks made on the fly, ``void`` is the label that is no mask in label maps.
+    ``scales`` are of Felzenszwalb's masks made on the fly, on pictures whose short side is reduced to ``side``, and
+    ``void`` is the label that is no mask in label maps.
 
     Raises:
         LoftUpError: no path is given, or see :func:`loftup.train.data.sources.open_source`.
@@ -32,9 +35,30 @@ def open_data(path: Sequence[str], kind: str, scales: Sequence[float], void: int
     for source in sources:
         if isinstance(source, ImageFolder):
             source.scales = list(scales)
+            source.options["side"] = side
         if isinstance(source, LabelFolder):
             source.void = void
     return sources[0] if len(sources) == 1 else Several(sources)
+
+
+def open_parts(config: TrainConfig) -> tuple[Source, Source]:
+    """Open the pictures to train on and those that ``data.held_out`` leaves out, of which there may be none.
+
+    Raises:
+        LoftUpError: see :func:`open_data`; or no picture is left to train on.
+    """
+    data = config.data
+    source = open_data(data.path, data.kind, data.felzenszwalb, data.void, data.felzenszwalb_side)
+    count, total = data.held_out, len(source)
+    if count >= total:
+        raise LoftUpError(
+            f"data.held_out={count} of {total} pictures leaves none to train on; hold out fewer, or give more pictures"
+        )
+    if not count:
+        return source, Part(source, [])
+    held_out = [index * total // count for index in range(count)]
+    rest = sorted(set(range(total)).difference(held_out))
+    return Part(source, rest), Part(source, held_out)
 
 
 class StepSampler(Sampler[list[Place]]):
@@ -112,7 +136,7 @@ def loader(
         LoftUpError: the data cannot be opened, or the geometry does not fit the backbone; while iterating, ten
             pictures in a row cannot be read.
     """
-    source = open_data(config.data.path, config.data.kind, config.data.felzenszwalb, config.data.void)
+    source, _ = open_parts(config)
     backbones = backbone_list(config, backbone)
     grids = [Cells(each.patch_size, shifts_a_side(each.views)) for each in backbones]
     views = TrainingViews(source, config, grids, world, open_caches(config, backbones))

@@ -30,6 +30,7 @@ __all__ = [
     "LabelFolder",
     "LabelMap",
     "Masks",
+    "Part",
     "Picture",
     "RleMasks",
     "SA1BFolder",
@@ -240,6 +241,25 @@ class Several:
         start = self._ends[number - 1] if number else 0
         picture = self.sources[number].read(index - start, generator)
         return dataclasses.replace(picture, name=f"{number}/{picture.name}", source=number)
+
+
+class Part:
+    """Some pictures of a source.
+
+    Args:
+        source: of all of them.
+        indices: of those to keep, in the order in which they are wanted.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int, generator: torch.Generator) -> Picture:
+        """See :meth:`Source.read`."""
+        return self.source.read(self.indices[index], generator)
 
 
 KINDS: dict[str, Callable[..., Source]] = {

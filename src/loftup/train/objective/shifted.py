@@ -4,31 +4,42 @@ Views keep the picture at the scale that the backbone knows, and hold detail fro
 the features' own space, which an enlarged picture's features leave. See :mod:`loftup.backbones.views`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...model import LoftUp
+from ...networks.layers import Box
 from ..config import ShiftedConfig
 from ..data.views import Batch
 from .distances import distance
 from .maps import cut
+from .student import upsample_window
 
 __all__ = ["make_teacher", "shifted"]
 
-Teacher = Callable[[Tensor, Tensor], Tensor]  # features (B, C, h, w) and guidance (B, 3, O, O) to (B, C, O, O)
+# Features (B, C, h, w), guidance as in a Batch and a window of it to that window of (B, C, O, O).
+Teacher = Callable[[Tensor, Tensor, Box | None], Tensor]
 
 
 def make_teacher(settings: ShiftedConfig, device: torch.device) -> Teacher:
     """Make what brings the views' grid to the output's size: an upsampler, frozen, or bilinear interpolation."""
     if settings.upsampler is None:
-        return lambda features, guidance: F.interpolate(
-            features, guidance.shape[-2:], mode="bilinear", align_corners=False
+        return lambda features, guidance, window: cut(
+            F.interpolate(features, guidance.shape[-2:], mode="bilinear", align_corners=False), window
         )
-    up: nn.Module = LoftUp.from_pretrained(settings.upsampler, device=device, dtype=torch.float32)
-    return up.eval().requires_grad_(False)
+    up = LoftUp.from_pretrained(settings.upsampler, device=device, dtype=torch.float32).eval().requires_grad_(False)
+
+    def upsample(features: Tensor, guidance: Tensor, window: Box | None) -> Tensor:
+        finer = math.isqrt(guidance.shape[1] // 3)
+        if finer > up.config.oversampling:  # the student looks at more pixels of the image
+            guidance = F.avg_pool2d(F.pixel_shuffle(guidance, finer), finer)
+        return upsample_window(up, up.channelnorm(features), guidance, window)
+
+    return upsample
 
 
 def shifted(settings: ShiftedConfig, dense: Tensor, views: Tensor, batch: Batch, teacher: Teacher) -> Tensor:
@@ -42,5 +53,5 @@ def shifted(settings: ShiftedConfig, dense: Tensor, views: Tensor, batch: Batch,
         teacher: from :func:`make_teacher`.
     """
     with torch.no_grad(), torch.autocast(views.device.type, enabled=False):
-        target = teacher(views, batch.guidance)
-    return distance(dense, cut(target, batch.window).to(dense.dtype), settings.distance)
+        target = teacher(views, batch.guidance, batch.window)
+    return distance(dense, target.to(dense.dtype), settings.distance)

@@ -29,13 +29,24 @@ from .probe import fit_probe, score
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["LinearProbe", "Validation", "mean_losses", "open_validation", "report", "save_picture"]
+__all__ = [
+    "Case",
+    "Cases",
+    "LinearProbe",
+    "Validation",
+    "mean_losses",
+    "open_validation",
+    "packed_masks",
+    "report",
+    "save_picture",
+    "unpacked_masks",
+]
 
 POINTS = 512  # pixels of every picture that a probe learns from
 
 
 @dataclasses.dataclass(frozen=True)
-class _Case:
+class Case:
     """A centre crop: image (1, 3, S, S) in [0, 1], features (1, C, h, w), masks or labels as ``keep`` made them."""
 
     name: str
@@ -44,7 +55,7 @@ class _Case:
     targets: Tensor
 
 
-class _Cases:
+class Cases:
     """Centre crops of evenly spread pictures of a source, or of a share of them, on the backbone's device.
 
     ``keep`` makes what to keep of a picture beside its crop, given the side S.
@@ -70,7 +81,7 @@ class _Cases:
         indices = [index * len(source) // count for index in range(count)]
         self.cases = list(self._read(source, indices[share], config, backbone))
 
-    def _read(self, source: Source, indices: Sequence[int], config: TrainConfig, backbone: Backbone) -> Iterator[_Case]:
+    def _read(self, source: Source, indices: Sequence[int], config: TrainConfig, backbone: Backbone) -> Iterator[Case]:
         device = next(iter(backbone.parameters())).device
         for index in indices:
             try:
@@ -84,7 +95,7 @@ class _Cases:
             image = image.clamp(0, 1)
             with torch.no_grad():
                 features = backbone(backbone.normalise(image)).float()
-            yield _Case(picture.name, image, features, self._keep(picture, self.size))
+            yield Case(picture.name, image, features, self._keep(picture, self.size))
 
 
 def _centre(picture: Picture) -> tuple[int, int, int, int]:
@@ -94,10 +105,15 @@ def _centre(picture: Picture) -> tuple[int, int, int, int]:
     return top, left, top + side, left + side
 
 
-def _packed_masks(picture: Picture, size: int) -> Tensor:
+def packed_masks(picture: Picture, size: int) -> Tensor:
     """(M, S, ceil(S / 8)) uint8 on the CPU, eight pixels a byte: pictures hold hundreds of masks."""
     masks = picture.masks.crop(_centre(picture), (size, size))
     return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
+
+
+def unpacked_masks(packed: Tensor, size: int) -> Tensor:
+    """The masks of :func:`packed_masks`: (M, S, S) bool on the CPU."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=size)).bool()
 
 
 def _labels(picture: Picture, size: int) -> Tensor:
@@ -119,8 +135,11 @@ class Validation:
     """
 
     def __init__(self, config: TrainConfig, backbone: Backbone, rank: int = 0, world: int = 1) -> None:
-        source = open_data(config.validation.path, config.validation.kind, config.data.felzenszwalb, config.data.void)
-        self._cases = _Cases(source, config, backbone, _packed_masks, slice(rank, None, world))
+        data = config.data
+        source = open_data(
+            config.validation.path, config.validation.kind, data.felzenszwalb, data.void, data.felzenszwalb_side
+        )
+        self._cases = Cases(source, config, backbone, packed_masks, slice(rank, None, world))
         self._refine = (config.objective.mask_bicubic.alpha, config.objective.mask_bicubic.masks)
         self._pictures = config.validation.pictures
         self._standardise = config.model.universal
@@ -151,14 +170,12 @@ class Validation:
             total += torch.tensor([float(F.mse_loss(student, target)), float(F.mse_loss(bicubic, target)), 1.0])
         return total
 
-    def _features(self, case: _Case) -> Tensor:
+    def _features(self, case: Case) -> Tensor:
         """On the scale on which losses are measured, see :class:`loftup.train.objective.objective.Objective`."""
         return standardisation(case.features)(case.features) if self._standardise else case.features
 
-    def _masks(self, case: _Case) -> Tensor:
-        """(M, S, S) bool."""
-        masks = np.unpackbits(case.targets.numpy(), axis=-1, count=self._cases.size)
-        return torch.from_numpy(masks).bool().to(case.image.device)
+    def _masks(self, case: Case) -> Tensor:
+        return unpacked_masks(case.targets, self._cases.size).to(case.image.device)
 
     @torch.no_grad()
     def picture(self, up: LoftUp, teacher: LoftUp | None = None) -> "Image.Image | None":
@@ -224,7 +241,7 @@ class LinearProbe:
 
     def __init__(self, config: TrainConfig, backbone: Backbone) -> None:
         assert config.validation.probe is not None
-        self._cases = _Cases(open_source(config.validation.probe, "labels"), config, backbone, _labels)
+        self._cases = Cases(open_source(config.validation.probe, "labels"), config, backbone, _labels)
         self._classes, self._seed = config.validation.probe_classes, config.seed
         self.unreadable = self._cases.unreadable
         cases = self._cases.cases
@@ -239,7 +256,7 @@ class LinearProbe:
                 "validation.probe_classes"
             )
 
-    def _labels(self, case: _Case) -> Tensor:
+    def _labels(self, case: Case) -> Tensor:
         """(S, S) int64; -1 where the label is none of the classes."""
         labels = case.targets.to(case.image.device)
         return labels.where((labels >= 0) & (labels < self._classes), -1)

@@ -1,0 +1,1 @@
+"""``any`` fitted to one backbone, on photographs without labels, and judged on some that were held out."""
