@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_regions_are_means_of_the_dense_map(album, tmp_path):
     from PIL import Image
 
     labels = np.full((60, 80), 7, np.uint8)
-    labels[:, 30:], labels[40:] = 2, 200
+    labels[:, 30:], labels[40:], labels[:, 70:] = 2, 200, 255
     for file in album.rglob("*.jpg"):
         target = (tmp_path / "masks" / file.relative_to(album)).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def test_regions_are_means_of_the_dense_map(album, tmp_path):
     assert "001.png" in loftup.open(tmp_path / "out").errors()[0]["error"]
     record = loftup.open(tmp_path / "out")[0]
     assert record.row["regions_labels"] == [2, 7, 200]
-    assert sum(record.row["regions_pixels"]) == 40 * 48
+    assert sum(record.row["regions_pixels"]) == 40 * 42  # without the void
     dense = torch.from_numpy(np.frombuffer(record.row["dense"], "<f2").reshape(192, 40, 48).astype(np.float32))
     wanted = dense[:, :20, :15].mean((1, 2))  # label 7 and no others
     assert (record.regions[1] - wanted).norm() < 0.3 * wanted.norm()
@@ -165,6 +166,71 @@ def test_damaged_pictures_are_named_and_tried_again(tmp_path):
     (folder / "005.jpg").write_bytes(good)
     assert extract(folder, tmp_path / "out", **QUICK, retry_errors=True).failed == 0
     assert not list((tmp_path / "out" / "errors").iterdir())
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_a_retry_keeps_what_is_good(tmp_path, monkeypatch, form):
+    """Whatever is away meanwhile, and wherever it is killed."""
+    folder, options = photos(tmp_path / "photos", 6), {**QUICK, "format": form}
+    good = (folder / "004.jpg").read_bytes()
+    (folder / "004.jpg").write_bytes(b"")
+    extract(folder, tmp_path / "out", **options)
+    (folder / "001.jpg").rename(tmp_path / "away.jpg")
+    (folder / "004.jpg").write_bytes(good)
+    write = storage.write_atomically
+
+    def killed(path, content):
+        if path.parent.name == "data":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract(folder, tmp_path / "out", **options, retry_errors=True)
+    monkeypatch.undo()
+    assert len(loftup.open(tmp_path / "out").errors()) == 1
+    assert extract(folder, tmp_path / "out", **options, retry_errors=True).written == 6
+    (tmp_path / "away.jpg").rename(folder / "001.jpg")
+    extract(folder, tmp_path / "whole", **options)
+    assert data(tmp_path / "out") == data(tmp_path / "whole")
+    assert loftup.open(tmp_path / "out").errors() == []
+
+
+def test_a_folder_made_anew_has_the_new_plan(tmp_path):
+    first, second = photos(tmp_path / "first", 2), photos(tmp_path / "second", 3)
+    extract(first, tmp_path / "out", **QUICK)
+    shutil.rmtree(tmp_path / "out")
+    extract(second, tmp_path / "out", **QUICK)
+    assert [str(tmp_path / "second") in record.place.url for record in loftup.open(tmp_path / "out")] == 3 * [True]
+
+
+def test_an_output_within_its_source(tmp_path):
+    folder = photos(tmp_path / "photos", 3)
+    for _ in range(2):
+        assert extract(folder, folder / "features", **QUICK, images=True).pictures == 3
+
+
+def test_a_part_that_fails_whole_ends_the_run(tmp_path):
+    folder = photos(tmp_path / "photos", 18)
+    for file in folder.rglob("*.jpg"):
+        file.write_bytes(b"x")
+    with pytest.raises(LoftUpError, match="all 18 pictures of part 0 failed, the first of them: .*is a disk or a GPU"):
+        extract(folder, tmp_path / "out", **{**QUICK, "part": 18})
+    assert loftup.open(tmp_path / "out").errors() == []
+
+
+def test_relative_places_are_found_from_elsewhere(tmp_path, monkeypatch):
+    photos(tmp_path / "photos", 2)
+    monkeypatch.chdir(tmp_path)
+    extract("photos", "out", **QUICK)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert loftup.open(tmp_path / "out")[0].dense(8).shape == (192, 8, 8)
+
+
+def test_more_than_was_agreed_to(album, tmp_path):
+    with pytest.raises(LoftUpError, match=r"10 pictures: about 83\.\d kB, more than the 1 kB that are agreed to"):
+        extract(album, tmp_path / "out", **QUICK, most=1000)
 
 
 def test_a_full_disk_loses_nothing(album, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_links_over_http(tmp_path, monkeypatch):
         server.shutdown()
     assert good == jpeg(1)
     assert isinstance(missing, OSError)
-    assert "empty" in str(empty)
+    assert "is no URL" in str(empty)
 
 
 def test_object_storage(tmp_path):
@@ -97,6 +97,30 @@ def test_object_storage(tmp_path):
     places = list(list_pictures(["memory://bucket/photos"]))
     assert [place.key for place in places] == ["a.jpg", "b/c.jpg", "d.tar/x.jpg"]
     assert contents(places) == [jpeg(0), jpeg(1), jpeg(0)]
+
+
+def test_what_is_no_source_is_passed_over(tmp_path):
+    root = tmp_path / "all"
+    root.mkdir()
+    tar(root / "00000.tar", ["x"])
+    parquet(root / "00000.parquet", {"url": ["https://example.com/x.jpg"], "key": ["x"]})  # as img2dataset writes
+    parquet(root / "labels.parquet", {"label": [1]})
+    (root / "._a.jpg").write_bytes(b"of a file system")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").write_bytes(jpeg(1))
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "again").symlink_to(root)  # in a circle
+    (root / "out").mkdir()
+    (root / "out" / "c.jpg").write_bytes(jpeg(2))
+    found = list_pictures([str(root)], leave_out=str(root / "out"))
+    assert [place.key for place in found] == ["00000.tar/x.jpg", "link/b.jpg"]
+
+
+def test_a_list_of_links_opens_no_files_here(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    file = parquet(tmp_path / "a.parquet", {"url": [str(tmp_path / "a.jpg"), f"file://{tmp_path}/a.jpg", None]})
+    for each in contents(list(list_pictures([str(file)]))):
+        assert "is no URL" in str(each)
 
 
 def test_clear_errors(tmp_path):

@@ -61,8 +61,11 @@ def test_killed_workers_change_nothing(tmp_path):
 def test_the_room_for_workers():
     assert engines._most({"CPU": 8.0}, Cluster(cpus=2)) == 4
     assert engines._most({"CPU": 8.0, "GPU": 2.0}, Cluster(gpus=0.5)) == 4
-    with pytest.raises(LoftUpError, match="has 0 GPUs, a worker asks for 1"):
+    assert engines._most({"CPU": 8.0, "GPU": 2.0}, Cluster(cpus=8, gpus=0.5)) == 1
+    with pytest.raises(LoftUpError, match="has 0 GPUs, a worker asks for 1; give fewer gpus"):
         engines._most({"CPU": 8.0}, Cluster(gpus=1))
+    with pytest.raises(LoftUpError, match="has 8 CPUs, a worker asks for 16; give fewer cpus"):
+        engines._most({"CPU": 8.0, "GPU": 4.0}, Cluster(cpus=16, gpus=1))
     with pytest.raises(ValueError, match="a fraction of 1, or a whole number"):
         Cluster(gpus=1.5)
     with pytest.raises(ValueError, match="workers must be a positive whole number"):

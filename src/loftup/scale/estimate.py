@@ -9,7 +9,7 @@ from .compute import Extractor
 from .decode import load, result_size
 from .sources import Place
 
-__all__ = ["Estimate", "bytes_of_picture", "estimate"]
+__all__ = ["Estimate", "bytes_of_picture", "estimate", "size"]
 
 SIDES = 375, 500  # (H, W) of the picture that sizes are estimated for before one is read
 SHARE = 0.9  # of N times one worker's rate, that N workers are reckoned with
@@ -62,7 +62,7 @@ class Estimate:
         said = [
             f"{self.pictures} pictures, {self.sample} of them tried"
             + (f", {self.failed} of these cannot be read" if self.failed else ""),
-            f"output: {self.bytes / 1e9:.3g} GB, {self.bytes / max(1, self.pictures) / 1e3:.3g} kB a picture",
+            f"output: {size(self.bytes)}, {self.bytes / max(1, self.pictures) / 1e3:.3g} kB a picture",
             f"one worker: {1000 * each:.0f} ms a picture, {1000 * self.read:.0f} of them to read and decode it",
             f"{self.workers} worker{'s' if self.workers > 1 else ''}: {SHARE} * {self.workers} / {each:.4g} s = "
             f"{self.rate:.3g} a second, {_time(self.hours)} for all, {_time(1e6 / self.rate / 3600)} a million",
@@ -70,6 +70,12 @@ class Estimate:
         if price is not None:
             said.append(f"cost: {1e6 / self.rate / 3600:.3g} h * {price:g} an hour = {self.cost(price):.3g} a million")
         return said
+
+
+def size(count: float) -> str:
+    """A number of bytes in words."""
+    unit, name = next(each for each in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0.0, "kB")) if count >= each[0])
+    return f"{count / (unit or 1e3):.3g} {name}"
 
 
 def _time(hours: float) -> str:

@@ -16,7 +16,7 @@ from ..weights.names import resolve
 from . import storage
 from .compute import Extractor
 from .engines import Cluster, Done, Job, Part, run_here, run_on_ray
-from .estimate import bytes_of_picture
+from .estimate import bytes_of_picture, size
 from .folder import Folder
 from .settings import Settings
 from .sources import list_pictures
@@ -111,9 +111,9 @@ def extract(
         if total < pictures:
             tell(f"{pictures - total} of {pictures} pictures are finished already")
         need = total * bytes_of_picture(extractor)
-        text = f"{total} pictures: about {need / 1e9:.3g} GB"
+        text = f"{total} pictures: about {size(need)}"
         if most is not None and need > most:
-            raise LoftUpError(f"{text}, more than the {most / 1e9:.3g} GB that are agreed to; save less, or allow more")
+            raise LoftUpError(f"{text}, more than the {size(most)} that are agreed to; save less, or allow more")
         if total:
             tell(text)
         if engine == "ray":
@@ -147,7 +147,9 @@ def prepare(
 def _everywhere(settings: Settings) -> Settings:
     """Settings whose files are named so that every process finds them."""
     names = ("backbone_weights", "head", "masks")
-    given = {name: storage.absolute(value) for name in names if (value := getattr(settings, name)) is not None}
+    given: dict[str, Any] = {
+        name: storage.absolute(value) for name in names if (value := getattr(settings, name)) is not None
+    }
     if settings.weights is not None and (path := resolve(settings.weights, settings.strict).path) is not None:
         given["weights"] = str(path.absolute())
     return replace(settings, **given)
