@@ -55,7 +55,8 @@ def fit_card(
         "## Fit",
         f"`any` as it comes with loftup, trained further on unlabelled photographs for this backbone. {word}",
         "Errors as shares of bilinear interpolation's, on photographs held out of the training: the checkpoint was "
-        "chosen by one half of them, and had to be no worse than `any` in any error on both. They stand for no task: "
+        "chosen by one half of them, and had to gain 1 % or more in the second error, and lose nothing in the first, "
+        "on both halves. They stand for no task: "
         "compare with `any` on your own.",
     ]
     for half, of_half in errors.items():

@@ -30,7 +30,7 @@ from ..run.engine import train
 from ..run.folder import CARD
 from ..run.folder import CONFIG as RUN_CONFIG
 from .card import fit_card, table
-from .criteria import Errors, HeldOut, gains
+from .criteria import Errors, HeldOut, enough, gains
 from .picture import comparison
 
 __all__ = ["FitSettings", "choose", "fit"]
@@ -92,8 +92,8 @@ def fit(
     """Fit ``any`` to a backbone.
 
     A tenth of the pictures, 8 to 40, is held out: half of these to choose by, half to report by. The training is that
-    of the ready config ``fit``. Of the start and the checkpoints the best is chosen that is no worse than the start in
-    any of the errors of :mod:`loftup.train.fit.criteria`; unless the other half agrees, the start is written.
+    of the ready config ``fit``. Of the checkpoints the best is chosen that gains what is asked for in each of the
+    errors of :mod:`loftup.train.fit.criteria`; unless the other half agrees, the start is written.
 
     In the folder are then README.md, config.json and model.safetensors, which :meth:`loftup.LoftUp.from_pretrained`
     reads, comparison.png, and in ``run`` what :func:`loftup.train.run.engine.train` writes.
@@ -157,10 +157,9 @@ def fit(
 def choose(
     start: LoftUp, candidates: Mapping[str, LoftUp], held_out: HeldOut, errors: Mapping[str, Mapping[str, Errors]]
 ) -> Outcome:
-    """Choose the candidate of the best mean gain, of those no worse than the start in any error.
+    """Choose the candidate of the best mean gain, of those that gain what :data:`LEAST` asks for in every error.
 
-    It is chosen by one half of the held-out pictures. Where it is worse than the start in an error on the other half,
-    the start is taken.
+    It is chosen by one half of the held-out pictures. Where it gains less on the other half, the start is taken.
 
     Args:
         start: that must not be made worse.
@@ -175,13 +174,13 @@ def choose(
         each = list(gain.values())
         parts = ", ".join(f"{key} {100 * value:+.2f} %" for key, value in gain.items())
         tell(f"{name.replace('_', ' ')}: gain in {parts}")
-        if all(gain >= 0 for gain in each) and (mean := sum(each) / len(each)) > best_gain:
+        if enough(gain) and (mean := sum(each) / len(each)) > best_gain:
             best, best_gain, chosen = name, mean, found
     up, reported = start, errors["reporting"][START]
     refused = ""
     if best != START:
         found = held_out.errors(candidates[best], held_out.reporting)
-        if all(gain >= 0 for gain in gains(found, reported).values()):
+        if enough(gains(found, reported)):
             up, reported = candidates[best], found
         else:
             best, refused, chosen = START, best, errors["choosing"][START]
