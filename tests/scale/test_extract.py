@@ -196,6 +196,26 @@ def test_a_retry_keeps_what_is_good(tmp_path, monkeypatch, form):
     assert loftup.open(tmp_path / "out").errors() == []
 
 
+def test_errors_of_a_killed_try_are_forgotten_where_the_next_has_none(tmp_path, monkeypatch):
+    folder, write = photos(tmp_path / "photos", 3), storage.write_atomically
+    good = (folder / "001.jpg").read_bytes()
+    (folder / "001.jpg").write_bytes(b"")
+
+    def killed(path, content):
+        if path.parent.name == "data":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract(folder, tmp_path / "out", **QUICK)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "errors" / "part-000000.parquet").exists()
+    (folder / "001.jpg").write_bytes(good)
+    summary = extract(folder, tmp_path / "out", **QUICK)
+    assert (summary.written, summary.failed, len(loftup.open(tmp_path / "out"))) == (3, 0, 3)
+
+
 def test_a_folder_made_anew_has_the_new_plan(tmp_path):
     first, second = photos(tmp_path / "first", 2), photos(tmp_path / "second", 3)
     extract(first, tmp_path / "out", **QUICK)

@@ -160,7 +160,7 @@ class Folder:
         if errors:
             schema = pa.schema([(column, pa.string()) for column in ("key", "url", "error")])
             storage.write(failed, parquet(list(map(dict, errors)), schema, {"loftup": MADE_BY}))
-        elif again:  # they are mended
+        elif storage.exists(failed):  # of a try before, and mended since
             storage.remove(failed)
         if not again:
             storage.write(shard, content)
