@@ -119,7 +119,7 @@ def workers(driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself, such as ray::MapWorker...; "" where it has ended."""
+    """The name that a process gives itself, such as ray::MapWorker...; "" where it has ended."""
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
         return words[0] if words and words[0].startswith("ray::") else ""
@@ -127,7 +127,7 @@ def title(process: psutil.Process) -> str:
 
 
 def compare(quiet: Path, killed: Path, pictures: int) -> list[str]:
-    """What is missing, twice, or different."""
+    """List the pictures and shards that are missing, twice, or different."""
     faults = []
     names = sorted(path.name for path in (quiet / "data").iterdir())
     there = sorted(path.name for path in (killed / "data").iterdir() if not path.name.startswith(".loftup."))

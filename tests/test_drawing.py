@@ -10,7 +10,7 @@ from loftup.drawing import RIGHT, WRONG
 
 
 def near(picture, at, colour, within=40):
-    """Whether a pixel has about that colour."""
+    """Tell whether a pixel has about that colour."""
     return np.abs(np.array(picture.getpixel(at), dtype=int) - np.array(colour)).max() <= within
 
 

@@ -180,6 +180,18 @@ class LoftUp(nn.Module):
             )
         return super()._slow_forward(*arguments, **options)  # type: ignore[no-untyped-call]
 
+    def _check(self, features: Tensor, image: Tensor) -> None:
+        """Raise what :meth:`at` and :meth:`regions` say of features and image that do not fit."""
+        check_inputs(
+            features,
+            image,
+            self.config.channels,
+            self.device,
+            self.config.backbone,
+            stacklevel=4,
+            values=self.check_values,
+        )
+
     def _normalise(self, features: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and features.is_inference():
             features = features.clone()  # an ordinary tensor, which autograd can save
@@ -223,15 +235,7 @@ class LoftUp(nn.Module):
             TypeError: as for :meth:`forward`; or points are no real numbers.
             LoftUpError: as for :meth:`forward`.
         """
-        check_inputs(
-            features,
-            image,
-            self.config.channels,
-            self.device,
-            self.config.backbone,
-            stacklevel=3,
-            values=self.check_values,
-        )
+        self._check(features, image)
         height, width = output_size(size, image)
         check_options(None, None, backend)
         check_points(points, features, height, width)
@@ -284,15 +288,7 @@ class LoftUp(nn.Module):
             TypeError: as for :meth:`forward`; or masks are neither bool, nor real numbers.
             LoftUpError: as for :meth:`forward`.
         """
-        check_inputs(
-            features,
-            image,
-            self.config.channels,
-            self.device,
-            self.config.backbone,
-            stacklevel=3,
-            values=self.check_values,
-        )
+        self._check(features, image)
         memory = check_options(None, memory, backend)
         weights, number = read_masks(masks, features, size, count, self.check_values)
         if reason := self._why_whole(features, image):

@@ -13,8 +13,19 @@ from .files import MADE_BY, check_regular
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "check_suffix", "encode", "open_picture", "picture_size", "require_pillow", "to_rgb"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "check_suffix",
+    "encode",
+    "open_picture",
+    "picture_size",
+    "require_pillow",
+    "scaled",
+    "to_rgb",
+    "usual_size",
+]
 
+LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -89,6 +100,16 @@ def encode(picture: "Image.Image", kind: str = "PNG", **options: Any) -> bytes:
     exif[0x0131] = MADE_BY  # Software
     picture.save(stream, kind, exif=exif, **options)
     return stream.getvalue()
+
+
+def scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(H, W) times a scale, rounded, at least 1 each."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def usual_size(height: int, width: int) -> tuple[int, int]:
+    """(H', W') of a result for a picture where none is asked for: the picture's, its longer side at most LONGEST."""
+    return scaled(height, width, min(1.0, LONGEST / max(height, width)))
 
 
 def check_suffix(path: Path) -> str:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-__all__ = ["tell", "track"]
+__all__ = ["readable", "tell", "track"]
 
 T = TypeVar("T")
 EVERY = 30.0  # seconds between two lines
@@ -50,6 +50,12 @@ def track(
             print(f"{caption}: {done}, {rate:.3g} a second{left}", file=sys.stderr, flush=True)
         yield item
         count += size(item)
+
+
+def readable(count: float) -> str:
+    """A number of bytes in words."""
+    unit, name = next(each for each in ((1e12, "TB"), (1e9, "GB"), (0.0, "MB")) if count >= each[0])
+    return f"{count / (unit or 1e6):.1f} {name}"
 
 
 def tell(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What docs/scale.md and the pages beside it show."""
+"""Snippets, commands and files of docs/scale.md and the pages beside it."""
 
 import re
 import subprocess

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FAILURES, LoftUpError, one_line
 from ..files import alone_in, refuse_others, stamp, write_atomically
 from ..pictures import IMAGE_SUFFIXES
-from ..progress import tell, track
+from ..progress import readable, tell, track
 from ..version import __version__
 from ..weights.catalogue import TINY_BACKBONES
 from ..weights.names import in_package, resolve
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..backbones import Backbone
     from ..model import LoftUp
 
-__all__ = ["add_parser", "expand", "model_settings", "readable", "refuse_changed", "targets_in"]
+__all__ = ["add_parser", "expand", "model_settings", "refuse_changed", "targets_in"]
 
 MOST = 10**10  # bytes that are written without asking
 SAMPLES = 1000  # pictures whose sizes stand for all
@@ -137,11 +137,6 @@ def _bytes(arguments: argparse.Namespace, channels: int, images: Sequence[Path])
             height, width = result_size(arguments, *picture_size(image))
             pixels.append(height * width)
     return round(2 * channels * sum(pixels) / max(1, len(pixels)) * len(images))
-
-
-def readable(count: float) -> str:
-    unit = 1e9 if count >= 1e9 else 1e6
-    return f"{count / unit:.1f} {'GB' if unit == 1e9 else 'MB'}"
 
 
 def expand(paths: Sequence[Path]) -> dict[Path, Path]:

@@ -270,7 +270,7 @@ def _without_article(text: str) -> str:
 
 
 def _settings(arguments: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
-    """What decides scores and boxes."""
+    """The settings that decide scores and boxes."""
     clip, _, file = arguments.clip.partition("/")
     return {
         "texts": list(texts),

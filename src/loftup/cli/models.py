@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backbones import Backbone, load_backbone
 from ..model import LoftUp
+from ..pictures import scaled, usual_size
 from ..upsampled import Upsampled
 from ..weights.catalogue import ANY, TINY, TINY_BACKBONES
 from ..weights.hub import UnreachableError
@@ -26,8 +27,6 @@ __all__ = [
     "result_size",
     "upsample_picture",
 ]
-
-LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
 
 def load_models(arguments: argparse.Namespace, weights: str = "") -> tuple[Backbone, LoftUp]:
@@ -123,11 +122,7 @@ def _repository(backbone: str) -> str:
 
 def result_size(arguments: argparse.Namespace, height: int, width: int) -> tuple[int, int]:
     """(H', W') of the upsampled features of a picture of a size."""
-    return tuple(arguments.size) if arguments.size else _scaled(height, width, min(1.0, LONGEST / max(height, width)))
-
-
-def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    return tuple(arguments.size) if arguments.size else usual_size(height, width)
 
 
 def upsample_picture(
@@ -142,10 +137,10 @@ def upsample_picture(
 def picture_inputs(
     arguments: argparse.Namespace, backbone: Backbone, image: Any
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """What an upsampler takes of a PIL image or path: features (1, C, h, w), image in its own size, size of the map."""
+    """The inputs of an upsampler for a PIL image or path: features (1, C, h, w), image, and size of the map."""
     large = backbone.preprocess(image)
     height, width = large.shape[-2:]
-    small = backbone.preprocess(image, size=_scaled(height, width, arguments.input / min(height, width)))
+    small = backbone.preprocess(image, size=scaled(height, width, arguments.input / min(height, width)))
     with torch.inference_mode():
         features = backbone(small.to(arguments.device))
     return features, large.to(arguments.device), result_size(arguments, height, width)

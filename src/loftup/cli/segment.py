@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FAILURES, LoftUpError, one_line
 from ..files import alone_in, refuse_others, stamp, write_atomically
-from ..progress import tell, track
+from ..progress import readable, tell, track
 from .demo import package_or_named
-from .features import SAMPLES, expand, model_settings, readable, refuse_changed, targets_in
+from .features import SAMPLES, expand, model_settings, refuse_changed, targets_in
 from .options import add_model_options, place, positive
 
 if TYPE_CHECKING:

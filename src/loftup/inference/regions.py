@@ -12,7 +12,7 @@ from ..inputs import Size, output_size
 from ..networks.layers import Box
 from .canvas import Canvas
 
-__all__ = ["Regions", "read_masks"]
+__all__ = ["VOID", "Regions", "read_masks"]
 
 AT_ONCE = 2**22  # weights of regions on pixels that are made at once
 VOID = 255  # a label of 8 bits that belongs to no region

@@ -83,7 +83,7 @@ def shard(rows: Sequence[Row], settings: Mapping[str, Any], networks: Mapping[st
     }
     if settings["format"] == "webdataset":
         return _tar(rows, facts, number)
-    return parquet(rows, _schema(rows, settings), {"loftup": json.dumps(facts, sort_keys=True)}, ROWS)
+    return parquet(rows, _schema(settings), {"loftup": json.dumps(facts, sort_keys=True)}, ROWS)
 
 
 def parquet(rows: Sequence[Row], schema: Any, facts: Mapping[str, str], group: int | None = None) -> bytes:
@@ -100,7 +100,7 @@ def parquet(rows: Sequence[Row], schema: Any, facts: Mapping[str, str], group: i
     return stream.getvalue()
 
 
-def _schema(rows: Sequence[Row], settings: Mapping[str, Any]) -> Any:
+def _schema(settings: Mapping[str, Any]) -> Any:
     import pyarrow as pa
 
     fields = [pa.field("key", pa.string(), nullable=False), pa.field("url", pa.string())]

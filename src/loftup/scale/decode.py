@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import FAILURES, one_line, translate
-from ..pictures import open_picture, require_pillow
+from ..inference.regions import VOID
+from ..pictures import open_picture, require_pillow, scaled, usual_size
+from . import storage
 from .settings import Settings
 from .sources import Place, contents
 
 __all__ = ["Prepared", "decode", "load", "prepare", "resized", "result_size"]
 
-VOID = 255  # label of no region in masks of 8 bits
 AT_ONCE = 32  # pictures whose files are in memory before they are decoded and small
-LONGEST = 512  # pixels of the longer side of a result whose size is not asked for
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,7 @@ def decode(content: bytes, name: str = "") -> Tensor:
 
 def result_size(settings: Settings, height: int, width: int) -> tuple[int, int]:
     """(H', W') of the upsampled outputs of a picture."""
-    return settings.size or _scaled(height, width, min(1.0, LONGEST / max(height, width)))
-
-
-def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    return settings.size or usual_size(height, width)
 
 
 def prepare(pixels: Tensor, settings: Settings) -> tuple[np.ndarray, np.ndarray | None]:
@@ -81,7 +77,7 @@ def prepare(pixels: Tensor, settings: Settings) -> tuple[np.ndarray, np.ndarray 
     """
     height, width = pixels.shape[1:]
     short = min(height, width)
-    small = _scaled(height, width, min(settings.input, short) / short)
+    small = scaled(height, width, min(settings.input, short) / short)
     wanted = result_size(settings, height, width) if settings.upsamples or settings.images else None
     first = resized(pixels, small)
     return first, first if wanted == small else resized(pixels, wanted) if wanted else None
@@ -121,8 +117,6 @@ def _load(place: Place, content: "bytes | OSError", settings: Settings) -> Prepa
 def _masks(place: Place, settings: Settings, guidance: np.ndarray | None) -> np.ndarray:
     """The label map of a picture, int64 (H', W'), at the size of the upsampled outputs."""
     from PIL import Image
-
-    from . import storage
 
     assert settings.masks is not None
     assert guidance is not None

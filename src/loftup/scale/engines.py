@@ -31,7 +31,7 @@ Done = dict[str, Any]  # of a part: its number, pictures, errors, bytes, and sec
 
 @dataclass(frozen=True)
 class Job:
-    """What every process needs to know of an extraction."""
+    """The facts of an extraction that every process needs."""
 
     url: str  # of the output folder
     settings: Settings
@@ -90,7 +90,7 @@ def run_here(job: Job, parts: Sequence[Part], extractor: "Extractor", threads: i
 
 
 def _timed(function: Any, *arguments: Any) -> tuple[Any, tuple[float, float]]:
-    """What a call returns, and when it began and ended."""
+    """The result of a call, and when it began and ended."""
     start = time.time()
     return function(*arguments), (start, time.time())
 
@@ -224,7 +224,7 @@ def _most(total: dict[str, float], cluster: Cluster) -> int:
 
 
 def _cause(error: Any) -> str:
-    """What a task failed of, in a line."""
+    """The reason of a failed task, in a line."""
     cause = error.cause if getattr(error, "cause", None) is not None else error
     while getattr(cause, "cause", None) is not None:
         cause = cause.cause

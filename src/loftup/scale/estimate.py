@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..progress import readable
 from .codec import shard
 from .compute import Extractor
 from .decode import load, result_size
 from .sources import Place
 
-__all__ = ["Estimate", "bytes_of_picture", "estimate", "size"]
+__all__ = ["Estimate", "bytes_of_picture", "estimate"]
 
 SIDES = 375, 500  # (H, W) of the picture that sizes are estimated for before one is read
 SHARE = 0.9  # of N times one worker's rate, that N workers are reckoned with
@@ -19,7 +20,7 @@ REGIONS = 20  # of a picture, where nobody has counted
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an extraction will take, by a sample of its pictures on this machine.
+    """The size, time and cost of an extraction, by a sample of its pictures on this machine.
 
     Attributes:
         pictures: in all.
@@ -52,30 +53,25 @@ class Estimate:
         """For all pictures."""
         return self.pictures / self.rate / 3600
 
-    def cost(self, price: float) -> float:
-        """Of a million pictures, where a machine with these workers costs ``price`` an hour."""
-        return 1e6 / self.rate / 3600 * price
+    @property
+    def million(self) -> float:
+        """Hours for a million pictures."""
+        return 1e6 / self.rate / 3600
 
     def lines(self, price: float | None = None) -> list[str]:
-        """The estimate in sentences."""
+        """The estimate in sentences; ``price`` is of an hour of a machine with these workers."""
         each = self.read + self.compute
         said = [
             f"{self.pictures} pictures, {self.sample} of them tried"
             + (f", {self.failed} of these cannot be read" if self.failed else ""),
-            f"output: {size(self.bytes)}, {self.bytes / max(1, self.pictures) / 1e3:.3g} kB a picture",
+            f"output: {readable(self.bytes)}, {self.bytes / max(1, self.pictures) / 1e3:.3g} kB a picture",
             f"one worker: {1000 * each:.0f} ms a picture, {1000 * self.read:.0f} of them to read and decode it",
             f"{self.workers} worker{'s' if self.workers > 1 else ''}: {SHARE} * {self.workers} / {each:.4g} s = "
-            f"{self.rate:.3g} a second, {_time(self.hours)} for all, {_time(1e6 / self.rate / 3600)} a million",
+            f"{self.rate:.3g} a second, {_time(self.hours)} for all, {_time(self.million)} a million",
         ]
         if price is not None:
-            said.append(f"cost: {1e6 / self.rate / 3600:.3g} h * {price:g} an hour = {self.cost(price):.3g} a million")
+            said.append(f"cost: {self.million:.3g} h * {price:g} an hour = {self.million * price:.3g} a million")
         return said
-
-
-def size(count: float) -> str:
-    """A number of bytes in words."""
-    unit, name = next(each for each in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0.0, "kB")) if count >= each[0])
-    return f"{count / (unit or 1e3):.3g} {name}"
 
 
 def _time(hours: float) -> str:

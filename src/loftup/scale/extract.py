@@ -11,17 +11,17 @@ import torch
 
 from ..errors import LoftUpError, translate
 from ..files import alone_in
-from ..progress import tell, track
+from ..progress import readable, tell, track
 from ..weights.names import resolve
 from . import storage
 from .compute import Extractor
 from .engines import Cluster, Done, Job, Part, run_here, run_on_ray
-from .estimate import bytes_of_picture, size
+from .estimate import bytes_of_picture
 from .folder import Folder
 from .settings import Settings
 from .sources import list_pictures
 
-__all__ = ["Summary", "extract", "prepare"]
+__all__ = ["Summary", "extract"]
 
 MOST_PART, MOST_SHARD = 256, 256 * 2**20
 
@@ -100,7 +100,7 @@ def extract(
     sources = [storage.absolute(os.fspath(each)) for each in several]
     target, start = storage.absolute(os.fspath(output)), time.time()
     with _alone(target):
-        job, extractor, pictures = prepare(sources, target, _everywhere(settings), engine, device, column)
+        job, extractor, pictures = _prepare(sources, target, _everywhere(settings), engine, device, column)
         folder = job.folder()
         finished = folder.finished()
         again = folder.with_errors() & finished if retry_errors else set()
@@ -111,9 +111,9 @@ def extract(
         if total < pictures:
             tell(f"{pictures - total} of {pictures} pictures are finished already")
         need = total * bytes_of_picture(extractor)
-        text = f"{total} pictures: about {size(need)}"
+        text = f"{total} pictures: about {readable(need)}"
         if most is not None and need > most:
-            raise LoftUpError(f"{text}, more than the {size(most)} that are agreed to; save less, or allow more")
+            raise LoftUpError(f"{text}, more than the {readable(most)} that are agreed to; save less, or allow more")
         if total:
             tell(text)
         if engine == "ray":
@@ -126,7 +126,7 @@ def extract(
         return _finish(folder, job, pictures, time.time() - start, done)
 
 
-def prepare(
+def _prepare(
     sources: Sequence[str], output: str, settings: Settings, engine: str, device: str | None, column: str | None
 ) -> tuple[Job, Extractor, int]:
     """Load the networks, claim the folder and complete its plan; the job, the networks, and the number of pictures."""

@@ -53,6 +53,7 @@ class Folder:
         Raises:
             LoftUpError: see the class.
         """
+        _remembered.cache_clear()
         now = self.settings.as_json()
         if storage.exists(self.file(MANIFEST)):
             before = read_manifest(self.url)
@@ -65,13 +66,11 @@ class Folder:
                 raise LoftUpError(
                     f"{self.url} was made with other settings ({'; '.join(differences)}); give another -o"
                 )
-            _remembered.cache_clear()
             return
         if others := [name for name in storage.names(self.url) if not name.startswith(".loftup.")]:
             raise LoftUpError(
                 f"{self.url} holds {', '.join(others[:4])}, which loftup did not make; give a new or an empty folder"
             )
-        _remembered.cache_clear()
         self.write_manifest(networks, {})
 
     def write_manifest(self, networks: Mapping[str, Any], counts: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an extraction wrote, read picture by picture: nothing is loaded before it is asked for."""
+"""A reader of an extraction's output, picture by picture: nothing is loaded before it is asked for."""
 
 import bisect
 import os

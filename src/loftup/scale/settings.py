@@ -23,7 +23,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is extracted from every picture, by which networks, and how it is stored.
+    """Choices of an extraction: outputs of every picture, the networks that make them, and how they are stored.
 
     Args:
         backbone: a name that :func:`loftup.load_backbone` takes.

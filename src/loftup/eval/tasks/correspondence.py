@@ -74,7 +74,7 @@ class CorrespondenceConfig(Section):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of the points of a pair."""
+    """Where the points of a pair were found."""
 
     found: Tensor  # (N, 2) float32, in pixels of the target
     errors: Tensor  # (N,) float32, distances from the truth as shares of the tolerance's side
