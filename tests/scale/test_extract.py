@@ -71,9 +71,10 @@ def test_every_output(album, tmp_path, form):
     }
     extract(album, tmp_path / "out", **QUICK, **options)
     record = loftup.open(tmp_path / "out")[5]
-    dense = record.dense((40, 48))
+    dense = record.dense((40, 48), backend="torch")  # made now
     stored = torch.from_numpy(np.frombuffer(record.row["dense"], "<f2").reshape(192, 40, 48).astype(np.float32))
     assert (dense - stored).norm() < 0.05 * stored.norm()  # the stored picture is a JPEG
+    assert torch.equal(record.dense(), stored)
     x, y = grid_points(2, 3, 40, 48).T
     assert record.points.shape == (6, 192)
     corners = stored[:, y.floor().long(), x.floor().long()]
@@ -105,6 +106,14 @@ def test_regions_are_means_of_the_dense_map(album, tmp_path):
     wanted = dense[:, :20, :15].mean((1, 2))  # label 7 and no others
     assert (record.regions[1] - wanted).norm() < 0.3 * wanted.norm()
     assert record.regions.shape == (3, 192)
+
+
+def test_stored_maps_have_one_size(album, tmp_path):
+    extract(album, tmp_path / "out", **QUICK, save=("dense",))
+    record = loftup.open(tmp_path / "out")[0]
+    assert record.dense().shape == (192, 40, 48)
+    with pytest.raises(LoftUpError, match="holds dense, no features to upsample to 9x9; extract with features in save"):
+        record.dense(9)
 
 
 def test_uint8_states_its_error(album, tmp_path):

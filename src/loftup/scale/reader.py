@@ -149,10 +149,10 @@ class Record:
         return decode(content, self.key)
 
     def dense(self, size: "int | tuple[int, int] | None" = None, **options: Any) -> Tensor:
-        """Features of every pixel, made now from the stored ones and the picture.
+        """Features of every pixel: the stored map, where it has that size, else made now from features and picture.
 
         Args:
-            size: (H, W) of the result, or an int for a square; None means the picture's, at most 512 long.
+            size: (H, W) of the result, or an int for a square; None means that of the extraction's upsampled outputs.
             options: of :meth:`loftup.LoftUp.forward`, such as ``head=``.
 
         Returns:
@@ -162,12 +162,15 @@ class Record:
             LoftUpError: "features" were not saved.
             OSError: see :meth:`picture`.
         """
-        if "features" not in self.source.settings.save:
-            raise LoftUpError(
-                f"{self.source.folder.url} holds {', '.join(self.source.settings.save)}; no features to upsample"
-            )
         wanted = (size, size) if isinstance(size, int) else size
         target = wanted or result_size(self.source.settings, *self.size)
+        if "dense" in self.row and not options and tuple(self.row["dense_shape"][1:]) == tuple(target):
+            return torch.from_numpy(decode_array("dense", self.row).copy())
+        if "features" not in self.source.settings.save:
+            raise LoftUpError(
+                f"{self.source.folder.url} holds {', '.join(self.source.settings.save)}, no features to upsample to "
+                f"{target[0]}x{target[1]}; extract with features in save"
+            )
         pixels = torch.from_numpy(resized(self.picture(), target))[None].to(self.source.device)
         networks = self.source.manifest["networks"]
         mean, std = (pixels.new_tensor(networks[name], dtype=torch.float32).view(3, 1, 1) for name in ("mean", "std"))
